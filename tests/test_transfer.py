@@ -321,5 +321,7 @@ class TestImport:
         assert kvsig.emulated is emulated
 
     def test_unknown_names(self):
-        with pytest.raises(AttributeError, match="^module 'kvsig' has no attribute 'copy_batches'$"):
+        with pytest.raises(
+            AttributeError, match="^module 'kvsig' has no attribute 'copy_batches'$"
+        ):
             kvsig.copy_batches  # noqa: B018
