@@ -120,7 +120,7 @@ def _same_place(stream: object, device: torch.device | None) -> None:
 
 
 def stream_device(stream: Stream) -> torch.device | None:
-    """Return the device of a torch stream; None for handles and other objects, which do not tell."""
+    """Return the device of a torch stream; None for what does not tell."""
     owner = getattr(stream, "device", None)
     return owner if isinstance(owner, torch.device) else None
 
@@ -140,7 +140,7 @@ def event_stream(stream: Stream, handle: int, device: torch.device) -> Any:
         return stream
     if stream is None:
         return torch.cuda.current_stream(device)
-    return torch.cuda.ExternalStream(handle, device=device)
+    return torch.cuda.ExternalStream(handle, device=device)  # type: ignore[no-untyped-call]
 
 
 def integers(tensor: torch.Tensor, name: str) -> npt.NDArray[Any]:

@@ -85,11 +85,12 @@ def copy_batch(
             f"dsts has {len(to)} addresses and srcs has {len(origin)}: give as many of each"
         )
     length: U64 | int
+    keep: npt.NDArray[np.intp] | None  # positions of the entries that move something
     if isinstance(sizes, (int, np.integer)) and not isinstance(sizes, bool):
         length = int(sizes)
         if not 0 <= length <= _SIGNED_MAX:
             raise ValueError(f"sizes is {length}: a size is at least 0 and below 2**63")
-        keep = None if length else slice(0)
+        keep = None if length else np.empty(0, dtype=np.intp)
     else:
         length = _addresses(sizes, "sizes")
         if len(length) != len(to):
@@ -98,15 +99,14 @@ def copy_batch(
                 "give as many of each, or one int for all"
             )
         keep = None if length.all() else np.flatnonzero(length)
-    place = keep if isinstance(keep, np.ndarray) else None  # position of each entry kept
     if keep is not None:
         to, origin = to[keep], origin[keep]
         if not isinstance(length, int):
             length = length[keep]
-    _no_null(to, "dsts", place)
-    _no_null(origin, "srcs", place)
+    _no_null(to, "dsts", keep)
+    _no_null(origin, "srcs", keep)
     if check and len(to):
-        _no_overlap(to, origin, length, place)
+        _no_overlap(to, origin, length, keep)
     handle = _torch.stream_handle(stream)
     with _torch.device_guard(_torch.stream_device(stream)):
         return _core.copy_batch(to, origin, length, handle, path, batch_size)
