@@ -302,7 +302,7 @@ class PagedKVCache:
                 place = selection.planes.locate(int(near[error.index]))
                 if place is not None:
                     name = self._names[self._plane(selection, place[0])]
-                    error.add_note(f"the copy that failed is of page {place[1]} of {name}")
+                    error.add_note(f"the copy that failed begins at page {place[1]} of {name}")
             raise
 
     def _plane(self, selection: _Selection, plane: int) -> int:

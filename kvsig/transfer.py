@@ -108,6 +108,8 @@ def copy_batch(
     if check and len(to):
         _no_overlap(to, origin, length, keep)
     handle = _torch.stream_handle(stream)
+    if not len(to):
+        return Report()
     with _torch.device_guard(_torch.stream_device(stream)):
         return _core.copy_batch(to, origin, length, handle, path, batch_size)
 

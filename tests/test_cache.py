@@ -197,6 +197,20 @@ class TestMovesPages:
         _core.call("cudaStreamSynchronize", stream=0)
         assert setup.everything() == setup.expect(before, "host", [3, 4], [1, 2])
 
+    def test_in_stream_order(self, stream):
+        setup = Setup()
+        before = setup.everything()
+        stream.hold()
+        setup.cache.offload([1, 2], [3, 4], stream=stream)
+        setup.cache.load([4, 3], [1, 5], stream=stream)
+        setup.cache.offload([1], [0], stream=stream)
+        assert setup.everything() == before
+        stream.release()
+        stream.synchronize()
+        after = setup.expect(before, "host", [3, 4], [1, 2])
+        after = setup.expect(after, "device", [1, 5], [4, 3])
+        assert setup.everything() == setup.expect(after, "host", [0], [1])
+
     def test_from_many_threads(self, runtime):
         setup = Setup(page_size=1)
         before = setup.everything()
@@ -784,6 +798,32 @@ class TestOnARealRuntime:
             lambda: _torch.stream_handle(Stream(), torch.device("cuda:0")),
         )
         assert _torch.stream_handle(Stream(), torch.device("cuda:1")) == 64
+
+
+class TestErrorsOfCuda:
+    @pytest.mark.parametrize("load", [True, False])
+    def test_say_which_page(self, runtime, stream, load):
+        setup = Setup(page_size=2)
+        path = "loop" if runtime == "12.6" else "batch"
+        # Pages that no plan can merge; the fifth copy of one layer, K first, is V's second.
+        near, far = [4, 1, 7], [9, 2, 0]
+        if path == "loop":
+            stream.control.fault("cudaMemcpyAsync", 1, nth=5)
+        else:
+            stream.control.fault("cudaMemcpyBatchAsync", 1, fail_index=4)
+            if runtime == "13.0":  # which does not say which copy: the driver is asked again
+                stream.control.fault("cuMemcpyBatchAsync", 1, fail_index=4)
+        with pytest.raises(kvsig.CudaError) as caught:
+            if load:
+                setup.cache.load(far, near, layers=2, stream=stream, path=path)
+            else:
+                setup.cache.offload(near, far, layers=2, stream=stream, path=path)
+        assert (caught.value.code, caught.value.index) == (1, 4)
+        assert caught.value.__notes__ == [
+            "the copy that failed begins at page 1 of device V layer 2"
+        ]
+        stream.control.reset()
+        stream.synchronize()
 
 
 @pytest.mark.usefixtures("runtime")

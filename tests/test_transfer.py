@@ -84,7 +84,8 @@ class TestMovesBytes:
     def test_on_the_current_stream(self, runtime):
         memory = Memory()
         dsts, srcs = memory.request([3, 4], [9, 9], 96)
-        kvsig.copy_batch(dsts, srcs, 96)
+        report = kvsig.copy_batch(dsts, srcs, 96)
+        assert report.path == ("loop" if runtime == "12.6" else "batch")
         _core.call("cudaStreamSynchronize", stream=0)
         memory.check()
 
@@ -112,6 +113,29 @@ class TestMovesBytes:
         stream.synchronize()
         memory.check()
         assert report.calls == (10 if runtime == "12.6" else 3)
+
+
+class TestStreamOrder:
+    def test_nothing_moves_before_its_turn(self, stream):
+        memory = Memory()
+        before = memory.dst.copy()
+        dsts, srcs = memory.request([3, 4], [9, 9], 96)
+        stream.hold()
+        kvsig.copy_batch(dsts, srcs, 96, stream)
+        assert np.array_equal(memory.dst, before)
+        stream.release()
+        stream.synchronize()
+        memory.check()
+
+    def test_one_transfer_behind_the_other(self, stream):
+        memory = Memory()
+        first, second = memory.request([3], [9], 96), memory.request([3], [5], 96)
+        stream.hold()
+        for path, (dsts, srcs) in (("auto", first), ("loop", second)):
+            kvsig.copy_batch(dsts, srcs, 96, stream, path=path)
+        stream.release()
+        stream.synchronize()
+        memory.check()
 
 
 class TestNothingToMove:
@@ -206,13 +230,15 @@ class TestRefuses:
         text = "stream handle -1 is not an address: give the cudaStream_t as it is"
         refused(ValueError, text, [16], [48], 16, -1)
 
-    def test_the_batch_path_where_it_cannot_be(self, runtime):
+    def test_the_batch_path_where_it_cannot_be(self):
+        _core.rebind("emulated:12.6")
+        stream = emulated.Stream()
         memory = Memory()
         before = memory.dst.copy()
         dsts, srcs = memory.request([1], [2], 96)
-        with pytest.raises(kvsig.BindError):
-            kvsig.copy_batch(dsts, srcs, 96, 0, path="batch")
-        _core.call("cudaStreamSynchronize", stream=0)
+        with pytest.raises(kvsig.BindError, match="^path='batch' is not possible: .*12.8"):
+            kvsig.copy_batch(dsts, srcs, 96, stream, path="batch")
+        stream.synchronize()
         assert np.array_equal(memory.dst, before)
 
 
