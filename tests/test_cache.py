@@ -36,10 +36,19 @@ class Setup:
     `rows` are the shapes of a token in K and V, or in the latent alone.
     """
 
-    def __init__(self, form="direct", rows=((2, 8), (2, 8)), dtype=torch.bfloat16, page_size=4):
+    def __init__(
+        self,
+        form="direct",
+        rows=((2, 8), (2, 8)),
+        dtype=torch.bfloat16,
+        page_size=4,
+        place="cpu",
+        pin=False,
+    ):
         self.page_size = page_size
         self.random = np.random.default_rng(3)
         self.groups = [self.tensors(LAYERS, DEVICE_PAGES * page_size, row, dtype) for row in rows]
+        self.groups = [[layer.to(place) for layer in group] for group in self.groups]
         pools = []
         for row in rows:
             if form.startswith("direct"):
@@ -51,6 +60,8 @@ class Setup:
             pools = [[layer.clone() for layer in pool] for pool in pools]
         if form.endswith("one"):
             pools = torch.stack(pools)
+        if pin:
+            pools = pools.pin_memory() if form.endswith("one") else [p.pin_memory() for p in pools]
         latent = len(rows) == 1
         self.device = self.groups[0] if latent else tuple(self.groups)
         self.host = pools[0] if latent else pools
@@ -99,14 +110,14 @@ class Setup:
 
 
 def bytes_of(tensor):
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    return tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes()
 
 
 FORMS = ["direct", "direct one", "stacked", "stacked one", "lists"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.uint8]
 
 
-class TestMovesPages:
+class RoundTrip:
     def round_trip(self, setup, stream, path="auto"):
         """Offload, then load to other pages; every byte of both sides is compared."""
         away = setup.random.permutation(HOST_PAGES)[:6]
@@ -123,6 +134,8 @@ class TestMovesPages:
         assert out.bytes == into.bytes == 6 * setup.cache.page_bytes
         return out, into
 
+
+class TestMovesPages(RoundTrip):
     @pytest.mark.parametrize("form", FORMS)
     def test_of_k_and_v(self, stream, form):
         self.round_trip(Setup(form), stream)
@@ -889,6 +902,100 @@ class TestErrorsOfCuda:
         ]
         stream.control.reset()
         stream.synchronize()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+class TestOnAGpu(RoundTrip):
+    @pytest.fixture(autouse=True)
+    def real(self):
+        _core.rebind(None)
+
+    @pytest.mark.parametrize("pin", [True, False], ids=["pinned", "pageable"])
+    @pytest.mark.parametrize("form", ["direct", "direct one", "stacked"])
+    def test_of_every_form(self, form, pin):
+        setup = Setup(form, place="cuda:0", pin=pin)
+        assert setup.cache.pinned is pin
+        self.round_trip(setup, torch.cuda.Stream())
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("page_size", [1, 16, 1024])
+    def test_of_every_dtype_and_size(self, dtype, page_size):
+        setup = Setup(
+            rows=[(1, 24), (1, 16)], dtype=dtype, page_size=page_size, place="cuda:0", pin=True
+        )
+        self.round_trip(setup, torch.cuda.Stream())
+
+    @pytest.mark.parametrize("path", ["batch", "strided", "loop"])
+    def test_by_the_path_asked_for(self, path):
+        stream = torch.cuda.Stream()
+        if path == "batch" and (reason := _core.batch_refusal(stream.cuda_stream)):
+            pytest.skip(reason)
+        self.round_trip(Setup(place="cuda:0", pin=True), stream, path)
+
+    def test_behind_work_of_the_stream(self):
+        for stream in (torch.cuda.Stream(), torch.cuda.default_stream()):
+            setup = Setup(place="cuda:0", pin=True)
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(50_000_000)
+                for group in setup.groups:
+                    for layer in group:
+                        layer.fill_(1)
+                setup.cache.offload([1], [2])
+                stream.synchronize()
+            assert all((pool[2] == 1).all() for pool in setup.pools)
+
+    @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8])
+    def test_of_page_numbers_on_the_gpu(self, dtype):
+        setup, stream = Setup(place="cuda:0", pin=True), torch.cuda.Stream()
+        before = setup.everything()
+        near, far = torch.tensor([[1, 2], [7, 9]], device="cuda:0").to(dtype)
+        setup.cache.load(far, near, stream=stream)
+        stream.synchronize()
+        assert setup.everything() == setup.expect(before, "device", [1, 2], [7, 9])
+
+    def test_events(self):
+        setup, stream = Setup(place="cuda:0", pin=True), torch.cuda.Stream()
+        for given in (stream, stream.cuda_stream, None):
+            before = setup.everything()
+            events = [torch.cuda.Event() for _ in range(LAYERS)]
+            with torch.cuda.stream(stream):
+                setup.cache.load([1, 2], [3, 4], stream=given, events=events)
+            for layer, event in enumerate(events):
+                torch.cuda.current_stream().wait_event(event)
+                moved = [setup.device_page(g, layer, 3).cpu() for g in range(2)]
+                for group, page in enumerate(moved):
+                    assert bytes_of(page) == before["host", group, layer, 1]
+            stream.synchronize()
+            assert setup.everything() == setup.expect(before, "device", [3, 4], [1, 2])
+
+    def test_refuses_what_is_elsewhere(self):
+        refused(
+            ValueError,
+            "device layer 0 is on cpu: device tensors must be on a CUDA device",
+            lambda: kvsig.PagedKVCache(layers(), pool(), page_size=4),
+        )
+        refused(
+            ValueError,
+            "host pool is on cuda:0: the host pool must be in CPU memory",
+            lambda: kvsig.PagedKVCache(
+                [layer.cuda(0) for layer in layers()], pool().cuda(0), page_size=4
+            ),
+        )
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch sees one GPU only")
+    def test_on_a_device_that_is_not_the_current_one(self):
+        setup = Setup(place="cuda:1", pin=True)
+        with torch.cuda.device(0):
+            self.round_trip(setup, torch.cuda.Stream(1))
+            setup.cache.offload([1], [2])
+            torch.cuda.synchronize(1)
+            refused(
+                ValueError,
+                "stream is on cuda:0, but the device tensors are on cuda:1: "
+                "give a stream of the tensors' device",
+                lambda: setup.cache.load([1], [2], stream=torch.cuda.Stream(0)),
+            )
 
 
 @pytest.mark.usefixtures("runtime")
