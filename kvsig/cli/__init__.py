@@ -53,6 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.run(args)
         sys.stdout.flush()
         return code
+    except ImportError as error:
+        # Not built, or built from another registry: nothing but a rebuild helps, and the core's
+        # own exceptions cannot be had either.
+        if args.traceback or not (error.name or "").startswith("kvsig."):
+            raise
+        return fail(args, f"{error}\nBuild kvsig: python setup.py build_ext --inplace")
     except KeyboardInterrupt:
         if args.traceback:
             raise
@@ -66,8 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (kvsig.CudaError, kvsig.BindError, ValueError, OSError) as error:
         if args.traceback:
             raise
-        print(f"kvsig {args.command}: {error}", file=sys.stderr)
-        return 1
+        return fail(args, error)
+
+
+def fail(args: argparse.Namespace, what: object) -> int:
+    """Say on stderr why a command failed."""
+    print(f"kvsig {args.command}: {what}", file=sys.stderr)
+    return 1
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -116,10 +127,3 @@ def terminal_width() -> int:
     except (OSError, ValueError):
         columns = 100
     return max(60, min(columns, 100))
-
-
-def version_text(version: int | None) -> str:
-    """Write a version as people do: 12080 is 12.8."""
-    if not version:
-        return "unknown"
-    return f"{version // 1000}.{version % 1000 // 10}"

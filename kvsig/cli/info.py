@@ -10,7 +10,9 @@ from typing import Any
 
 import kvsig
 
-from . import terminal_width, version_text, wrap
+from kvsig.registry import format_version
+
+from . import terminal_width, wrap
 
 __all__ = ["register"]
 
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(info: dict[str, Any]) -> str:
     """Write :func:`kvsig.info` as text for people."""
-    runtime = version_text(info["runtime_version"])
+    runtime = format_version(info["runtime_version"])
     if info["emulated"]:
         runtime += ", emulated: host memory stands in for the GPU's"
     batch = info["batch"]
@@ -71,7 +73,7 @@ def describe(info: dict[str, Any]) -> str:
         ("CUDA runtime", runtime),
         ("library", info["library"]),
         ("found", info["found"]),
-        ("driver", version_text(info["driver_version"])),
+        ("driver", format_version(info["driver_version"])),
         ("page copies", f"{batch['path']}: {batch['why']}"),
         ("functions", f"{bound} of {len(functions)} bound"),
     ]
