@@ -67,7 +67,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--path", choices=PATHS, default="auto", help="path to ask for (default: auto)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of pages and bytes (default: 0)")
+    parser.add_argument(
+        "--seed", type=natural, default=0, help="seed of the pages and bytes (default: 0)"
+    )
     parser.add_argument(
         "--runs", type=positive, default=7, help="timed runs each way, on a GPU (default: 7)"
     )
@@ -75,15 +77,20 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.set_defaults(run=run)
 
 
-def positive(text: str) -> int:
-    """Read an argument that has to be a whole number of at least 1."""
+def natural(text: str, least: int = 0) -> int:
+    """Read an argument that has to be a whole number, not negative and not huge."""
     try:
         value = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    if not least <= value < 1 << 32:
+        raise argparse.ArgumentTypeError(f"{value} is not from {least} to {(1 << 32) - 1}")
     return value
+
+
+def positive(text: str) -> int:
+    """Read an argument that has to be a whole number of at least 1."""
+    return natural(text, least=1)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -120,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(provenance(args) | {"bit_exact": exact, "runs": results}, indent=2))
     elif exact:
-        say(f"Every byte is right{f' on all {len(specs)} ABIs' if len(specs) > 1 else ''}.")
+        say(f"Every byte is right{f', on each of {len(specs)} ABIs' if len(specs) > 1 else ''}.")
     else:
         say("Some bytes are WRONG.")
     return 0 if exact else 1

@@ -9,7 +9,6 @@ import sys
 from typing import Any
 
 import kvsig
-
 from kvsig.registry import format_version
 
 from . import terminal_width, wrap
