@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 from typing import Any
 
 import kvsig
@@ -14,12 +12,6 @@ from kvsig.registry import format_version
 from . import terminal_width, wrap
 
 __all__ = ["register"]
-
-WAYS_OUT = (
-    "install a torch with CUDA, whose libcudart is then used",
-    "KVSIG_CUDART=/path/to/libcudart.so.13 names one",
-    "KVSIG_CUDART=emulated:12.9 takes the emulated runtime, which needs no GPU",
-)
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -45,16 +37,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         info = kvsig.info()
     except kvsig.BindError as error:
-        if args.traceback:
+        if not args.json:
             raise
-        if args.json:
-            print(json.dumps({"library": None, "error": str(error)}, indent=2))
-            return 1
-        print(f"kvsig info: {error}", file=sys.stderr)
-        if not os.environ.get("KVSIG_CUDART"):
-            print("\nWays to have one:", file=sys.stderr)
-            for way in WAYS_OUT:
-                print(f"  - {way}", file=sys.stderr)
+        print(json.dumps({"library": None, "error": str(error)}, indent=2))
         return 1
     print(json.dumps(info, indent=2) if args.json else describe(info))
     return 0
@@ -94,14 +79,14 @@ def describe(info: dict[str, Any]) -> str:
 def function_table(functions: list[dict[str, Any]]) -> list[str]:
     """Write one line per function: name, range of the prototype, address, status.
 
-    The symbol is named where it is not the function's own name.
+    The symbol is named where it is not the function's own name; "..." stands for that name.
     """
     head = ("function", "prototype of", "address", "status")
     rows = [head]
     for function in functions:
-        status = function["status"]
-        if function["symbol"] and function["symbol"] != function["name"]:
-            status += f" as {function['symbol']}"
+        status, symbol = function["status"], function["symbol"]
+        if symbol and symbol != function["name"]:
+            status += f" as {symbol.replace(function['name'], '...')}"
         address = function["address"]
         rows.append(
             (
