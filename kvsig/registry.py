@@ -213,7 +213,11 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """A CUDA entry point and its variants, in ascending order of version."""
+    """A CUDA entry point and its variants, in ascending order of version.
+
+    ``stands_in_for`` names the function that this one can replace; ``result`` says that an
+    error code that it returns is what was asked for, not a failure.
+    """
 
     name: str
     library: str
@@ -222,6 +226,7 @@ class Function:
     page: str
     variants: tuple[Variant, ...]
     stands_in_for: str | None = None
+    result: bool = False
 
     def select(self, version: int) -> Variant | None:
         """The variant that holds for a version, or None.
@@ -756,7 +761,7 @@ def _read_functions(
 ) -> dict[str, Function]:
     found: dict[str, Function] = {}
     for name, value in read.section(data, "function"):
-        keys = ("library", "returns", "summary", "page", "variant", "stands_in_for")
+        keys = ("library", "returns", "summary", "page", "variant", "stands_in_for", "result")
         table = read.table(value, keys, ("library", "returns", "summary", "page", "variant"))
         if table is None:
             continue
@@ -787,6 +792,7 @@ def _read_functions(
         found[name] = Function(
             name, library, returns, read.text(table, "summary"), page,
             tuple(v for _, v in variants), read.name(table, "stands_in_for") or None,
+            read.flag(table, "result"),
         )  # fmt: skip
     for name, function in found.items():
         if function.stands_in_for and function.stands_in_for not in found:

@@ -1,0 +1,217 @@
+"""Python values to C arguments and back, as the registry's types say.
+
+Structs are laid out by the C rules of x86-64 and AArch64 Linux, where a type is aligned to its
+size. The sizes that come out are checked against the registry's own figures and the compiler's.
+"""
+
+from __future__ import annotations
+
+import struct as _struct
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .registry import CType, Registry, Struct
+
+_FORMATS = {
+    "char": "b",
+    "signed char": "b",
+    "unsigned char": "B",
+    "short": "h",
+    "unsigned short": "H",
+    "int": "i",
+    "unsigned int": "I",
+    "long": "q",
+    "unsigned long": "Q",
+    "long long": "q",
+    "unsigned long long": "Q",
+    "size_t": "Q",
+    "float": "f",
+    "double": "d",
+}
+
+
+def address_of(value: Any, where: str) -> int:
+    """Address that a pointer argument stands for.
+
+    Parameters
+    ----------
+    value : int, None, array or tensor
+        None is NULL. An array or a tensor stands for the address of its first element.
+    where : str
+        Name of the argument, for the error.
+
+    Raises
+    ------
+    TypeError
+        If the value is none of these.
+    ValueError
+        If the address is negative or has more than 64 bits.
+    """
+    if value is None:
+        return 0
+    if hasattr(value, "data_ptr"):
+        return int(value.data_ptr())
+    if hasattr(value, "__array_interface__"):
+        return int(value.__array_interface__["data"][0])
+    if hasattr(value, "cuda_stream"):
+        return int(value.cuda_stream)
+    if hasattr(value, "cuda_event"):
+        return int(value.cuda_event)
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(
+            f"{where}={value!r} is no address; give an int, None, an array, a tensor,"
+            " a stream or an event"
+        )
+    address = int(value)
+    if not 0 <= address < 2**64:
+        raise ValueError(f"{where}={address} is no address: it must be in [0, 2**64)")
+    return address
+
+
+def _format(registry: Registry, ctype: CType) -> str | None:
+    """The struct module's code of a type, or None for a struct by value."""
+    ctype = registry.resolve(ctype)
+    if ctype.pointers:
+        return "Q"
+    if ctype.name in registry.enums:
+        return "i"
+    return _FORMATS.get(ctype.base)
+
+
+def layout(registry: Registry, ctype: CType) -> tuple[int, int]:
+    """Size and alignment of a type in bytes."""
+    code = _format(registry, ctype)
+    if code is not None:
+        size = _struct.calcsize("=" + code)
+        return size, size
+    offset, align = 0, 1
+    for _, field_offset, size, field_align in _fields(registry, _struct_of(registry, ctype)):
+        offset, align = field_offset + size, max(align, field_align)
+    return -(-offset // align) * align, align
+
+
+def _struct_of(registry: Registry, ctype: CType) -> Struct:
+    return registry.structs[registry.resolve(ctype).name]
+
+
+def _fields(registry: Registry, struct: Struct) -> list[tuple[int, int, int, int]]:
+    """Index, offset, size and alignment of each field."""
+    found = []
+    offset = 0
+    for index, field in enumerate(struct.fields):
+        size, align = layout(registry, field.type)
+        offset = -(-offset // align) * align
+        total = size * (field.length or 1)
+        found.append((index, offset, total, align))
+        offset += total
+    return found
+
+
+def _number(registry: Registry, ctype: CType, value: Any, where: str) -> int | float:
+    resolved = registry.resolve(ctype)
+    if resolved.pointers:
+        return address_of(value, where)
+    if isinstance(value, str):
+        for enum in registry.enums.values():
+            if value in enum.constants:
+                return enum.constants[value]
+        raise ValueError(f"{where}={value!r} is no constant of the registry; give its number")
+    code = _format(registry, ctype)
+    if code in ("f", "d"):
+        return float(value)
+    if not hasattr(value, "__index__"):
+        raise TypeError(f"{where}={value!r} is no integer, which {ctype} needs")
+    number = int(value)
+    try:
+        _struct.pack("=" + str(code), number)
+    except _struct.error:
+        raise ValueError(f"{where}={number} does not fit into {ctype}") from None
+    return number
+
+
+def pack(registry: Registry, ctype: CType, value: Any, where: str) -> int | float | bytes:
+    """One value of a type, as the generated callers take it.
+
+    Parameters
+    ----------
+    registry : Registry
+    ctype : CType
+    value : object
+        A number; the name of an enum's constant; an address (see `address_of`); for a struct a
+        mapping by field or a sequence in order.
+    where : str
+        Name of the argument, for errors.
+
+    Returns
+    -------
+    int, float or bytes
+        Bytes for a struct.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, the value and what is needed.
+    """
+    if _format(registry, ctype) is not None:
+        return _number(registry, ctype, value, where)
+    struct = _struct_of(registry, ctype)
+    names = [field.name for field in struct.fields]
+    if isinstance(value, Mapping):
+        for key in value:
+            if key not in names:
+                raise ValueError(
+                    f"{where} has no field {key!r}; struct {struct.name} has {', '.join(names)}"
+                )
+        items = [value.get(name, 0) for name in names]
+    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        if len(value) != len(names):
+            raise ValueError(
+                f"{where} has {len(value)} values; struct {struct.name} has"
+                f" {len(names)}: {', '.join(names)}"
+            )
+        items = list(value)
+    else:
+        raise TypeError(
+            f"{where}={value!r} is no struct {struct.name}; give a dict or a tuple of"
+            f" {', '.join(names)}"
+        )
+    raw = bytearray(layout(registry, ctype)[0])
+    for index, offset, size, _ in _fields(registry, struct):
+        field, item = struct.fields[index], items[index]
+        place = f"{where}.{field.name}"
+        if field.length is None:
+            nested = {} if item == 0 and _format(registry, field.type) is None else item
+            raw[offset : offset + size] = _bytes(registry, field.type, nested, place)
+        elif item != 0:
+            if len(item) != field.length:
+                raise ValueError(f"{place} has {len(item)} values; it takes {field.length}")
+            parts = [_bytes(registry, field.type, one, place) for one in item]
+            raw[offset : offset + size] = b"".join(parts)
+    return bytes(raw)
+
+
+def _bytes(registry: Registry, ctype: CType, value: Any, where: str) -> bytes:
+    packed = pack(registry, ctype, value, where)
+    if isinstance(packed, bytes):
+        return packed
+    return _struct.pack("=" + str(_format(registry, ctype)), packed)
+
+
+def unpack(registry: Registry, ctype: CType, raw: bytes | bytearray) -> Any:
+    """A value of a type from its bytes: a number, or a dict for a struct."""
+    code = _format(registry, ctype)
+    if code is not None:
+        return _struct.unpack("=" + code, raw)[0]
+    struct = _struct_of(registry, ctype)
+    found: dict[str, Any] = {}
+    for index, offset, size, _ in _fields(registry, struct):
+        field = struct.fields[index]
+        part = raw[offset : offset + size]
+        if field.length is None:
+            found[field.name] = unpack(registry, field.type, part)
+        else:
+            one = size // field.length
+            found[field.name] = [
+                unpack(registry, field.type, part[at : at + one]) for at in range(0, size, one)
+            ]
+    return found
