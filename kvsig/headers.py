@@ -42,7 +42,7 @@ _NOISE = frozenset({"extern", "static", "inline", "__inline", "__inline__", "__e
                     "_Noreturn", "__restrict", "restrict"})  # fmt: skip
 
 
-class HeaderError(RuntimeError):
+class HeaderError(ValueError):
     """A folder of headers cannot be read, or there is no C compiler."""
 
 
@@ -549,7 +549,6 @@ def _struct(header: Header, struct: Struct, entry: _Entry, registry: Registry) -
         return
     spelled = struct.name if struct.typedef else f"struct {struct.name}"
     entry.registry = f"{spelled}: {struct.size} bytes"
-    body = header.structs.get(tag or "", ())
     yield _Line(
         entry,
         f'_Static_assert(sizeof({spelled}) {"<=" if struct.grows else "=="} {struct.size},'
@@ -562,15 +561,15 @@ def _struct(header: Header, struct: Struct, entry: _Entry, registry: Registry) -
         f'_Static_assert(sizeof(struct kvsig_{struct.name}) == {struct.size}, "kvsig");',
         f"the registry's fields do not make {struct.size} bytes",
     )
-    for item in struct.fields:
-        if struct.grows and item.member.partition(".")[0] not in body:
-            continue
+    # The last field of a struct that grows is room for what other releases append.
+    for item in struct.fields[: -1 if struct.grows else None]:
         place = f"offsetof({spelled}, {item.member})"
         own = f"struct kvsig_{struct.name}"
         yield _Line(
             entry,
             f'_Static_assert({place} == offsetof({own}, {item.name}), "kvsig");',
-            f"field {item.name} is not at offset {{}}, where the header has {item.member}",
+            f"field {item.name} is at another offset in the header, which has {item.member}"
+            " at byte {}",
             place,
         )
         member = f"((({spelled} *)0)->{item.member})"
