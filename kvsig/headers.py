@@ -196,7 +196,7 @@ class Header:
         if not expressions:
             return []
         lines = "".join(f'printf("%lld\\n", (long long)({e}));\n' for e in expressions)
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(prefix="kvsig-") as folder:
             program = f"{folder}/values"
             source = f"{self.source}int main(void) {{\n{lines}return 0; }}\n"
             done = _run(self.include, source, "-o", program)
@@ -457,7 +457,8 @@ class _Line:
     value: str = ""
 
 
-def _next_major(version: int) -> int:
+def next_major(version: int) -> int:
+    """The major after a version: 12080 is followed by 13000."""
     return 1000 * (version // 1000 + 1)
 
 
@@ -476,7 +477,7 @@ def _function(header: Header, function: Function, entry: _Entry) -> Iterator[_Li
         return
     entry.since, entry.registry = variant.since, function.prototype(variant)
     if variant.pinned is not None and not (
-        variant.pinned <= entry.version < _next_major(variant.pinned)
+        variant.pinned <= entry.version < next_major(variant.pinned)
     ):
         entry.status = "pinned"
         return
