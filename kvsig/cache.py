@@ -399,29 +399,31 @@ class PagedKVCache:
             device, host, direction, path, batch=path == "batch" or not refused
         )
         report: Report | None = None
-        for kind, arrays in transfer:
+        for piece in transfer:
             try:
-                if kind == "strided":
-                    done = _core.copy_strided(arrays, handle)
+                if piece[0] == "strided":
+                    done = _core.copy_strided(piece[1], handle)
                 else:
+                    kind, arrays = piece
                     # Where batches are refused, "auto" makes the same loop and says why.
                     plain = path if path != "strided" else "auto"
                     if plain == "auto" and kind == "loop" and not refused:
                         plain = "loop"
                     done = _core.copy_batch(*arrays, handle, plain, transfer.batch_size)
             except _core.CudaError as error:
-                self._explain(error, selection, kind, arrays, direction)
+                self._explain(error, selection, piece, direction)
                 raise
             report = done if report is None else report + done
         return Report() if report is None else report
 
     def _explain(
-        self, error: _core.CudaError, selection: _Selection, kind: str, arrays: Any, direction: str
+        self, error: _core.CudaError, selection: _Selection, piece: tuple[str, Any], direction: str
     ) -> None:
         """Add to an error of CUDA which page of which tensor it is about."""
         if error.index is None:
             return
         load = direction == "load"
+        kind, arrays = piece
         if kind == "strided":
             address = arrays[error.index, 0 if load else 2]
         else:
