@@ -1,0 +1,1311 @@
+# cython: language_level=3, initializedcheck=False
+"""Finds the CUDA runtime that is really loaded, binds functions to prototypes, and calls them.
+
+Knows no tensors and no pages. Every CUDA prototype comes from ``signatures.toml`` through the
+generated text that is included below.
+"""
+
+import difflib
+import importlib.util
+import os
+import re
+import sys
+import threading
+import warnings
+
+from . import _marshal
+from . import registry as _registry
+from ._errors import BindError, CudaError
+
+from libc.stdint cimport uint64_t
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport strdup
+
+cdef extern from "dlfcn.h" nogil:
+    ctypedef struct Dl_info:
+        const char *dli_fname
+    int RTLD_LAZY, RTLD_NOW, RTLD_LOCAL, RTLD_NOLOAD
+    void *dlopen(const char *name, int flags)
+    void *dlsym(void *handle, const char *symbol)
+    int dladdr(const void *address, Dl_info *info)
+    char *dlerror()
+
+cdef extern from "link.h" nogil:
+    cdef struct dl_phdr_info:
+        const char *dlpi_name
+    int dl_iterate_phdr(int (*callback)(dl_phdr_info *, size_t, void *) noexcept nogil, void *data)
+
+include "_generated.pxi"
+
+__all__ = [
+    "BindError",
+    "CudaError",
+    "Report",
+    "batch_refusal",
+    "bind",
+    "call",
+    "copy_batch",
+    "copy_strided",
+    "info",
+    "is_emulated",
+    "rebind",
+    "runtime_version",
+    "driver_version",
+]
+
+if _registry.digest() != DIGEST:
+    raise ImportError(
+        f"{_registry.PATH} is not the registry that this extension was built from;"
+        " rebuild with: python setup.py build_ext --inplace"
+        " (or, for an installed package: pip install --force-reinstall --no-deps .)"
+    )
+
+# Driver 12.8 is the first that has the batch function, whatever libcudart there is.
+DRIVER_WITH_BATCH = 12080
+LIBCUDART = re.compile(r"libcudart(-[0-9a-f]{8,})?\.so[.\d]*")
+TORCH_CUDA = ("libc10_cuda.so", "libtorch_cuda.so")
+
+DEF_BATCH = 256
+
+cdef enum:
+    ROUTE_NONE = 0
+    ROUTE_RUNTIME = 1
+    ROUTE_DRIVER = 2
+    STACK_COPIES = 1024
+    MAX_LOADED = 4096
+
+
+# --- Loaded libraries -------------------------------------------------------------------------
+
+
+cdef struct Loaded:
+    size_t count
+    char *names[MAX_LOADED]
+
+
+cdef int _collect(dl_phdr_info *entry, size_t size, void *data) noexcept nogil:
+    cdef Loaded *loaded = <Loaded *>data
+    if entry.dlpi_name != NULL and entry.dlpi_name[0] != 0 and loaded.count < MAX_LOADED:
+        loaded.names[loaded.count] = strdup(entry.dlpi_name)
+        loaded.count += 1
+    return 0
+
+
+def loaded_libraries():
+    """Paths of all shared libraries of this process, global and local, in order of loading."""
+    cdef Loaded *loaded = <Loaded *>calloc(1, sizeof(Loaded))
+    cdef size_t i
+    if loaded == NULL:
+        raise MemoryError("no memory for the list of loaded libraries")
+    try:
+        dl_iterate_phdr(_collect, loaded)
+        return [os.fsdecode(loaded.names[i]) for i in range(loaded.count)]
+    finally:
+        for i in range(loaded.count):
+            free(loaded.names[i])
+        free(loaded)
+
+
+def loaded_cudarts():
+    """Paths of all libcudarts of this process, each file once."""
+    found = {}
+    for path in loaded_libraries():
+        if LIBCUDART.fullmatch(os.path.basename(path)):
+            found.setdefault(os.path.realpath(path), path)
+    return list(found.values())
+
+
+cdef str _file_of(void *address):
+    cdef Dl_info place
+    if address == NULL or dladdr(address, &place) == 0 or place.dli_fname == NULL:
+        return ""
+    return os.fsdecode(place.dli_fname)
+
+
+cdef size_t _open(str path, int flags):
+    """Handle of a library, or 0; dlerror says why."""
+    cdef bytes name = os.fsencode(path)
+    return <size_t>dlopen(name, flags)
+
+
+cdef str _dl_error():
+    cdef char *text = dlerror()
+    return "" if text == NULL else os.fsdecode(text)
+
+
+cdef size_t _symbol(size_t handle, str name):
+    cdef bytes symbol = name.encode()
+    return <size_t>dlsym(<void *>handle, symbol)
+
+
+def address_file(size_t address):
+    """Path of the library that an address lies in, by dladdr; empty where there is none."""
+    return _file_of(<void *>address)
+
+
+# --- Finding the runtime ----------------------------------------------------------------------
+
+
+def _torchs_cudart(paths):
+    """The libcudart that torch's own libraries are bound to, where torch with CUDA is loaded."""
+    for wanted in TORCH_CUDA:
+        for path in paths:
+            if os.path.basename(path) == wanted:
+                handle = _open(path, RTLD_LAZY | RTLD_NOLOAD)
+                address = _symbol(handle, "cudaRuntimeGetVersion") if handle else 0
+                if address and LIBCUDART.fullmatch(os.path.basename(address_file(address))):
+                    return address_file(address)
+    return None
+
+
+def _installed_cudart():
+    """The libcudart that the installed torch would load, and what was looked for."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        return None, "torch is not installed"
+    root = spec.submodule_search_locations[0]
+    try:
+        with open(os.path.join(root, "version.py"), encoding="utf-8") as file:
+            match = re.search(r"^cuda\b[^=]*=\s*['\"](\d+)\.(\d+)", file.read(), re.M)
+    except OSError as error:
+        return None, f"the installed torch has no readable version.py ({error})"
+    if match is None:
+        return None, "the installed torch is built without CUDA"
+    major = match[1]
+    soname = "libcudart.so.11.0" if major == "11" else f"libcudart.so.{major}"
+    folders = [os.path.join(root, "lib")]
+    for site in {os.path.dirname(root), *sys.path}:
+        folders.append(os.path.join(site, "nvidia", f"cu{major}", "lib"))
+        folders.append(os.path.join(site, "nvidia", "cuda_runtime", "lib"))
+    for folder in folders:
+        if os.path.exists(os.path.join(folder, soname)):
+            return os.path.join(folder, soname), ""
+        if folder == folders[0] and os.path.isdir(folder):
+            for name in sorted(os.listdir(folder)):
+                if LIBCUDART.fullmatch(name):
+                    return os.path.join(folder, name), ""
+    handle = _open(soname, RTLD_NOW | RTLD_LOCAL)
+    if handle:
+        return address_file(_symbol(handle, "cudaRuntimeGetVersion")), ""
+    return None, f"the installed torch wants {soname}, which was not found"
+
+
+def _find(spec):
+    """Path of the runtime, how it was found, and its version to emulate, if any."""
+    if spec:
+        if spec.startswith("emulated:"):
+            from . import emulated
+
+            text, _, driver = spec.partition(":")[2].partition("/")
+            try:
+                version = _registry.parse_version(text)
+                newest = _registry.parse_version(driver) if driver else version
+                path = emulated.resolve(text)
+            except ValueError as error:
+                raise BindError(f"KVSIG_CUDART={spec!r}: {error}") from None
+            return os.fspath(path), f"KVSIG_CUDART={spec}", (version, newest)
+        if not os.path.exists(spec) and os.sep in spec:
+            raise BindError(
+                f"KVSIG_CUDART={spec!r}: there is no such file; give the path of a libcudart,"
+                " or emulated:VERSION, such as emulated:12.9"
+            )
+        return spec, f"KVSIG_CUDART={spec}", None
+    paths = loaded_libraries()
+    path = _torchs_cudart(paths)
+    if path:
+        return path, "loaded in this process, by torch", None
+    loaded = loaded_cudarts()
+    if loaded:
+        return loaded[0], "loaded in this process", None
+    path, why = _installed_cudart()
+    if path:
+        return path, "the installed torch would load it", None
+    raise BindError(
+        f"no CUDA runtime: no libcudart is loaded in this process, and {why}."
+        " Install torch with CUDA, import what loads libcudart first, or set KVSIG_CUDART to the"
+        " path of a libcudart or to emulated:VERSION, such as emulated:12.9"
+    )
+
+
+# --- Binding ----------------------------------------------------------------------------------
+
+
+class _Row:
+    """What one function of the registry is bound to, and why."""
+
+    __slots__ = ("address", "function", "status", "variant", "why")
+
+    def __init__(self, function, status, why, variant=None, address=0):
+        self.function, self.status, self.why = function, status, why
+        self.variant, self.address = variant, address
+
+    def as_dict(self):
+        return {
+            "name": self.function.name,
+            "library": self.function.library,
+            "symbol": self.variant.symbol if self.variant else self.function.name,
+            "variant": self.variant.label if self.variant else None,
+            "pinned": (
+                _registry.format_version(self.variant.pinned)
+                if self.variant and self.variant.pinned
+                else None
+            ),
+            "address": self.address or None,
+            "status": self.status,
+            "why": self.why,
+        }
+
+
+class _Bound:
+    """The runtime that is bound: one for a process, until `rebind`."""
+
+    def __init__(self):
+        self.registry = _registry.load()
+        self.path = ""
+        self.found = ""
+        self.emulated = False
+        self.runtime = 0
+        self.driver = 0
+        self.handles = {}
+        self.files = {}
+        self.versions = {}
+        self.rows = {}
+        self.warnings = []
+        self.route = ROUTE_NONE
+        self.wanted_route = "auto"
+        self.why_not = ""
+        self.why = ""
+        self.remembered = None
+
+
+cdef object _lock = threading.RLock()
+cdef object _bound = None
+cdef bint _ready = False
+cdef int _route = ROUTE_NONE
+cdef object _spec = None
+cdef bint _spec_given = False
+
+
+cdef _fill(object row):
+    """Put a row into the slots that the generated callers read."""
+    cdef int slot = FUNCTIONS.index(row.function.name)
+    cdef size_t address = row.address
+    slots[slot].address = <void *>address
+    slots[slot].variant = row.function.variants.index(row.variant) if address else UNBOUND
+
+
+def _select(bound, function):
+    """The row of a function: its variant by its own library's version, its address from there."""
+    name, library = function.name, function.library
+    handle, version = bound.handles.get(library, 0), bound.versions.get(library, 0)
+    file = bound.files.get(library, "")
+    if not handle:
+        return _Row(function, "no library", f"{bound.registry.libraries[library].soname} is not there")
+    variant = function.select(version)
+    if version <= 0:
+        # The version query failed: only what is the same in every release may be called.
+        variant = next((v for v in function.variants if v.open and not v.pinned), None)
+        if variant is None:
+            return _Row(function, "version unknown", f"{file} does not tell its version")
+    shown = _registry.format_version(version)
+    if variant is None:
+        first, last = function.variants[0], function.variants[-1]
+        if version < first.since:
+            return _Row(
+                function, "absent", f"{shown} is older than {_registry.format_version(first.since)}"
+            )
+        if last.before is not None and version >= last.before:
+            return _Row(
+                function, "too new",
+                f"{shown} is newer than every range; the last is {last.label}",
+            )
+        return _Row(function, "absent", f"no range covers {shown}")
+    if variant.pinned:
+        address = _pinned_address(bound, variant)
+        where = "asked of the library's lookup"
+    else:
+        address, where = _symbol(handle, variant.symbol), "exported"
+        if address and os.path.realpath(address_file(address)) != os.path.realpath(file):
+            # dlsym also looks at what a library depends on: another libcudart, maybe.
+            return _Row(
+                function, "missing",
+                f"{variant.symbol} of {shown} comes from {address_file(address)}, not from {file}",
+                variant,
+            )
+    if not address:
+        return _Row(
+            function, "missing",
+            f"{file} is {shown}, in the range {variant.label}, but does not have {variant.symbol}",
+            variant,
+        )
+    return _Row(function, "bound", f"{where}; {shown} is in the range", variant, address)
+
+
+def _pinned_address(bound, variant):
+    """Address of a function at its pinned version, by the driver's own lookup; 0 if none."""
+    cdef void *address = NULL
+    cdef int status = 0
+    cdef bytes symbol = variant.symbol.encode()
+    if slots[SLOT_cuGetProcAddress].variant < 0:
+        return 0
+    cdef int code = cuGetProcAddress(
+        symbol=symbol, pfn=&address, cudaVersion=variant.pinned, symbolStatus=<int *>&status
+    )
+    if code != CUDA_SUCCESS or status != CU_GET_PROC_ADDRESS_SUCCESS:
+        return 0
+    return <size_t>address
+
+
+def _open_runtime(bound, spec):
+    """Find libcudart and open it; set the emulated version where one is asked for."""
+    cdef size_t setter, handle
+    path, bound.found, emulate = _find(spec)
+    handle = _open(path, RTLD_NOW | RTLD_LOCAL)
+    if not handle:
+        raise BindError(f"{path} cannot be loaded ({bound.found}): {_dl_error()}")
+    setter = _symbol(handle, "kvsig_emulated_set_version")
+    bound.emulated = setter != 0
+    if emulate is not None:
+        if not setter:
+            raise BindError(f"{path} is no emulated runtime; rebuild kvsig")
+        (<void (*)(int, int) noexcept nogil>setter)(emulate[0], emulate[1])
+    address = _symbol(handle, "cudaRuntimeGetVersion")
+    bound.path = address_file(address) if address else path
+    bound.handles["cudart"] = handle
+    bound.files["cudart"] = bound.path
+
+
+def _bind_versions(bound):
+    """Bind what tells versions, and ask it."""
+    cdef int version = 0
+    rows = bound.rows
+    for library, name in (("cudart", "cudaRuntimeGetVersion"), ("cuda", "cuDriverGetVersion")):
+        function = bound.registry.functions[name]
+        row = _select(bound, function)
+        rows[name] = row
+        _fill(row)
+        version = 0
+        if row.address:
+            code = (
+                cudaRuntimeGetVersion(runtimeVersion=&version)
+                if library == "cudart"
+                else cuDriverGetVersion(driverVersion=&version)
+            )
+            if code != 0 or version < 0:
+                version = 0
+        bound.versions[library] = version
+
+
+def _driver_version(bound):
+    """The driver's version by libcudart, or else by libcuda itself; 0 where there is none."""
+    cdef int version = 0
+    row = bound.rows["cudaDriverGetVersion"]
+    if row.address and cudaDriverGetVersion(driverVersion=&version) == 0 and version > 0:
+        return version
+    if slots[SLOT_cudaGetLastError].variant >= 0:
+        cudaGetLastError()
+    return bound.versions["cuda"]
+
+
+def _choose_route(bound):
+    """Which entry point batches go to, and if none, why."""
+    runtime = bound.rows["cudaMemcpyBatchAsync"]
+    driver = bound.rows["cuMemcpyBatchAsync"]
+    wanted = bound.wanted_route
+    shown = _registry.format_version(bound.runtime)
+    if bound.driver < DRIVER_WITH_BATCH:
+        seen = _registry.format_version(bound.driver) if bound.driver else "missing"
+        bound.why_not = f"the driver is {seen}, and batches need 12.8"
+        return ROUTE_NONE
+    if runtime.address and wanted != "driver":
+        bound.why = f"cudaMemcpyBatchAsync of {shown}, prototype of {runtime.variant.label}"
+        return ROUTE_RUNTIME
+    takes_over = wanted == "driver" or runtime.status in ("absent", "no library", "version unknown")
+    if driver.address and takes_over and wanted != "runtime":
+        bound.why = (
+            f"cuMemcpyBatchAsync of the driver, pinned at"
+            f" {_registry.format_version(driver.variant.pinned)}"
+            + ("" if wanted == "driver" else f": libcudart {shown} has no batch function")
+        )
+        return ROUTE_DRIVER
+    if wanted == "driver":
+        bound.why_not = f"KVSIG_ROUTE=driver, and cuMemcpyBatchAsync is not bound: {driver.why}"
+    elif runtime.status == "too new":
+        bound.why_not = f"libcudart {runtime.why}"
+    elif runtime.status == "absent":
+        bound.why_not = f"libcudart {shown} has no cudaMemcpyBatchAsync"
+    else:
+        bound.why_not = f"cudaMemcpyBatchAsync is not bound: {runtime.why}"
+    return ROUTE_NONE
+
+
+def _warn(bound):
+    """Say once what a person should know about this process."""
+    row = bound.rows["cudaMemcpyBatchAsync"]
+    if row.status == "too new":
+        shown = _registry.format_version(bound.runtime)
+        bound.warnings.append(
+            f"libcudart {shown} ({bound.path}) is newer than every prototype of"
+            " cudaMemcpyBatchAsync that kvsig knows, so pages are copied one by one. Add a"
+            f' [[function.cudaMemcpyBatchAsync.variant]] with since = "{shown}" to'
+            f" {_registry.PATH} and rebuild"
+        )
+    others = [p for p in loaded_cudarts() if os.path.realpath(p) != os.path.realpath(bound.path)]
+    if others and not bound.emulated:
+        bound.warnings.append(
+            f"more than one libcudart is loaded: kvsig uses {bound.path}, and beside it there is"
+            f" {', '.join(others)}. Version and functions come from the first alone"
+        )
+    for text in bound.warnings:
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+def bind():
+    """Find the CUDA runtime and bind every function of the registry to it.
+
+    Called by everything that needs it; once, also with many threads starting at the same time.
+
+    Raises
+    ------
+    BindError
+        If there is no CUDA runtime, or ``KVSIG_CUDART`` or ``KVSIG_ROUTE`` is wrong.
+    """
+    global _bound, _ready, _route
+    with _lock:
+        if _ready:
+            return
+        bound = _Bound()
+        spec = _spec if _spec_given else os.environ.get("KVSIG_CUDART", "")
+        bound.wanted_route = os.environ.get("KVSIG_ROUTE", "") or "auto"
+        if bound.wanted_route not in ("auto", "runtime", "driver"):
+            raise BindError(
+                f"KVSIG_ROUTE={bound.wanted_route!r}: use auto, runtime or driver"
+            )
+        for slot in range(len(FUNCTIONS)):
+            slots[slot].variant = UNBOUND
+        try:
+            _open_runtime(bound, spec)
+        except BindError as error:
+            # Without libcudart the driver's own entry point still moves pages.
+            if spec or bound.wanted_route == "runtime":
+                raise
+            bound.found = str(error)
+        if bound.emulated:
+            bound.handles["cuda"] = bound.handles["cudart"]
+            bound.files["cuda"] = bound.path
+        elif bound.wanted_route != "runtime":
+            soname = bound.registry.libraries["cuda"].soname
+            handle = _open(soname, RTLD_NOW | RTLD_LOCAL)
+            if handle:
+                bound.handles["cuda"] = handle
+                bound.files["cuda"] = address_file(_symbol(handle, "cuDriverGetVersion"))
+        if not bound.handles:
+            raise BindError(bound.found)
+        _bind_versions(bound)
+        # What others are looked up with comes before what is looked up.
+        ordered = sorted(
+            bound.registry.functions.values(), key=lambda f: any(v.pinned for v in f.variants)
+        )
+        for function in ordered:
+            if function.name not in bound.rows:
+                row = _select(bound, function)
+                bound.rows[function.name] = row
+                _fill(row)
+        bound.runtime = bound.versions["cudart"]
+        bound.driver = _driver_version(bound)
+        bound.route = _choose_route(bound)
+        _bound = bound
+        _route = bound.route
+        _ready = True
+        _warn(bound)
+
+
+def rebind(spec=None):
+    """Forget the runtime that is bound, and take another at the next use.
+
+    For tests and the demo: nothing may be in flight in another thread.
+
+    Parameters
+    ----------
+    spec : str, optional
+        As ``KVSIG_CUDART``: a path or ``emulated:VERSION``; None goes by the environment.
+    """
+    global _bound, _ready, _spec, _spec_given, _route
+    with _lock:
+        _drop_forks()
+        _ready = False
+        _bound = None
+        _route = ROUTE_NONE
+        _spec, _spec_given = spec, spec is not None
+
+
+cdef inline _ensure():
+    if not _ready:
+        bind()
+
+
+def is_emulated():
+    """Whether the runtime is an emulated one: device memory is host memory there."""
+    _ensure()
+    return _bound.emulated
+
+
+def runtime_version():
+    """Version of the runtime, as CUDA counts: 12080 is 12.8; 0 where it is not known."""
+    _ensure()
+    return _bound.runtime
+
+
+def driver_version():
+    """CUDA version that the driver serves; 0 where there is no driver."""
+    _ensure()
+    return _bound.driver
+
+
+def info():
+    """What kvsig is bound to, and why, as plain values that JSON can hold.
+
+    Returns
+    -------
+    dict
+        ``library`` (path), ``found`` (how), ``emulated``, ``runtime_version``,
+        ``driver_version``, ``route``, ``batch`` (``path`` that copies take on an ordinary
+        stream, and ``why``), ``functions`` (a list: name, library, symbol, variant, pinned,
+        address, status, why), ``libraries`` (every libcudart of the process), ``warnings``.
+    """
+    _ensure()
+    bound = _bound
+    refusal = _permanent_refusal()
+    return {
+        "library": bound.path or None,
+        "found": bound.found,
+        "emulated": bound.emulated,
+        "runtime_version": bound.runtime,
+        "driver_version": bound.driver,
+        "driver_library": bound.files.get("cuda") or None,
+        "route": ("none", "runtime", "driver")[bound.route],
+        "batch": {
+            "path": "loop" if refusal else "batch",
+            "why": refusal or bound.why,
+        },
+        "functions": [bound.rows[name].as_dict() for name in bound.registry.functions],
+        "libraries": loaded_cudarts(),
+        "warnings": list(bound.warnings),
+    }
+
+
+# --- Errors -----------------------------------------------------------------------------------
+
+
+cdef str _text_of(const char *text):
+    return "" if text == NULL else text.decode("utf-8", "replace")
+
+
+def _error(int code, name, index=None):
+    """The exception for an error code, with the thread's last error cleared."""
+    cdef str label = "", text = ""
+    if slots[SLOT_cudaGetLastError].variant >= 0:
+        cudaGetLastError()
+    if slots[SLOT_cudaGetErrorName].variant >= 0:
+        label = _text_of(cudaGetErrorName(error=code))
+    if slots[SLOT_cudaGetErrorString].variant >= 0:
+        text = _text_of(cudaGetErrorString(error=code))
+    row = _bound.rows[name]
+    variant = row.variant.label if row.variant else "none"
+    library = _bound.files.get(row.function.library, "")
+    return CudaError(code, label or "unknown", text or "no text", name, variant, library, index)
+
+
+cdef void _clear() noexcept nogil:
+    """Clear the thread's last error, which torch's next check would raise."""
+    cudaGetLastError()
+
+
+# --- Copies -----------------------------------------------------------------------------------
+
+
+cdef class Report:
+    """What a transfer did.
+
+    Attributes
+    ----------
+    path : str
+        ``"batch"``, ``"strided"``, ``"loop"``, several joined by ``"+"``, or ``"none"`` where
+        there was nothing to do.
+    reason : str or None
+        Why pages were copied one by one although batches were allowed.
+    copies : int
+        Copies made.
+    calls : int
+        CUDA calls that made them.
+    bytes : int
+        Bytes moved.
+    """
+
+    cdef readonly str path
+    cdef readonly object reason
+    cdef readonly size_t copies
+    cdef readonly size_t calls
+    cdef readonly uint64_t bytes
+
+    def __init__(self, str path="none", reason=None, copies=0, calls=0, bytes=0):
+        self.path, self.reason = path, reason
+        self.copies, self.calls, self.bytes = copies, calls, bytes
+
+    def __repr__(self):
+        reason = f", reason={self.reason!r}" if self.reason else ""
+        return (
+            f"Report(path={self.path!r}, copies={self.copies}, calls={self.calls},"
+            f" bytes={self.bytes}{reason})"
+        )
+
+    def __eq__(self, other):
+        if not isinstance(other, Report):
+            return NotImplemented
+        return self.__reduce__() == other.__reduce__()
+
+    def __hash__(self):
+        return hash(self.__reduce__())
+
+    def __reduce__(self):
+        return Report, (self.path, self.reason, self.copies, self.calls, self.bytes)
+
+    def __add__(self, other):
+        if not isinstance(other, Report):
+            return NotImplemented
+        if self.path == "none":
+            return other
+        if other.path == "none":
+            return self
+        paths = self.path.split("+")
+        paths += [path for path in other.path.split("+") if path not in paths]
+        return Report(
+            "+".join(paths),
+            self.reason or other.reason,
+            self.copies + other.copies,
+            self.calls + other.calls,
+            self.bytes + other.bytes,
+        )
+
+
+def _permanent_refusal():
+    """Why no stream of this process can take batches, or None."""
+    if _bound.remembered:
+        return _bound.remembered
+    if _route == ROUTE_NONE:
+        return _bound.why_not
+    return None
+
+
+cdef object _stream_refusal(uint64_t stream):
+    """Why this stream cannot take batches now, or None."""
+    cdef int status = 0
+    cdef int code
+    if stream <= 1:
+        return "the stream is the legacy default stream, which batches refuse"
+    if slots[SLOT_cudaStreamIsCapturing].variant >= 0:
+        code = cudaStreamIsCapturing(stream=<void *>stream, pCaptureStatus=<int *>&status)
+        if code != 0:
+            _clear()
+        elif status != cudaStreamCaptureStatusNone:
+            return "the stream is being captured, which batches refuse"
+    return None
+
+
+def batch_refusal(uint64_t stream):
+    """Why the batch path cannot be used on a stream now.
+
+    Parameters
+    ----------
+    stream : int
+        Handle.
+
+    Returns
+    -------
+    str or None
+        None if it can. The legacy default stream is no reason: batches are forked to a stream
+        of kvsig's own there.
+    """
+    _ensure()
+    return _permanent_refusal() or (None if stream <= 1 else _stream_refusal(stream))
+
+
+cdef struct Progress:
+    size_t done       # copies that were submitted
+    size_t failed     # index of the copy that was refused, or SIZE_MAX
+    size_t calls
+    uint64_t bytes
+
+
+cdef int _call_batch(
+    int route, const uint64_t *dsts, const uint64_t *srcs, size_t *sizes, size_t count,
+    size_t *zeros, size_t *fail, void *stream,
+) noexcept nogil:
+    cdef cudaMemcpyAttributes attributes
+    cdef CUmemcpyAttributes pinned
+    if route == ROUTE_DRIVER:
+        memset(&pinned, 0, sizeof(pinned))
+        pinned.srcAccessOrder = CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
+        return cuMemcpyBatchAsync(
+            dsts=<unsigned long long *>dsts, srcs=<unsigned long long *>srcs, sizes=sizes,
+            count=count, attrs=&pinned, attrsIdxs=zeros, numAttrs=1, failIdx=fail, hStream=stream,
+        )
+    memset(&attributes, 0, sizeof(attributes))
+    attributes.srcAccessOrder = cudaMemcpySrcAccessOrderStream
+    return cudaMemcpyBatchAsync(
+        dsts=<void **>dsts, srcs=<void **>srcs, sizes=sizes, count=count, attrs=&attributes,
+        attrsIdxs=zeros, numAttrs=1, failIdx=fail, stream=stream,
+    )
+
+
+cdef int _run_batch(
+    int route, const uint64_t *dsts, const uint64_t *srcs, const uint64_t *sizes, uint64_t same,
+    size_t count, size_t per_call, void *stream, Progress *progress,
+) noexcept nogil:
+    """Submit copies in calls of per_call; stop at the first error and answer it."""
+    cdef size_t[STACK_COPIES] stack_zeros
+    cdef size_t[STACK_COPIES] stack_same
+    cdef size_t *zeros = stack_zeros
+    cdef size_t *same_sizes = stack_same
+    cdef size_t *part
+    cdef size_t start = 0, amount, fail, i
+    cdef size_t widest = per_call if per_call < count else count
+    cdef int code = 0
+    if widest > STACK_COPIES:
+        zeros = <size_t *>malloc(widest * sizeof(size_t))
+        same_sizes = <size_t *>malloc(widest * sizeof(size_t))
+        if zeros == NULL or same_sizes == NULL:
+            free(zeros)
+            free(same_sizes)
+            return cudaErrorMemoryAllocation
+    memset(zeros, 0, widest * sizeof(size_t))
+    if sizes == NULL:
+        for i in range(widest):
+            same_sizes[i] = same
+    while start < count:
+        amount = count - start
+        if amount > per_call:
+            amount = per_call
+        part = same_sizes if sizes == NULL else <size_t *>(sizes + start)
+        fail = <size_t>-1
+        code = _call_batch(route, dsts + start, srcs + start, part, amount, zeros, &fail, stream)
+        if code != 0:
+            if fail < amount:
+                progress.failed = start + fail
+            break
+        progress.calls += 1
+        if sizes == NULL:
+            progress.bytes += same * amount
+        else:
+            for i in range(amount):
+                progress.bytes += part[i]
+        start += amount
+        progress.done = start
+    if zeros != stack_zeros:
+        free(zeros)
+        free(same_sizes)
+    return code
+
+
+cdef int _run_loop(
+    const uint64_t *dsts, const uint64_t *srcs, const uint64_t *sizes, uint64_t same,
+    size_t count, void *stream, Progress *progress,
+) noexcept nogil:
+    """The page-copy loop: one cudaMemcpyAsync for each copy."""
+    cdef size_t i
+    cdef size_t size
+    cdef int code
+    for i in range(progress.done, count):
+        size = same if sizes == NULL else sizes[i]
+        code = cudaMemcpyAsync(
+            dst=<void *>dsts[i], src=<const void *>srcs[i], count=size, stream=stream
+        )
+        if code != 0:
+            progress.failed = i
+            return code
+        progress.calls += 1
+        progress.bytes += size
+        progress.done = i + 1
+    return 0
+
+
+cdef size_t _first_bad(
+    const uint64_t *dsts, const uint64_t *srcs, const uint64_t *sizes, size_t count
+) noexcept nogil:
+    cdef size_t i
+    for i in range(count):
+        if dsts[i] == 0 or srcs[i] == 0 or (sizes != NULL and sizes[i] == 0):
+            return i
+    return count
+
+
+# Batches from the legacy default stream run on a stream of kvsig's own, one for each device,
+# tied to it by two events. Sharing the events between threads only makes a wait cover more.
+cdef class _Fork:
+    cdef uint64_t stream, before, after
+
+    def __init__(self):
+        cdef void *handle = NULL
+        cdef int code = cudaStreamCreateWithFlags(pStream=&handle, flags=1)
+        if code != 0:
+            raise _error(code, "cudaStreamCreateWithFlags")
+        self.stream = <uint64_t>handle
+        code = cudaEventCreateWithFlags(event=&handle, flags=2)
+        if code != 0:
+            raise _error(code, "cudaEventCreateWithFlags")
+        self.before = <uint64_t>handle
+        code = cudaEventCreateWithFlags(event=&handle, flags=2)
+        if code != 0:
+            raise _error(code, "cudaEventCreateWithFlags")
+        self.after = <uint64_t>handle
+
+
+cdef dict _forks = {}
+
+
+cdef _drop_forks():
+    """Destroy the streams and events of the runtime that is bound."""
+    cdef _Fork fork
+    for fork in _forks.values():
+        cudaStreamSynchronize(stream=<void *>fork.stream)
+        cudaEventDestroy(event=<void *>fork.before)
+        cudaEventDestroy(event=<void *>fork.after)
+        cudaStreamDestroy(stream=<void *>fork.stream)
+    _forks.clear()
+
+
+cdef _Fork _fork_of_device():
+    cdef int device = 0
+    cdef int code
+    cdef _Fork fork
+    code = cudaGetDevice(device=&device)
+    if code != 0:
+        raise _error(code, "cudaGetDevice")
+    found = _forks.get(device)
+    if found is None:
+        with _lock:
+            found = _forks.get(device)
+            if found is None:
+                found = _Fork()
+                _forks[device] = found
+    fork = found
+    return fork
+
+
+cdef int _tie(uint64_t first, uint64_t then, uint64_t event) noexcept nogil:
+    """Make stream `then` wait for what is in stream `first` now."""
+    cdef int code = cudaEventRecord(event=<void *>event, stream=<void *>first)
+    if code != 0:
+        return code
+    return cudaStreamWaitEvent(stream=<void *>then, event=<void *>event)
+
+
+cdef _check_path(path):
+    if path not in ("auto", "batch", "loop"):
+        raise ValueError(f"path={path!r}: use 'auto', 'batch' or 'loop'")
+
+
+cdef object _missing_batch():
+    """The error for a batch function that should be there, or None."""
+    if _route == ROUTE_NONE:
+        row = _bound.rows["cudaMemcpyBatchAsync"]
+        if row.status == "missing" and _bound.wanted_route != "driver":
+            return BindError(
+                f"cudaMemcpyBatchAsync is missing: {row.why}. The library is damaged or is not"
+                " what it says; set KVSIG_CUDART to a good one, or use path='loop'"
+            )
+    return None
+
+
+def copy_batch(
+    const uint64_t[::1] dsts not None,
+    const uint64_t[::1] srcs not None,
+    sizes,
+    uint64_t stream,
+    str path="auto",
+    size_t batch_size=DEF_BATCH,
+):
+    """Submit copies to a stream.
+
+    Parameters
+    ----------
+    dsts, srcs : ndarray of uint64, shape (n,)
+        Addresses, contiguous.
+    sizes : ndarray of uint64, shape (n,), or int
+        Bytes of each copy, or of every one.
+    stream : int
+        Handle of the stream. On the legacy default stream, batches are forked to a stream of
+        kvsig's own and joined back.
+    path : {"auto", "batch", "loop"}
+        ``"auto"`` uses batches where they can be used, else one copy at a time.
+    batch_size : int
+        Copies in one call of the batch function, at most.
+
+    Returns
+    -------
+    Report
+
+    Raises
+    ------
+    BindError
+        If ``path="batch"`` and batches cannot be used; the message says why.
+    CudaError
+        If CUDA refuses a copy. Copies before it may have been made.
+    ValueError
+        If lengths differ, or an address or a size is 0. Nothing has been copied.
+    """
+    cdef size_t count = dsts.shape[0]
+    cdef const uint64_t[::1] given
+    cdef const uint64_t *size_list = NULL
+    cdef uint64_t same = 0
+    cdef uint64_t target = stream
+    cdef Progress progress
+    cdef int code = 0
+    cdef size_t bad
+    cdef _Fork fork = None
+    cdef int route
+    cdef const uint64_t *d
+    cdef const uint64_t *s
+    if <size_t>srcs.shape[0] != count:
+        raise ValueError(f"{count} destinations, but {srcs.shape[0]} sources; give one for each")
+    if isinstance(sizes, int):
+        if sizes <= 0:
+            raise ValueError(f"size {sizes} is no number of bytes to copy; it must be above 0")
+        same = sizes
+    else:
+        given = sizes
+        if <size_t>given.shape[0] != count:
+            raise ValueError(f"{count} destinations, but {given.shape[0]} sizes; give one for each")
+        if count:
+            size_list = &given[0]
+    _check_path(path)
+    if batch_size == 0:
+        raise ValueError("batch_size 0 copies nothing; it must be above 0")
+    _ensure()
+    if count == 0:
+        return Report()
+    d, s = &dsts[0], &srcs[0]
+    bad = _first_bad(d, s, size_list, count)
+    if bad < count:
+        raise ValueError(
+            f"copy {bad} is not possible: dst={d[bad]:#x}, src={s[bad]:#x},"
+            f" size={same if size_list == NULL else size_list[bad]};"
+            " addresses and sizes must not be 0"
+        )
+    progress.done, progress.failed = 0, <size_t>-1
+    progress.calls, progress.bytes = 0, 0
+    route = _route
+    reason = None
+    if path != "loop":
+        missing = _missing_batch()
+        if missing is not None:
+            raise missing
+        reason = _permanent_refusal()
+        if reason is None and stream <= 1:
+            fork, reason = _try_fork()
+        elif reason is None:
+            reason = _stream_refusal(stream)
+        if reason is None:
+            if fork is not None:
+                target = fork.stream
+                code = _tie(stream, target, fork.before)
+                if code != 0:
+                    raise _error(code, "cudaEventRecord")
+            with nogil:
+                code = _run_batch(
+                    route, d, s, size_list, same, count, batch_size, <void *>target, &progress
+                )
+            if fork is not None:
+                # Also after a failure: what was submitted stays in the caller's order.
+                joined = _tie(target, stream, fork.after)
+                if joined != 0:
+                    raise _error(joined, "cudaEventRecord")
+            if code == 0:
+                return Report("batch", None, count, progress.calls, progress.bytes)
+            reason = _after_failure(code, route)
+            if reason is None:
+                name = "cuMemcpyBatchAsync" if route == ROUTE_DRIVER else "cudaMemcpyBatchAsync"
+                _clear()
+                index = _failed_copy(
+                    d, s, size_list, same, count, batch_size, target, route, &progress
+                )
+                raise _error(code, name, index)
+        if path == "batch":
+            raise BindError(f"path='batch' is not possible: {reason}. Use path='auto' or 'loop'")
+    if slots[SLOT_cudaMemcpyAsync].variant < 0:
+        raise BindError(f"no page copies: {_bound.rows['cudaMemcpyAsync'].why}")
+    with nogil:
+        code = _run_loop(d, s, size_list, same, count, <void *>stream, &progress)
+    if code != 0:
+        raise _error(code, "cudaMemcpyAsync", progress.failed)
+    return Report("loop", reason, count, progress.calls, progress.bytes)
+
+
+def _try_fork():
+    """A stream for what the legacy default stream refuses, or the reason why there is none."""
+    needed = (
+        "cudaGetDevice", "cudaStreamCreateWithFlags", "cudaEventCreateWithFlags",
+        "cudaEventRecord", "cudaStreamWaitEvent",
+    )
+    for name in needed:
+        if not _bound.rows[name].address:
+            return None, f"{_stream_refusal(0)}, and {name} is not bound for a way around"
+    try:
+        return _fork_of_device(), None
+    except CudaError as error:
+        return None, f"{_stream_refusal(0)}, and there is no way around: {error}"
+
+
+def _after_failure(int code, int route):
+    """The reason to fall back after an error of the batch function, or None to raise it."""
+    function = "cuMemcpyBatchAsync" if route == ROUTE_DRIVER else "cudaMemcpyBatchAsync"
+    if code == cudaErrorNotSupported or code == cudaErrorCallRequiresNewerDriver:
+        _clear()
+        # It will answer so again: remember it.
+        _bound.remembered = f"{function} answered {code} ({_name(code)})"
+        return _bound.remembered
+    if code == cudaErrorStreamCaptureUnsupported:
+        _clear()
+        return f"{function} answered {code} ({_name(code)}): the stream is being captured"
+    return None
+
+
+def _name(int code):
+    if slots[SLOT_cudaGetErrorName].variant < 0:
+        return "unknown"
+    return _text_of(cudaGetErrorName(error=code))
+
+
+cdef object _failed_copy(
+    const uint64_t *d, const uint64_t *s, const uint64_t *sizes, uint64_t same, size_t count,
+    size_t per_call, uint64_t stream, int route, Progress *progress,
+):
+    """Number of the copy that a batch was refused for, or None.
+
+    CUDA 13 does not say. The driver's own form still does, so the call that failed is made again
+    through it: its copies are the same ones, in the same place of the stream.
+    """
+    cdef Progress again
+    cdef const uint64_t *part = NULL
+    cdef size_t start = progress.done
+    cdef size_t amount = min(count - start, per_call)
+    cdef int code
+    if progress.failed != <size_t>-1:
+        return progress.failed
+    if route == ROUTE_DRIVER or slots[SLOT_cuMemcpyBatchAsync].variant < 0:
+        return None
+    if sizes != NULL:
+        part = sizes + start
+    again.done, again.failed, again.calls, again.bytes = 0, <size_t>-1, 0, 0
+    with nogil:
+        code = _run_batch(
+            ROUTE_DRIVER, d + start, s + start, part, same,
+            amount, amount, <void *>stream, &again,
+        )
+    if code == 0 or again.failed == <size_t>-1:
+        return None
+    return start + again.failed
+
+
+def copy_strided(const uint64_t[:, ::1] ops not None, uint64_t stream):
+    """Submit strided copies to a stream, one call each.
+
+    Parameters
+    ----------
+    ops : ndarray of uint64, shape (n, 6)
+        Columns: dst, dpitch, src, spitch, width, height; bytes, but for height, in rows.
+    stream : int
+        Handle of the stream.
+
+    Returns
+    -------
+    Report
+        ``copies`` counts the rows.
+
+    Raises
+    ------
+    CudaError
+        If CUDA refuses a copy; ``index`` is its row in `ops`.
+    ValueError
+        If there are not six columns, or a value is 0 or a pitch below the width.
+    """
+    cdef size_t count = ops.shape[0]
+    cdef size_t i, row, calls = 0, rows = 0
+    cdef uint64_t total = 0
+    cdef const uint64_t *op
+    cdef int code = 0
+    cdef bint native
+    if ops.shape[1] != 6:
+        raise ValueError(f"{ops.shape[1]} columns; strided copies have 6")
+    _ensure()
+    if count == 0:
+        return Report()
+    for i in range(count):
+        op = &ops[i, 0]
+        if op[0] == 0 or op[2] == 0 or op[4] == 0 or op[5] == 0 or (
+            op[5] > 1 and (op[1] < op[4] or op[3] < op[4])
+        ):
+            raise ValueError(
+                f"strided copy {i} is not possible: dst={op[0]:#x}, dpitch={op[1]},"
+                f" src={op[2]:#x}, spitch={op[3]}, width={op[4]}, height={op[5]};"
+                " nothing may be 0, and pitches not below the width"
+            )
+    native = slots[SLOT_cudaMemcpy2DAsync].variant >= 0
+    if not native and slots[SLOT_cudaMemcpyAsync].variant < 0:
+        raise BindError(f"no page copies: {_bound.rows['cudaMemcpyAsync'].why}")
+    with nogil:
+        for i in range(count):
+            op = &ops[i, 0]
+            if native:
+                code = cudaMemcpy2DAsync(
+                    dst=<void *>op[0], dpitch=op[1], src=<const void *>op[2], spitch=op[3],
+                    width=op[4], height=op[5], stream=<void *>stream,
+                )
+                calls += 1
+            else:
+                for row in range(op[5]):
+                    code = cudaMemcpyAsync(
+                        dst=<void *>(op[0] + row * op[1]),
+                        src=<const void *>(op[2] + row * op[3]),
+                        count=op[4], stream=<void *>stream,
+                    )
+                    calls += 1
+                    if code != 0:
+                        break
+            if code != 0:
+                break
+            rows += op[5]
+            total += op[4] * op[5]
+    if code != 0:
+        raise _error(code, "cudaMemcpy2DAsync" if native else "cudaMemcpyAsync", i)
+    if native:
+        return Report("strided", None, rows, calls, total)
+    why = _bound.rows["cudaMemcpy2DAsync"].why
+    return Report("loop", f"cudaMemcpy2DAsync is not bound: {why}", rows, calls, total)
+
+
+# --- Any function, by name --------------------------------------------------------------------
+
+
+def _argument(registry, function, param, value):
+    """One argument as the generated callers take it, and what must stay alive for it."""
+    where = f"{function.name}({param.name})"
+    ctype = registry.resolve(param.type)
+    if not ctype.pointers:
+        return _marshal.pack(registry, param.type, value, where), None
+    if isinstance(value, str | bytes) and ctype.base == "char":
+        raw = bytearray((value.encode() if isinstance(value, str) else value) + b"\0")
+    elif isinstance(value, dict | tuple | list) and ctype.name in registry.structs:
+        target = _registry.CType(param.type.base)
+        items = value if isinstance(value, list) else [value]
+        raw = bytearray().join(
+            _marshal.pack(registry, target, item, where) for item in items
+        )
+    else:
+        return _marshal.address_of(value, where), value
+    return _buffer_address(raw), raw
+
+
+def _buffer_address(raw):
+    cdef unsigned char[::1] view = raw
+    return <size_t>&view[0] if view.shape[0] else 0
+
+
+def _pointee(ctype):
+    return _registry.CType(ctype.base, ctype.const, ctype.pointers[:-1])
+
+
+def call(str function, /, **arguments):
+    """Call a function of the registry by the prototype that is bound.
+
+    Parameters
+    ----------
+    function : str
+        Name, such as ``"cudaMemPrefetchAsync"``.
+    **arguments
+        By the header's names. An argument that only another variant has is dropped. Pointers and
+        handles are ints, None, arrays, tensors, streams or events; enums are numbers or names of
+        constants; structs are dicts or tuples. Out-parameters need not be given.
+
+    Returns
+    -------
+    object
+        The value of the out-parameter; a dict by name where there are several; None where there
+        is none; what the function returns where that is the result.
+
+    Raises
+    ------
+    ValueError
+        If the function is not in the registry.
+    TypeError
+        If an argument is missing, or no variant knows it.
+    BindError
+        If the function is not bound here; the message says why.
+    CudaError
+        If the function answers an error.
+    """
+    _ensure()
+    registry = _bound.registry
+    entry = registry.functions.get(function)
+    if entry is None:
+        close = difflib.get_close_matches(function, registry.functions, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"{function!r} is not in {registry.path}{hint}")
+    row = _bound.rows[function]
+    if not row.address:
+        raise BindError(f"{function} is not bound: {row.why}")
+    variant = row.variant
+    known = {param.name for other in entry.variants for param in other.params}
+    for name in arguments:
+        if name not in known:
+            takes = ", ".join(p.name for p in variant.params) or "nothing"
+            raise TypeError(f"{function} has no parameter {name!r}; {variant.label} takes: {takes}")
+    missing = [
+        p.declaration for p in variant.params
+        if p.name not in arguments and p.value is None and not p.out
+    ]
+    if missing:
+        needs = "; ".join(p.declaration for p in variant.params if p.value is None and not p.out)
+        raise TypeError(
+            f"{function} of {variant.label} needs {', '.join(repr(m) for m in missing)};"
+            f" all that it needs: {needs}"
+        )
+    values, alive, outs = [], [], {}
+    for param in variant.params:
+        if param.name in arguments:
+            value, keep = _argument(registry, entry, param, arguments[param.name])
+        elif param.out:
+            target = _pointee(param.type)
+            raw = bytearray(_marshal.layout(registry, target)[0])
+            outs[param.name] = (target, raw)
+            value, keep = _buffer_address(raw), raw
+        else:
+            value, keep = _argument(registry, entry, param, param.value)
+        values.append(value)
+        alive.append(keep)
+    result = invoke(FUNCTIONS.index(function), tuple(values))
+    del alive
+    returns = registry.resolve(entry.returns)
+    if isinstance(result, bytes):
+        return result.decode("utf-8", "replace")
+    if returns.pointers or entry.result or returns.name not in registry.enums:
+        return result
+    if result != 0:
+        raise _error(result, function)
+    found = {name: _marshal.unpack(registry, t, raw) for name, (t, raw) in outs.items()}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    return found or None
+
+
+def _check_layouts():
+    """The sizes of the registry, of the marshaller and of the compiler must be one."""
+    registry = _registry.load()
+    for name, size in STRUCT_SIZES.items():
+        struct = registry.structs[name]
+        computed = _marshal.layout(registry, _registry.CType(name))[0]
+        if not size == struct.size == computed:
+            raise ImportError(
+                f"struct {name} has {size} bytes by the compiler, {computed} by its fields and"
+                f" {struct.size} by {registry.path}: correct it there"
+            )

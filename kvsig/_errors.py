@@ -1,0 +1,54 @@
+"""Errors that kvsig raises about CUDA."""
+
+from __future__ import annotations
+
+__all__ = ["BindError", "CudaError"]
+
+
+class BindError(RuntimeError):
+    """A CUDA library or function cannot be used here; the message says why."""
+
+
+class CudaError(RuntimeError):
+    """A CUDA call answered an error.
+
+    The calling thread's last error has been cleared.
+
+    Attributes
+    ----------
+    code : int
+        What the call answered.
+    name, text : str
+        CUDA's name and text of the code.
+    function : str
+        Function that was called.
+    variant : str
+        Range of versions of the prototype that it was called by.
+    library : str
+        Path of the library it came from.
+    index : int or None
+        Number of the copy that was refused, counted over the whole request, where known.
+    """
+
+    def __init__(
+        self,
+        code: int,
+        name: str,
+        text: str,
+        function: str,
+        variant: str,
+        library: str,
+        index: int | None = None,
+    ) -> None:
+        self.code, self.name, self.text = code, name, text
+        self.function, self.variant, self.library = function, variant, library
+        self.index = index
+        place = "" if index is None else f" at copy {index}"
+        super().__init__(
+            f"{function} answered {code} {name} ({text}){place}"
+            f" [prototype of {variant}, {library}]"
+        )
+
+    def __reduce__(self) -> tuple[type[CudaError], tuple[object, ...]]:
+        fields = (self.code, self.name, self.text, self.function, self.variant, self.library)
+        return type(self), (*fields, self.index)
