@@ -9,7 +9,9 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
+from kvsig import _core
 from kvsig import costs as costs_module
+from kvsig import emulated as emulated_runtimes
 from kvsig.costs import Cell, CostModel, DirectionCosts, Sample, builtin, cells, fit, predict
 from kvsig.geometry import Planes
 from kvsig.planning import (
@@ -261,6 +263,50 @@ class TestMovesTheSameBytes:
             elif not batch:
                 assert "batch" not in result.method
         assert {"batch", "strided", "loop", "strided+batch"} <= seen
+
+    def test_random_requests_through_the_calls(self, emulated):
+        """Packed piece by piece, and made by the calls themselves in real memory."""
+        rng = np.random.default_rng(99)
+        stream = emulated_runtimes.Stream()
+        for _ in range(1000):
+            planes = random_geometry(rng)
+            direction = str(rng.choice(["offload", "load"]))
+            method = str(rng.choice(["auto", "batch", "strided", "loop"]))
+            device_pages, host_pages = random_pages(rng, planes.device_pages, direction)
+            size = 1 + max(
+                int((planes.host_base + planes.host_pitch * planes.host_pages).max()) - HOST,
+                int((planes.device_base + planes.device_pitch * planes.device_pages).max())
+                - DEVICE,
+            )
+            device = rng.integers(0, 256, size, dtype=np.uint8)
+            host = rng.integers(0, 256, size, dtype=np.uint8)
+            device_at, host_at = plain_bytes(planes, device_pages, host_pages)
+            want_device, want_host = device.copy(), host.copy()
+            if direction == "load":
+                want_device[device_at - DEVICE] = host[host_at - HOST]
+            else:
+                want_host[host_at - HOST] = device[device_at - DEVICE]
+
+            real = replace(
+                planes,
+                device_base=planes.device_base - np.uint64(DEVICE) + np.uint64(device.ctypes.data),
+                host_base=planes.host_base - np.uint64(HOST) + np.uint64(host.ctypes.data),
+            )
+            seams = None
+            if rng.random() < 0.3:
+                seams = (host.ctypes.data + rng.integers(0, size, 4)).astype(np.uint64)
+            ready = prepare(real, random_model(rng), seams)
+            transfer = ready.transfer(device_pages, host_pages, direction, method)
+            for kind, arrays in transfer:
+                if kind == "strided":
+                    _core.copy_strided(arrays, stream.cuda_stream)
+                else:
+                    _core.copy_batch(
+                        *arrays, stream.cuda_stream, path=kind, batch_size=transfer.batch_size
+                    )
+            stream.synchronize()
+            assert np.array_equal(device, want_device)
+            assert np.array_equal(host, want_host)
 
     @pytest.mark.parametrize("method", ["auto", "batch", "strided"])
     def test_in_many_pieces(self, method):
