@@ -253,7 +253,8 @@ def split(tokens: Sequence[str], mark: str) -> list[tuple[str, ...]]:
     return [tuple(part) for part in parts if part]
 
 
-def _closing(tokens: Sequence[str], start: int) -> int:
+def closing(tokens: Sequence[str], start: int) -> int:
+    """Index of the bracket that closes the one at ``start``."""
     depth = 0
     for index in range(start, len(tokens)):
         depth += (tokens[index] in "({[") - (tokens[index] in ")}]")
@@ -269,7 +270,7 @@ def _take(header: Header, tokens: list[str], library: str) -> None:
         tokens = tokens[1:]
     if tokens and tokens[0] in ("struct", "union", "enum") and "{" in tokens[:3]:
         start = tokens.index("{")
-        end = _closing(tokens, start)
+        end = closing(tokens, start)
         after = tokens[end + 1 :]
         tag = tokens[1] if start == 2 else (after[-1] if after else "")
         body = tuple(tokens[start + 1 : end])
@@ -282,14 +283,14 @@ def _take(header: Header, tokens: list[str], library: str) -> None:
                 header.typedefs[name[-1]] = (tokens[0], tag, *name[:-1])
     elif typedef and "(" in tokens:
         # A pointer to a function: what matters is its name and that it is a pointer.
-        inner = tokens[tokens.index("(") + 1 : _closing(tokens, tokens.index("("))]
+        inner = tokens[tokens.index("(") + 1 : closing(tokens, tokens.index("("))]
         if inner and "*" in inner:
             header.typedefs[inner[-1]] = ("void", "*")
     elif typedef:
         header.typedefs[tokens[-1]] = tuple(tokens[:-1])
     elif "(" in tokens and tokens.index("(") > 1:
         start = tokens.index("(")
-        params = split(tokens[start + 1 : _closing(tokens, start)], ",")
+        params = split(tokens[start + 1 : closing(tokens, start)], ",")
         name = tokens[start - 1]
         header.functions[name] = Prototype(
             name, tuple(tokens[: start - 1]), () if params == [("void",)] else tuple(params)
