@@ -450,12 +450,13 @@ class _Entry:
 
 @dataclass(frozen=True, slots=True)
 class _Line:
-    """One assertion: its C text, and what to say if it fails."""
+    """One assertion: its C text, what to say if it fails, and what if it cannot be compiled."""
 
     entry: _Entry
     code: str
     problem: str
     value: str = ""
+    missing: str = ""
 
 
 def next_major(version: int) -> int:
@@ -567,12 +568,14 @@ def _struct(header: Header, struct: Struct, entry: _Entry, registry: Registry) -
     for item in struct.fields[: -1 if struct.grows else None]:
         place = f"offsetof({spelled}, {item.member})"
         own = f"struct kvsig_{struct.name}"
+        missing = f"field {item.name}: the header has no {item.member}"
         yield _Line(
             entry,
             f'_Static_assert({place} == offsetof({own}, {item.name}), "kvsig");',
             f"field {item.name} is at another offset in the header, which has {item.member}"
             " at byte {}",
             place,
+            missing,
         )
         member = f"((({spelled} *)0)->{item.member})"
         pointer = "" if item.length is None else " *"
@@ -582,6 +585,7 @@ def _struct(header: Header, struct: Struct, entry: _Entry, registry: Registry) -
             f' && _Generic({member}, {item.type}{pointer}: 1, default: 0), "kvsig");',
             f"field {item.name}: {item.declaration!r} is not the type that the header gives"
             f" {item.member}",
+            missing=missing,
         )
 
 
@@ -688,15 +692,13 @@ def check(registry: Registry, header: Header, only: Collection[str] | None = Non
         if not s.opaque and s.since <= header.versions.get(s.library, 0)
     ]  # fmt: skip
     failures = header.failures([*layouts, *(line.code for line in lines)])
-    failed = [lines[i - len(layouts)] for i in sorted(failures) if i >= len(layouts)]
-    clean = [
-        line.value for line in failed
-        if line.value and "assert" in failures[lines.index(line) + len(layouts)]
-    ]  # fmt: skip
-    values = dict(zip(clean, header.values(clean), strict=True))
-    for line in failed:
-        text = line.problem.format(values[line.value]) if line.value in values else line.problem
-        if line.value and line.value not in values:
-            text = f"{failures[lines.index(line) + len(layouts)]}"
-        line.entry.problems.append(text)
+    failed = [(line, failures[i]) for i, line in enumerate(lines, len(layouts)) if i in failures]
+    # A value can be printed where only the assertion failed, not where a name is unknown.
+    known = [line.value for line, why in failed if line.value and "assert" in why]
+    values = dict(zip(known, header.values(known), strict=True))
+    for line, why in failed:
+        text = line.problem.format(values.get(line.value, ""))
+        line.entry.problems.append(text if "assert" in why else line.missing or text)
+    for entry in entries:
+        entry.problems[:] = dict.fromkeys(entry.problems)
     return [entry.result() for entry in entries]
