@@ -77,7 +77,8 @@ def text_of(tokens: Iterable[str]) -> str:
     """C text of tokens, spaced as the registry writes it: ``const void *const *srcs``."""
     out = ""
     for token in tokens:
-        glued = not out or out[-1] in "*(" or token in (",", ")", "[", "]") or out[-1] == "["
+        glued = not out or out[-1] in "*([" or token in (",", ")", "[", "]")
+        glued = glued or (token == "(" and out[-1] == ")")
         out += token if glued else f" {token}"
     return out
 
@@ -103,7 +104,11 @@ class Prototype:
     @property
     def names(self) -> tuple[str, ...]:
         """Parameter names; empty where the header gives none."""
-        return tuple(p[-1] if len(p) > 1 and _WORD.match(p[-1]) else "" for p in self.params)
+        last = [p[p.index("[") - 1] if "[" in p else p[-1] for p in self.params if p]
+        return tuple(
+            name if len(p) > 1 and _WORD.match(name) else ""
+            for p, name in zip(self.params, last, strict=True)
+        )
 
     def text(self, name: str) -> str:
         """C text of the prototype under a name."""
@@ -545,10 +550,14 @@ def _ordered(registry: Registry, names: Iterable[str]) -> list[Struct]:
     return list(done.values())
 
 
-def _struct(header: Header, struct: Struct, entry: _Entry, registry: Registry) -> Iterator[_Line]:
+def has_struct(header: Header, struct: Struct) -> bool:
+    """Whether a header defines a struct under the name by which the registry knows it."""
     tag = header.tag(struct.name, "struct")
-    present = struct.name in header.typedefs if struct.typedef else tag == struct.name
-    if _boundary(entry, struct.since, present, "struct") or struct.opaque:
+    return tag is not None and (struct.name in header.typedefs or not struct.typedef)
+
+
+def _struct(header: Header, struct: Struct, entry: _Entry, registry: Registry) -> Iterator[_Line]:
+    if _boundary(entry, struct.since, has_struct(header, struct), "struct") or struct.opaque:
         return
     spelled = struct.name if struct.typedef else f"struct {struct.name}"
     entry.registry = f"{spelled}: {struct.size} bytes"

@@ -426,6 +426,26 @@ def _reason(old: Variant, params: Sequence[Param], symbol: str, version: int) ->
     return f"{text} {' and '.join(parts)}"
 
 
+def _earliest(original: Registry, table: Registry, ordered: Sequence[Header]) -> Registry:
+    """Let new types begin with the first header that has them, not the first that needs them."""
+    structs, enums = dict(table.structs), dict(table.enums)
+    for header in reversed(ordered):
+        for name, struct in structs.items():
+            if name not in original.structs and headers.has_struct(header, struct):
+                since = min(struct.since, header.versions[struct.library])
+                structs[name] = replace(struct, since=since)
+        for name, enum in enums.items():
+            if name not in original.enums and header.tag(name, "enum") is not None:
+                since = min(enum.since, header.versions[enum.library])
+                enums[name] = replace(enum, since=since)
+    table = replace(table, structs=structs, enums=enums)
+    for header in ordered:
+        work = _Work(original, table, header)
+        work.retype()
+        table = work.table
+    return table
+
+
 def propose(
     registry: Registry, found: Iterable[Header], names: Sequence[str] = ()
 ) -> Proposal:
@@ -436,7 +456,7 @@ def propose(
     registry : Registry
     found : iterable of Header
         One or more releases; the oldest is looked at first, so that ranges begin where the
-        headers show it.
+        headers show it. Of one header alone, everything new begins with its version.
     names : sequence of str
         Functions to add that the registry does not have.
 
@@ -457,6 +477,7 @@ def propose(
         work.extend(names)
         table = work.table
         notes += work.notes
+    table = _earliest(registry, table, ordered)
     lost = [name for name in names if all(header.function(name) is None for header in ordered)]
     if lost:
         where = ", ".join(str(header.folder) for header in ordered)
