@@ -296,11 +296,11 @@ def _take(header: Header, tokens: list[str], library: str) -> None:
     elif "(" in tokens and tokens.index("(") > 1:
         start = tokens.index("(")
         params = split(tokens[start + 1 : closing(tokens, start)], ",")
-        name = tokens[start - 1]
-        header.functions[name] = Prototype(
-            name, tuple(tokens[: start - 1]), () if params == [("void",)] else tuple(params)
+        symbol = tokens[start - 1]
+        header.functions[symbol] = Prototype(
+            symbol, tuple(tokens[: start - 1]), () if params == [("void",)] else tuple(params)
         )
-        header.libraries[name] = library
+        header.libraries[symbol] = library
 
 
 def locate(path: Path | str) -> Path:

@@ -21,7 +21,6 @@ from kvsig.registry import (
     Struct,
     Variant,
     format_version,
-    parse_version,
 )
 
 __all__ = ["Proposal", "propose"]

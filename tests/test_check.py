@@ -77,7 +77,7 @@ class TestReleases:
 
 TEXT_MUTATIONS = [
     # entry, old, new, release
-    ("function.cudaMemcpyBatchAsync", '"const void *const *srcs"', '"const void **srcs"', "13.0.96"),
+    ("function.cudaMemcpyBatchAsync", "const void *const *srcs", "const void **srcs", "13.0.96"),
     ("function.cudaMemcpyBatchAsync", '"void *const *dsts"', '"void **dsts"', "13.5.37"),
     ("function.cudaMemcpyBatchAsync", '"void **srcs"', '"const void **srcs"', "12.8.57"),
     ("function.cudaMemcpyBatchAsync", '"size_t *attrsIdxs",\n', "", "12.9.79"),
@@ -130,7 +130,8 @@ def mutate(entry: str, old: str, new: str) -> str:
     """Change one thing of one entry in the text of the TOML."""
     start = TEXT.index(f"[{entry}]\n")
     place = TEXT.index(old, start)
-    following = re.compile(rf"^\[+(?!\[|{re.escape(entry)}\b)", re.MULTILINE).search(TEXT, start + 1)
+    next_entry = re.compile(rf"^\[+(?!\[|{re.escape(entry)}\b)", re.MULTILINE)
+    following = next_entry.search(TEXT, start + 1)
     assert following is None or place < following.start(), f"{old} is not in {entry}"
     return TEXT[:place] + new + TEXT[place + len(old) :]
 
@@ -355,7 +356,11 @@ typedef struct stream_st *cudaStream_t;
 typedef unsigned long handle_t;
 enum Color { RED = 1, GREEN = RED + 1, BLUE };
 struct __attribute__((aligned(8))) Pair { int first; void *second; };
-typedef struct nested_st { struct Pair pair; union { int id; float x; } u; char tail[4]; } Nested_v1;
+typedef struct nested_st {
+    struct Pair pair;
+    union { int id; float x; } u;
+    char tail[4];
+} Nested_v1;
 typedef Nested_v1 Nested;
 struct Grown { void *base; };
 struct Hidden;

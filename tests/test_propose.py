@@ -55,10 +55,10 @@ def paste(text: str, proposal: str) -> str:
             head = f'[[function.{name}.variant]]\nsince = "{since}"\n'
             start = text.index(head)
             body, gap, rest = text[start:].partition("\nreason = ")
-            body = re.sub(r"\nopen = .*" if key == "before" and "open" in body else "(?!)", "", body)
-            body, count = re.subn(rf'^{key} = "[\d.]+"$', f"{key} = {value}", body, 1, re.M)
-            if not count:
-                body = body.rstrip("\n") + f"\n{key} = {value}"
+            if "in place of open" in line:
+                body = re.sub(r"\nopen = .*", f"\n{key} = {value}", body)
+            else:
+                body = re.sub(rf'\n{key} = "[\d.]+"', f"\n{key} = {value}", body)
             text = text[:start] + body + gap + rest
         elif line.startswith("#"):
             assert line.startswith(("# Registry and", "# Left to you", "# Add at the end")), line

@@ -293,7 +293,8 @@ ERRORS = {
         ' "size_t count"',
     ),
     "parameter without name": (
-        with_param('"int"'), f"{P0}: 'int' has no name; give the header's, such as \"size_t count\"",
+        with_param('"int"'),
+        f"{P0}: 'int' has no name; give the header's, such as \"size_t count\"",
     ),
     "pointer without name": (
         with_param('"void *"'),

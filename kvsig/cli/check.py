@@ -252,6 +252,7 @@ def expected(table: registry.Registry, release: str) -> list[headers.Result]:
         results.append(
             headers.Result("function", function.name, function.library, version, status, since)
         )
+    types: list[registry.Struct | registry.Enum]
     types = [*table.structs.values(), *table.enums.values()]
     for item in types:
         kind = "struct" if item.name in table.structs else "enum"
