@@ -867,7 +867,8 @@ cdef _drop_forks():
     """Destroy the streams and events of the runtime that is bound."""
     cdef _Fork fork
     for fork in _forks.values():
-        cudaStreamSynchronize(stream=<void *>fork.stream)
+        with nogil:
+            cudaStreamSynchronize(stream=<void *>fork.stream)
         cudaEventDestroy(event=<void *>fork.before)
         cudaEventDestroy(event=<void *>fork.after)
         cudaStreamDestroy(stream=<void *>fork.stream)
@@ -1008,28 +1009,36 @@ def copy_batch(
         if reason is None:
             if fork is not None:
                 target = fork.stream
-                code = _tie(stream, target, fork.before)
+                with nogil:
+                    code = _tie(stream, target, fork.before)
                 if code != 0:
                     raise _error(code, "cudaEventRecord")
             with nogil:
                 code = _run_batch(
                     route, d, s, size_list, same, count, batch_size, <void *>target, &progress
                 )
+            error = None
+            if code != 0:
+                reason = _after_failure(code, route)
+                if reason is None:
+                    name = "cuMemcpyBatchAsync" if route == ROUTE_DRIVER else "cudaMemcpyBatchAsync"
+                    _clear()
+                    index = _failed_copy(
+                        d, s, size_list, same, count, batch_size, target, route, &progress
+                    )
+                    error = _error(code, name, index)
             if fork is not None:
                 # Also after a failure: what was submitted stays in the caller's order.
-                joined = _tie(target, stream, fork.after)
-                if joined != 0:
-                    raise _error(joined, "cudaEventRecord")
-            if code == 0:
-                return Report("batch", None, count, progress.calls, progress.bytes)
-            reason = _after_failure(code, route)
+                with nogil:
+                    code = _tie(target, stream, fork.after)
+                if code != 0 and error is None:
+                    error = _error(code, "cudaEventRecord")
+                elif code != 0:
+                    _clear()
+            if error is not None:
+                raise error
             if reason is None:
-                name = "cuMemcpyBatchAsync" if route == ROUTE_DRIVER else "cudaMemcpyBatchAsync"
-                _clear()
-                index = _failed_copy(
-                    d, s, size_list, same, count, batch_size, target, route, &progress
-                )
-                raise _error(code, name, index)
+                return Report("batch", None, count, progress.calls, progress.bytes)
         if path == "batch":
             raise BindError(f"path='batch' is not possible: {reason}. Use path='auto' or 'loop'")
     if slots[SLOT_cudaMemcpyAsync].variant < 0:
