@@ -370,7 +370,11 @@ def _open_runtime(bound, spec):
             raise BindError(f"{path} is no emulated runtime; rebuild kvsig")
         (<void (*)(int, int) noexcept nogil>setter)(emulate[0], emulate[1])
     address = _symbol(handle, "cudaRuntimeGetVersion")
-    bound.path = address_file(address) if address else path
+    if not address:
+        raise BindError(
+            f"{path} is no CUDA runtime ({bound.found}): it does not have cudaRuntimeGetVersion"
+        )
+    bound.path = address_file(address)
     bound.handles["cudart"] = handle
     bound.files["cudart"] = bound.path
 
@@ -420,7 +424,7 @@ def _choose_route(bound):
     if runtime.address and wanted != "driver":
         bound.why = f"cudaMemcpyBatchAsync of {shown}, prototype of {runtime.variant.label}"
         return ROUTE_RUNTIME
-    takes_over = wanted == "driver" or runtime.status in ("absent", "no library", "version unknown")
+    takes_over = wanted == "driver" or runtime.status in ("absent", "no library")
     if driver.address and takes_over and wanted != "runtime":
         bound.why = (
             f"cuMemcpyBatchAsync of the driver, pinned at"
@@ -513,6 +517,9 @@ def bind():
                 _fill(row)
         bound.runtime = bound.versions["cudart"]
         bound.driver = _driver_version(bound)
+        if not bound.runtime:
+            # The query that failed left its error behind.
+            _clear()
         bound.route = _choose_route(bound)
         _bound = bound
         _route = bound.route
