@@ -1394,6 +1394,35 @@ struct batch_operation {
     unsigned flags;
 };
 
+/* What one 3-D operation copies, or the error that it answers. */
+static int read_operation(const struct batch_operation *op, struct rows *row)
+{
+    if (op->src.type == 2 || op->dst.type == 2) /* CUDA arrays */
+        return NOT_SUPPORTED;
+    *row = (struct rows){
+        .dst = op->dst.at.pointer,
+        .src = op->src.at.pointer,
+        .dst_row = op->dst.at.row_length ? op->dst.at.row_length : op->width,
+        .src_row = op->src.at.row_length ? op->src.at.row_length : op->width,
+        .width = op->width,
+        .height = op->height,
+        .depth = op->depth,
+    };
+    row->dst_layer = row->dst_row * (op->dst.at.layer_height ? op->dst.at.layer_height : op->height);
+    row->src_layer = row->src_row * (op->src.at.layer_height ? op->src.at.layer_height : op->height);
+    if (op->src.type != 1 || op->dst.type != 1 || !row->dst || !row->src || !op->width ||
+        !op->height || !op->depth || !order_known(op->order) || row->dst_row < op->width ||
+        row->src_row < op->width || row->dst_layer < row->dst_row * op->height ||
+        row->src_layer < row->src_row * op->height)
+        return INVALID_VALUE;
+    size_t dst_end =
+        (op->depth - 1) * row->dst_layer + (op->height - 1) * row->dst_row + op->width;
+    size_t src_end =
+        (op->depth - 1) * row->src_layer + (op->height - 1) * row->src_row + op->width;
+    return leaves_block(row->dst, dst_end) || leaves_block(row->src, src_end) ? INVALID_VALUE
+                                                                              : SUCCESS;
+}
+
 static int do_memcpy_3d_batch_async(struct call *call)
 {
     const struct batch_operation *list = arg_pointer(call, "opList");
@@ -1412,41 +1441,11 @@ static int do_memcpy_3d_batch_async(struct call *call)
     if (count > SIZE_MAX / 128)
         return OUT_OF_MEMORY;
     struct work *work = work_new(WORK_ROWS, 0, count);
-    for (; taken < count; taken++) {
-        const struct batch_operation *op = &list[taken];
-        struct rows *row = &work_rows(work)[taken];
-        if (call->fault_index >= 0 && taken == (size_t)call->fault_index) {
-            error = call->fault_error;
-            break;
-        }
-        if (op->src.type == 2 || op->dst.type == 2) { /* CUDA arrays */
-            error = NOT_SUPPORTED;
-            break;
-        }
-        *row = (struct rows){
-            .dst = op->dst.at.pointer,
-            .src = op->src.at.pointer,
-            .dst_row = op->dst.at.row_length ? op->dst.at.row_length : op->width,
-            .src_row = op->src.at.row_length ? op->src.at.row_length : op->width,
-            .width = op->width,
-            .height = op->height,
-            .depth = op->depth,
-        };
-        row->dst_layer =
-            row->dst_row * (op->dst.at.layer_height ? op->dst.at.layer_height : op->height);
-        row->src_layer =
-            row->src_row * (op->src.at.layer_height ? op->src.at.layer_height : op->height);
-        if (op->src.type != 1 || op->dst.type != 1 || !row->dst || !row->src || !op->width ||
-            !op->height || !op->depth || !order_known(op->order) || row->dst_row < op->width ||
-            row->src_row < op->width || row->dst_layer < row->dst_row * op->height ||
-            row->src_layer < row->src_row * op->height ||
-            leaves_block(row->dst, (op->depth - 1) * row->dst_layer +
-                                       (op->height - 1) * row->dst_row + op->width) ||
-            leaves_block(row->src, (op->depth - 1) * row->src_layer +
-                                       (op->height - 1) * row->src_row + op->width)) {
-            error = INVALID_VALUE;
-            break;
-        }
+    while (taken < count && !error) {
+        error = call->fault_index >= 0 && taken == (size_t)call->fault_index
+                    ? call->fault_error
+                    : read_operation(&list[taken], &work_rows(work)[taken]);
+        taken += !error;
     }
     if (!error && call->fault_index >= 0)
         error = call->fault_error;
@@ -1459,6 +1458,20 @@ static int do_memcpy_3d_batch_async(struct call *call)
     else
         work_drop(work);
     return error ? error : submitted;
+}
+
+static int do_memcpy_3d_with_attributes_async(struct call *call)
+{
+    const struct batch_operation *op = arg_pointer(call, "op");
+    struct rows row;
+    if (!op || arg_u64(call, "flags", 0))
+        return INVALID_VALUE;
+    int error = read_operation(op, &row);
+    if (error)
+        return error;
+    struct work *work = work_new(WORK_ROWS, 0, 1);
+    work_rows(work)[0] = row;
+    return submit(arg_stream(call), work);
 }
 
 static int do_memcpy_with_attributes_async(struct call *call)
@@ -1975,6 +1988,31 @@ static int do_graph_get_nodes(struct call *call)
     return graph ? SUCCESS : INVALID_VALUE;
 }
 
+/* Captured work is a chain here, whatever streams it came from. */
+static int do_graph_get_edges(struct call *call)
+{
+    void **from = arg_pointer(call, "from"), **to = arg_pointer(call, "to");
+    char *data = arg_pointer(call, "edgeData"); /* eight bytes each */
+    size_t *count = arg_pointer(call, "numEdges");
+    if (!count || !from != !to)
+        return INVALID_VALUE;
+    pthread_mutex_lock(&queues);
+    const struct graph *graph = graph_of(call, "graph", GRAPH_MAGIC);
+    if (graph) {
+        size_t edges = graph->count ? graph->count - 1 : 0;
+        for (size_t i = 0; from && i < *count; i++) {
+            from[i] = i < edges ? graph->work[i] : NULL;
+            to[i] = i < edges ? graph->work[i + 1] : NULL;
+            if (data)
+                memset(data + 8 * i, 0, 8);
+        }
+        if (!from || *count > edges)
+            *count = edges;
+    }
+    pthread_mutex_unlock(&queues);
+    return graph ? SUCCESS : INVALID_VALUE;
+}
+
 /* ---- Versions, devices, errors, entry points ----------------------------------------------- */
 
 static int device_attributes[MAX_ATTRIBUTES]; /* guarded by `control` */
@@ -2208,6 +2246,7 @@ static const struct handler {
     {"cudaGraphCreate", do_graph_create, 0},
     {"cudaGraphDestroy", do_graph_destroy, 0},
     {"cudaGraphExecDestroy", do_graph_exec_destroy, 0},
+    {"cudaGraphGetEdges", do_graph_get_edges, 0},
     {"cudaGraphGetNodes", do_graph_get_nodes, 0},
     {"cudaGraphInstantiate", do_graph_instantiate, 0},
     {"cudaGraphInstantiateWithFlags", do_graph_instantiate, 0},
@@ -2227,6 +2266,7 @@ static const struct handler {
     {"cudaMemcpy", do_memcpy, 0},
     {"cudaMemcpy2DAsync", do_memcpy_2d_async, 0},
     {"cudaMemcpy3DBatchAsync", do_memcpy_3d_batch_async, BATCH},
+    {"cudaMemcpy3DWithAttributesAsync", do_memcpy_3d_with_attributes_async, 0},
     {"cudaMemcpyAsync", do_memcpy_async, 0},
     {"cudaMemcpyBatchAsync", do_memcpy_batch_async, BATCH},
     {"cudaMemcpyWithAttributesAsync", do_memcpy_with_attributes_async, 0},
@@ -2617,6 +2657,40 @@ long long kvsig_emulated_pending(void *handle)
     long long pending = stream ? (long long)(stream->submitted - stream->done) : -1;
     pthread_mutex_unlock(&queues);
     return pending;
+}
+
+/*
+ * Streams for tests, on any version: past its last range even cudaStreamCreateWithFlags is a trap.
+ * No fault strikes them and no record shows them.
+ */
+void *kvsig_emulated_stream_create(unsigned flags)
+{
+    pthread_mutex_lock(&queues);
+    struct stream *stream = stream_new(current_device, flags, 0);
+    pthread_mutex_unlock(&queues);
+    return stream;
+}
+
+static int run_on_stream(int (*run)(struct call *call), void *stream)
+{
+    const struct emu_arg arg = {"stream", "cudaStream_t", &stream, sizeof stream};
+    struct call call = {.symbol = "", .args = &arg, .count = 1};
+    return run(&call);
+}
+
+int kvsig_emulated_stream_synchronize(void *stream)
+{
+    return run_on_stream(do_stream_synchronize, stream);
+}
+
+int kvsig_emulated_stream_query(void *stream)
+{
+    return run_on_stream(do_stream_query, stream);
+}
+
+int kvsig_emulated_stream_destroy(void *stream)
+{
+    return run_on_stream(do_stream_destroy, stream);
 }
 
 int kvsig_emulated_mark_device(void *pointer, size_t size)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Planes"]
+__all__ = ["Packer", "Planes", "Side", "join", "layer_first", "page_first_direct"]
+
+#: Addresses, pitches or sizes.
+U64: TypeAlias = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,11 +38,11 @@ class Planes:
         (or one latent of every layer).
     """
 
-    device_base: npt.NDArray[np.uint64]
-    device_pitch: npt.NDArray[np.uint64]
-    host_base: npt.NDArray[np.uint64]
-    host_pitch: npt.NDArray[np.uint64]
-    width: npt.NDArray[np.uint64]
+    device_base: U64
+    device_pitch: U64
+    host_base: U64
+    host_pitch: U64
+    width: U64
     device_pages: int
     host_pages: int
     layers: int
@@ -47,7 +51,7 @@ class Planes:
         return len(self.width)
 
     def select(self, layers: Sequence[int]) -> Planes:
-        """Planes of some layers only, in the order given.
+        """Return the planes of some layers only, in the order given.
 
         Parameters
         ----------
@@ -67,3 +71,135 @@ class Planes:
             self.host_pages,
             len(chosen),
         )
+
+    def locate(self, address: int) -> tuple[int, int, bool] | None:
+        """Find the page that holds an address.
+
+        Parameters
+        ----------
+        address : int
+            Any address within a page, on either side.
+
+        Returns
+        -------
+        (plane, page, on_device) or None
+            Plane and page number, and whether it is the device's page; None where no
+            page of these planes holds the address.
+        """
+        for on_device, base, pitch, pages in (
+            (True, self.device_base, self.device_pitch, self.device_pages),
+            (False, self.host_base, self.host_pitch, self.host_pages),
+        ):
+            # Planes of one pool lie between each other: only the rest tells them apart.
+            # Below a base the difference wraps around, and is beyond every page.
+            page, rest = np.divmod(np.uint64(address) - base, pitch)
+            found = np.flatnonzero((page < pages) & (rest < self.width))
+            if len(found):
+                return int(found[0]), int(page[found[0]]), on_device
+        return None
+
+
+class Packer:
+    """Turns page numbers into addresses.
+
+    Both sides are worked out in one array: for the few pages of a layer, the fixed cost
+    of a NumPy call is most of the time.
+
+    Parameters
+    ----------
+    planes : Planes
+        Places of the pages.
+    """
+
+    __slots__ = ("_base", "_pitch", "_width", "_widths")
+
+    def __init__(self, planes: Planes) -> None:
+        self._base = np.stack([planes.device_base, planes.host_base])[:, :, None]
+        self._pitch = np.stack([planes.device_pitch, planes.host_pitch])[:, :, None]
+        self._widths = planes.width
+        same = len(planes) > 0 and bool((planes.width == planes.width[0]).all())
+        self._width = int(planes.width[0]) if same else None
+
+    def pack(
+        self, device_pages: npt.NDArray[np.int64], host_pages: npt.NDArray[np.int64]
+    ) -> tuple[U64, U64, U64 | int]:
+        """Work out the addresses of pages in every plane, plane by plane.
+
+        Parameters
+        ----------
+        device_pages, host_pages : ndarray of int64, shape (n,)
+            Page numbers, within bounds.
+
+        Returns
+        -------
+        device, host : ndarray of uint64, shape (planes * n,)
+        sizes : ndarray of uint64, shape (planes * n,), or int
+            Bytes of each page, or of every page.
+        """
+        count = len(device_pages)
+        # Valid page numbers are not negative: as unsigned they are the same numbers, and
+        # stay integers in arithmetic with addresses.
+        pages = np.empty((2, 1, count), dtype=np.uint64)
+        pages[0, 0] = device_pages
+        pages[1, 0] = host_pages
+        places = pages * self._pitch
+        places += self._base
+        device, host = places
+        width = self._width
+        sizes = np.repeat(self._widths, count) if width is None else width
+        return device.reshape(-1), host.reshape(-1), sizes
+
+
+class Side(NamedTuple):
+    """One side of a cache: the places of its planes, and its number of pages."""
+
+    base: U64
+    pitch: U64
+    width: U64
+    pages: int
+
+
+def layer_first(bases: Sequence[int], page_bytes: Sequence[int], pages: int) -> Side:
+    """Describe planes that each lie in one piece: a tensor per layer, or (layers, tokens, ...).
+
+    Parameters
+    ----------
+    bases : sequence of int
+        Address of each plane.
+    page_bytes : sequence of int
+        Bytes of one page in each plane.
+    pages : int
+        Number of pages of every plane.
+    """
+    width = np.array(page_bytes, dtype=np.uint64)
+    return Side(np.array(bases, dtype=np.uint64), width, width, pages)
+
+
+def page_first_direct(
+    pools: Sequence[int], page_bytes: Sequence[int], layers: int, pages: int
+) -> Side:
+    """Describe planes of pools (pages, layers, page_size, ...): the layers of a page lie together.
+
+    Parameters
+    ----------
+    pools : sequence of int
+        Address of each pool: K and V, or one latent.
+    page_bytes : sequence of int
+        Bytes of one page of one layer in each pool.
+    layers, pages : int
+        Layers and pages of every pool.
+    """
+    width = np.repeat(np.array(page_bytes, dtype=np.uint64), layers)
+    layer = np.tile(np.arange(layers, dtype=np.uint64), len(pools))
+    base = np.repeat(np.array(pools, dtype=np.uint64), layers) + layer * width
+    return Side(base, width * np.uint64(layers), width, pages)
+
+
+def join(device: Side, host: Side, layers: int) -> Planes:
+    """Make the planes of a cache out of its two sides, which must be alike in number and width."""
+    if not np.array_equal(device.width, host.width):
+        raise ValueError("device and host pages differ in number or width")
+    return Planes(
+        device.base, device.pitch, host.base, host.pitch, device.width,
+        device.pages, host.pages, layers,
+    )  # fmt: skip

@@ -137,8 +137,10 @@ class CType:
     @property
     def name(self) -> str:
         """The base without ``struct`` or ``enum``."""
-        return self.base.rpartition(" ")[2] if self.base.startswith(("struct ", "enum ")) else (
-            self.base
+        return (
+            self.base.rpartition(" ")[2]
+            if self.base.startswith(("struct ", "enum "))
+            else (self.base)
         )
 
     def __str__(self) -> str:
@@ -428,9 +430,9 @@ class _Reader:
         place = "".join(self.where).lstrip(".") + (f".{key}" if key else "")
         self.problems.append(f"{place or 'file'}: {text}")
 
-    def table(self, value: object, allowed: Iterable[str], required: Iterable[str] = ()) -> (
-        dict[str, Any] | None
-    ):
+    def table(
+        self, value: object, allowed: Iterable[str], required: Iterable[str] = ()
+    ) -> dict[str, Any] | None:
         """Check that a value is a table with the right keys."""
         if not isinstance(value, dict):
             self.bad(f"must be a table, not {value!r}")
@@ -508,16 +510,14 @@ class _Reader:
     def declaration(self, text: object) -> tuple[str, CType, int | None]:
         """Read ``TYPE NAME`` or, in a struct, ``TYPE NAME[LENGTH]``."""
         if not isinstance(text, str):
-            raise _Bad(f"must be a C declaration, such as \"size_t count\", not {text!r}")
+            raise _Bad(f'must be a C declaration, such as "size_t count", not {text!r}')
         ctype, rest = _parse_type(_tokens(text))
         if not ctype.base:
-            raise _Bad(f"{text!r} has no type; write it as in the header, such as \"size_t count\"")
-        if not rest and not ctype.pointers and _c_name(ctype.base) and (
-            ctype.base not in SCALARS
-        ):
-            raise _Bad(f"{text!r} has no type or no name; write both, such as \"size_t count\"")
+            raise _Bad(f'{text!r} has no type; write it as in the header, such as "size_t count"')
+        if not rest and not ctype.pointers and _c_name(ctype.base) and (ctype.base not in SCALARS):
+            raise _Bad(f'{text!r} has no type or no name; write both, such as "size_t count"')
         if not rest:
-            raise _Bad(f"{text!r} has no name; give the header's, such as \"size_t count\"")
+            raise _Bad(f'{text!r} has no name; give the header\'s, such as "size_t count"')
         name, *rest = rest
         if not _c_name(name):
             raise _Bad(f"{name!r} in {text!r} is not a C name; use letters, digits and _")
@@ -526,8 +526,7 @@ class _Reader:
             length, rest = int(rest[1]), []
         if rest:
             raise _Bad(
-                f"{text!r} is no plain declaration after {name!r};"
-                " give one type and one name"
+                f"{text!r} is no plain declaration after {name!r}; give one type and one name"
             )
         self.ctype(ctype)
         return name, ctype, length
@@ -574,8 +573,10 @@ def _read_enums(read: _Reader, data: dict[str, Any], libraries: dict[str, Librar
         for key, number in constants.items():
             if not _c_name(key):
                 read.bad(f"{key!r} is not a C name; use letters, digits and _", f"constants.{key}")
-            elif isinstance(number, bool) or not isinstance(number, int) or not (
-                -(2**31) <= number < 2**32
+            elif (
+                isinstance(number, bool)
+                or not isinstance(number, int)
+                or not (-(2**31) <= number < 2**32)
             ):
                 read.bad(f"must be an integer of 32 bits, not {number!r}", f"constants.{key}")
             else:
@@ -591,7 +592,7 @@ def _read_aliases(read: _Reader, data: dict[str, Any]) -> None:
             continue
         ctype, rest = _parse_type(_tokens(value))
         if rest or not ctype.base:
-            read.bad(f"{value!r} is no plain C type; use one such as \"void *\"")
+            read.bad(f'{value!r} is no plain C type; use one such as "void *"')
         else:
             read.ctype(ctype)
             read.aliases[name] = Alias(name, ctype)
@@ -602,7 +603,8 @@ def _read_structs(read: _Reader, data: dict[str, Any], libraries: dict[str, Libr
     if isinstance(tables, dict):
         read.known = set(tables)
         read.opaque = {
-            name for name, table in tables.items()
+            name
+            for name, table in tables.items()
             if isinstance(table, dict) and "fields" not in table
         }
     for name, value in read.section(data, "struct"):
@@ -774,7 +776,7 @@ def _read_functions(
         if text:
             returns, rest = _parse_type(_tokens(text))
             if rest or not returns.base:
-                read.bad(f"{text!r} is no plain C type; use one such as \"cudaError_t\"", "returns")
+                read.bad(f'{text!r} is no plain C type; use one such as "cudaError_t"', "returns")
             else:
                 with read.at(".returns"):
                     read.ctype(returns)
@@ -896,5 +898,3 @@ def load(path: Path | str | None = None) -> Registry:
     file = Path(path or PATH)
     stat = file.stat()
     return _load(file, (stat.st_mtime_ns, stat.st_size))
-
-

@@ -1,0 +1,60 @@
+"""Moves pages of KV caches between GPU and host memory, on every CUDA runtime.
+
+Importing this package touches neither CUDA nor torch: each public name is imported
+when it is first used, and the CUDA runtime is bound at the first call.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvsig import emulated, registry
+    from kvsig._core import BindError, CudaError, Report, call, info
+    from kvsig.cache import PagedKVCache
+    from kvsig.registry import RegistryError
+    from kvsig.transfer import copy_batch
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BindError",
+    "CudaError",
+    "PagedKVCache",
+    "RegistryError",
+    "Report",
+    "__version__",
+    "call",
+    "copy_batch",
+    "emulated",
+    "info",
+    "registry",
+]
+
+# Public name -> the module that has it; a name that maps to itself is a module.
+_HOME = {
+    "BindError": "_core",
+    "CudaError": "_core",
+    "PagedKVCache": "cache",
+    "RegistryError": "registry",
+    "Report": "_core",
+    "call": "_core",
+    "copy_batch": "transfer",
+    "emulated": "emulated",
+    "info": "_core",
+    "registry": "registry",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'kvsig' has no attribute {name!r}")
+    home = importlib.import_module(f"kvsig.{_HOME[name]}")
+    value = home if name == _HOME[name] else getattr(home, name)
+    globals()[name] = value  # found once, then an ordinary attribute
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

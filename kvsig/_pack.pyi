@@ -1,0 +1,67 @@
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from kvsig.costs import CostModel
+from kvsig.geometry import Planes
+
+_Copies = tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64], npt.NDArray[np.uint64]]
+_Piece = (
+    tuple[Literal["strided"], npt.NDArray[np.uint64]] | tuple[Literal["batch", "loop"], _Copies]
+)
+
+CHECK_OK: int
+CHECK_DEVICE_RANGE: int
+CHECK_HOST_RANGE: int
+CHECK_REPEATED: int
+CHECK_LENGTHS: int
+CHECK_NOT_PAGES: int
+DEFAULT_PIECE: int
+METHODS: tuple[str, ...]
+
+class Prepared:
+    def __init__(
+        self,
+        planes: Planes,
+        model: CostModel,
+        host_seams: npt.NDArray[np.uint64] | None = None,
+    ) -> None: ...
+    @property
+    def model(self) -> CostModel: ...
+    @property
+    def plane_groups(self) -> list[tuple[int, int]]: ...
+    def transfer(
+        self,
+        device_pages: Any,
+        host_pages: Any,
+        direction: str,
+        method: str = "auto",
+        *,
+        batch: bool = True,
+    ) -> Transfer: ...
+    def check(
+        self, device_pages: Any, host_pages: Any, direction: str
+    ) -> tuple[int, int, int]: ...
+
+class Transfer(Iterator[_Piece]):
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def candidates(self) -> dict[str, float]: ...
+    @property
+    def copies_in(self) -> int: ...
+    @property
+    def direction(self) -> str: ...
+    @property
+    def method(self) -> str: ...
+    @property
+    def predicted_calls(self) -> int: ...
+    @property
+    def predicted_us(self) -> float: ...
+    @property
+    def submit_us(self) -> float: ...
+    def __next__(self) -> _Piece: ...

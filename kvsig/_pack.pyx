@@ -1,0 +1,1248 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+# cython: initializedcheck=False, freethreading_compatible=True
+"""Pages in, packed copies out: the part of the planner that runs once per transfer.
+
+`Prepared` holds what does not depend on the page numbers: the planes in groups that one
+strided copy can take, and what each way of moving a page costs. `Prepared.transfer` finds
+the runs among the page numbers, chooses the cheapest method, and hands the copies out in
+pieces, packed into buffers that are reused. There is no CUDA and no torch here, and no
+Python object per page.
+"""
+
+from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBuffer_Release, PyObject_GetBuffer
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memset
+
+import numpy as np
+
+# cudaDevAttrMaxPitch of every device so far: a strided copy takes no longer pitch.
+cdef uint64_t LONGEST_PITCH = 0x7FFFFFFF
+# Forced strided copies of one row need a pitch as well, so wider rows are cut.
+cdef uint64_t LONGEST_LINE = 0x40000000
+# Runs are cut here, so that one run never fills a buffer without bound.
+cdef Py_ssize_t LONGEST_RUN = 1 << 20
+# Below this many copies the loops take less time than giving the GIL away and back.
+cdef Py_ssize_t KEEP_GIL = 512
+# Runs kept in one block, and operations aimed at in the first piece and in the others.
+# The first is short, so that the copy engine starts early.
+cdef Py_ssize_t BLOCK_RUNS = 8192
+cdef Py_ssize_t FIRST_PIECE = 1024
+DEFAULT_PIECE = 8192
+# A workspace that grew beyond this many copies is not kept.
+cdef Py_ssize_t KEEP_COPIES = 1 << 18
+cdef Py_ssize_t KEEP_WORKSPACES = 32
+# Destinations up to this many are compared pairwise, which touches no scratch memory.
+cdef Py_ssize_t FEW = 24
+
+cdef enum Form:
+    PLAIN = 0       # a plain copy per plane
+    STACK = 1       # a strided copy whose rows are the planes of a group
+    LINES = 2       # a strided copy of one row per plane (only where strided is forced)
+
+cdef enum:
+    BATCH = 0
+    LOOP = 1
+    STRIDED = 2
+    STRIDED_BATCH = 3
+    STRIDED_LOOP = 4
+    MODES = 5
+
+cdef enum:
+    BUCKETS = 64
+    EXACT = 36      # run lengths below it have a bucket of their own, longer ones one per octave
+
+cdef enum Verdict:
+    FINE = 0
+    DEVICE_RANGE = 1
+    HOST_RANGE = 2
+    REPEATED = 3
+    LENGTHS = 4
+    NOT_PAGES = 5
+
+CHECK_OK = FINE
+CHECK_DEVICE_RANGE = DEVICE_RANGE
+CHECK_HOST_RANGE = HOST_RANGE
+CHECK_REPEATED = REPEATED
+CHECK_LENGTHS = LENGTHS
+CHECK_NOT_PAGES = NOT_PAGES
+
+METHODS = ("batch", "loop", "strided", "strided+batch", "strided+loop")
+
+cdef double NEVER = 1e30
+
+
+cdef struct Costs:
+    double byte
+    double latency
+    double loop_submit, loop_engine
+    double call_submit, call_engine
+    double copy_submit, copy_engine
+    double staged_small, staged_large, inline_bytes
+    double strided_submit, strided_engine, strided_row
+
+
+cdef struct Kind:
+    # Groups that cost the same: planes, bytes of a page, and whether runs merge.
+    Py_ssize_t planes
+    uint64_t width
+    bint merges
+    bint rows
+    Py_ssize_t groups
+
+
+cdef struct Group:
+    Py_ssize_t first, planes, kind
+    uint64_t width
+    uint64_t device_pitch, host_pitch       # from page to page
+    uint64_t device_step, host_step         # from plane to plane
+
+
+cdef struct Choice:
+    Form form               # of a page that is in no run
+    int64_t shortest        # pages from which a run of a plane is a strided copy
+
+
+cdef struct Layout:
+    # What a transfer reads of a `Prepared`, in one place, so that no object is touched
+    # without the GIL. Sides: 0 is load, 1 is offload.
+    Py_ssize_t planes_in, planes, groups, kinds, sizes, seams
+    uint64_t *device_base
+    uint64_t *host_base
+    uint64_t *seam
+    Group *group
+    Kind *kind
+    Choice *choice                  # [side][mode][kind], see choice_of
+    Costs cost[2]
+    Py_ssize_t weight[2][5]         # operations that a page in no run takes
+    Py_ssize_t batch_size[8]
+    int64_t device_pages, host_pages
+    uint64_t page_bytes
+    bint any_merges
+
+
+cdef inline Choice *choice_of(const Layout *p, Py_ssize_t side, Py_ssize_t mode,
+                              Py_ssize_t kind) noexcept nogil:
+    return &p.choice[(side * MODES + mode) * p.kinds + kind]
+
+
+cdef struct Tally:
+    double submit, engine, copies, strided
+
+
+cdef inline double larger(double a, double b) noexcept nogil:
+    return a if a > b else b
+
+
+cdef inline double plain_submit(const Costs *c, int mode, double size) noexcept nogil:
+    if mode == LOOP or mode == STRIDED_LOOP:
+        return c.loop_submit
+    if size <= c.inline_bytes:
+        return c.staged_small + (c.staged_large - c.staged_small) * size / c.inline_bytes
+    return c.copy_submit
+
+
+cdef inline double plain_engine(const Costs *c, int mode, double size) noexcept nogil:
+    if mode == LOOP or mode == STRIDED_LOOP:
+        return c.loop_engine + size * c.byte
+    return c.copy_engine + size * c.byte
+
+
+cdef inline double plain_cost(const Costs *c, int mode, double size) noexcept nogil:
+    cdef double share = 0
+    if mode == BATCH or mode == STRIDED_BATCH:
+        share = 1.0 / 256
+    return larger(
+        plain_submit(c, mode, size) + share * c.call_submit,
+        plain_engine(c, mode, size) + share * c.call_engine,
+    )
+
+
+cdef inline double strided_cost(const Costs *c, double rows, double size) noexcept nogil:
+    return larger(c.strided_submit, c.strided_engine + rows * (c.strided_row + size * c.byte))
+
+
+cdef Form form_of(const Costs *c, const Kind *kind, int mode, double size) noexcept nogil:
+    # How the planes of a group move `size` bytes each.
+    if mode == BATCH or mode == LOOP:
+        return PLAIN
+    if mode == STRIDED:
+        return STACK if kind.planes > 1 else LINES
+    if kind.planes < 2:
+        return PLAIN
+    if strided_cost(c, kind.planes, size) < kind.planes * plain_cost(c, mode, size):
+        return STACK
+    return PLAIN
+
+
+cdef Choice choose(const Costs *c, const Kind *kind, int mode) noexcept nogil:
+    cdef Choice choice
+    cdef double page, gain
+    choice.form = form_of(c, kind, mode, <double>kind.width)
+    choice.shortest = 0x7FFFFFFFFFFFFFFF
+    if not kind.rows or mode == BATCH or mode == LOOP:
+        return choice
+    if choice.form == PLAIN:
+        page = kind.planes * plain_cost(c, mode, <double>kind.width)
+    elif choice.form == STACK:
+        page = strided_cost(c, kind.planes, <double>kind.width)
+    else:
+        page = kind.planes * strided_cost(c, 1, <double>kind.width)
+    gain = page - kind.planes * (c.strided_row + kind.width * c.byte)
+    if gain > 0 and kind.planes * c.strided_engine / gain < 1e9:
+        choice.shortest = <int64_t>(kind.planes * c.strided_engine / gain) + 1
+        if choice.shortest < 2:
+            choice.shortest = 2
+    return choice
+
+
+cdef void count_page(Tally *t, const Costs *c, const Kind *kind, int mode, Form form,
+                     double times, double size) noexcept nogil:
+    cdef double many = times * kind.groups * kind.planes
+    if form == PLAIN:
+        t.copies += many
+        t.submit += many * plain_submit(c, mode, size)
+        t.engine += many * plain_engine(c, mode, size)
+    elif form == STACK:
+        t.strided += times * kind.groups
+        t.submit += times * kind.groups * c.strided_submit
+        t.engine += times * kind.groups * c.strided_engine
+        t.engine += many * (c.strided_row + size * c.byte)
+    else:
+        t.strided += many
+        t.submit += many * c.strided_submit
+        t.engine += many * (c.strided_engine + c.strided_row + size * c.byte)
+
+
+cdef void count_rows(Tally *t, const Costs *c, const Kind *kind, double runs,
+                     double pages) noexcept nogil:
+    cdef double many = runs * kind.groups * kind.planes
+    t.strided += many
+    t.submit += many * c.strided_submit
+    t.engine += many * c.strided_engine
+    t.engine += pages * kind.groups * kind.planes * (c.strided_row + kind.width * c.byte)
+
+
+cdef struct Scan:
+    const int64_t *device
+    const int64_t *host
+    Py_ssize_t count
+    Py_ssize_t at           # the next page
+    Py_ssize_t known        # no run starts before this one
+    Py_ssize_t unit         # shortest run of neighbours that is kept together
+    Py_ssize_t step         # shortest run of any other constant step, at least 3
+
+
+cdef inline Py_ssize_t next_run(Scan *s, int64_t *device_step, int64_t *host_step) noexcept nogil:
+    # Pages from s.at on that belong together; s.at is not moved. A run has a constant step
+    # on each side, both up or both down.
+    cdef Py_ssize_t i = s.at, j, last, need
+    cdef int64_t a, b
+    if i + 1 >= s.count or i < s.known:
+        return 1
+    a = s.device[i + 1] - s.device[i]
+    b = s.host[i + 1] - s.host[i]
+    # Among random pages each of these tests almost always fails, so the branches are cheap.
+    if a == b and (a == 1 or a == -1):
+        need = s.unit
+    elif (
+        i + 2 < s.count
+        and s.device[i + 2] - s.device[i + 1] == a
+        and s.host[i + 2] - s.host[i + 1] == b
+        and ((a > 0 and b > 0) or (a < 0 and b < 0))
+    ):
+        need = s.step
+    else:
+        return 1
+    last = s.count if s.count - i < LONGEST_RUN else i + LONGEST_RUN
+    j = i + 2
+    while j < last and s.device[j] - s.device[j - 1] == a and s.host[j] - s.host[j - 1] == b:
+        j += 1
+    if j - i < need:
+        # Every later start inside gives the same run, shorter still.
+        s.known = j - 1
+        return 1
+    device_step[0] = a
+    host_step[0] = b
+    return j - i
+
+
+cdef inline int bucket_of(Py_ssize_t pages) noexcept nogil:
+    cdef int bucket
+    if pages < EXACT:
+        return <int>pages
+    bucket = EXACT
+    pages //= EXACT
+    while pages > 1 and bucket < BUCKETS - 1:
+        pages >>= 1
+        bucket += 1
+    return bucket
+
+
+cdef class Workspace:
+    # Buffers of one transfer at a time. They are NumPy arrays, so that a piece that a caller
+    # keeps stays valid memory when a buffer grows.
+    cdef object dsts, srcs, sizes, ops, marks
+    cdef uint64_t *dst
+    cdef uint64_t *src
+    cdef uint64_t *size
+    cdef uint64_t *op
+    cdef uint32_t *mark
+    cdef Py_ssize_t copies, copy_room, strided, strided_room, mark_room
+    cdef uint32_t epoch
+    # runs of the block at hand: lowest page on each side, pages, and distance of pages
+    cdef int64_t *run_device
+    cdef int64_t *run_host
+    cdef int64_t *run_pages
+    cdef int64_t *run_device_step
+    cdef int64_t *run_host_step
+
+    def __cinit__(self):
+        cdef Py_ssize_t each = BLOCK_RUNS * sizeof(int64_t)
+        self.run_device = <int64_t *>malloc(5 * each)
+        if self.run_device == NULL:
+            raise MemoryError("no memory for the runs of a transfer")
+        self.run_host = self.run_device + BLOCK_RUNS
+        self.run_pages = self.run_host + BLOCK_RUNS
+        self.run_device_step = self.run_pages + BLOCK_RUNS
+        self.run_host_step = self.run_device_step + BLOCK_RUNS
+        self.copies = self.copy_room = self.strided = self.strided_room = self.mark_room = 0
+        self.grow_copies(256)
+        self.grow_strided(64)
+
+    def __dealloc__(self):
+        free(self.run_device)
+
+    cdef int grow_copies(self, Py_ssize_t more) except -1 with gil:
+        cdef uint64_t[::1] view
+        cdef Py_ssize_t room = self.copies + more
+        if room < 2 * self.copy_room:
+            room = 2 * self.copy_room
+        dsts, srcs, sizes = (np.empty(room, np.uint64) for _ in range(3))
+        if self.copies:
+            dsts[: self.copies] = self.dsts[: self.copies]
+            srcs[: self.copies] = self.srcs[: self.copies]
+            sizes[: self.copies] = self.sizes[: self.copies]
+        view = dsts
+        self.dst = &view[0]
+        view = srcs
+        self.src = &view[0]
+        view = sizes
+        self.size = &view[0]
+        self.dsts, self.srcs, self.sizes = dsts, srcs, sizes
+        self.copy_room = room
+        return 0
+
+    cdef int grow_strided(self, Py_ssize_t more) except -1 with gil:
+        cdef uint64_t[:, ::1] view
+        cdef Py_ssize_t room = self.strided + more
+        if room < 2 * self.strided_room:
+            room = 2 * self.strided_room
+        ops = np.empty((room, 6), np.uint64)
+        if self.strided:
+            ops[: self.strided] = self.ops[: self.strided]
+        view = ops
+        self.op = &view[0, 0]
+        self.ops = ops
+        self.strided_room = room
+        return 0
+
+    cdef int grow_marks(self, Py_ssize_t pages) except -1:
+        cdef uint32_t[::1] view
+        if pages > self.mark_room:
+            self.marks = np.zeros(pages, np.uint32)
+            view = self.marks
+            self.mark = &view[0]
+            self.mark_room = pages
+            self.epoch = 0
+        return 0
+
+
+cdef list IDLE = []
+
+
+cdef Workspace take_workspace():
+    # Taken out of the list while in use, so that threads and nested transfers never share one.
+    try:
+        return <Workspace>IDLE.pop()
+    except IndexError:
+        return Workspace()
+
+
+cdef int keep_workspace(Workspace workspace) except -1:
+    if workspace.copy_room <= KEEP_COPIES and len(IDLE) < KEEP_WORKSPACES:
+        IDLE.append(workspace)
+    return 0
+
+
+cdef int get_pages(object pages, Py_buffer *view) except -1:
+    # 0: a contiguous one-dimensional int64 array is in view; 1: it is something else.
+    try:
+        PyObject_GetBuffer(pages, view, PyBUF_ND | PyBUF_FORMAT)
+    except (TypeError, BufferError, ValueError):
+        return 1
+    if (
+        view.ndim != 1
+        or view.itemsize != 8
+        or view.format == NULL
+        or (view.format[0] != c"l" and view.format[0] != c"q")
+    ):
+        PyBuffer_Release(view)
+        return 1
+    return 0
+
+
+cdef int read_costs(Costs *into, object costs) except -1:
+    into.byte = costs.byte
+    into.latency = costs.latency
+    into.loop_submit = costs.loop_submit
+    into.loop_engine = costs.loop_engine
+    into.call_submit = costs.call_submit
+    into.call_engine = costs.call_engine
+    into.copy_submit = costs.copy_submit
+    into.copy_engine = costs.copy_engine
+    into.staged_small = costs.staged_small
+    into.staged_large = costs.staged_large
+    # Below 0 nothing is staged: a copy has at least one byte.
+    into.inline_bytes = costs.inline_bytes if costs.inline_bytes > 0 else -1
+    into.strided_submit = costs.strided_submit
+    into.strided_engine = costs.strided_engine
+    into.strided_row = costs.strided_row
+    return 0
+
+
+cdef inline bint offloads(object direction) except? -1:
+    if direction == "offload":
+        return True
+    if direction == "load":
+        return False
+    raise ValueError(f"direction is {direction!r}: it is 'offload' or 'load'")
+
+
+cdef class Prepared:
+    """A geometry with everything worked out that does not depend on page numbers.
+
+    Parameters
+    ----------
+    planes : Planes
+        Places of every layer's K and V on both sides.
+    model : CostModel
+        What each way of copying costs, in microseconds.
+    host_seams : ndarray of uint64, optional
+        Sorted host addresses that no single copy may cross: where blocks of host memory
+        that were registered one by one meet.
+
+    Notes
+    -----
+    Immutable, and safe to use from many threads at a time.
+    """
+
+    cdef Layout at
+    cdef readonly object model
+    """The cost model that it was made with."""
+
+    def __cinit__(self, planes, model, host_seams=None):
+        cdef const uint64_t[::1] device_base = planes.device_base
+        cdef const uint64_t[::1] device_pitch = planes.device_pitch
+        cdef const uint64_t[::1] host_base = planes.host_base
+        cdef const uint64_t[::1] host_pitch = planes.host_pitch
+        cdef const uint64_t[::1] width = planes.width
+        cdef const uint64_t[::1] seams
+        cdef Py_ssize_t i, n = width.shape[0]
+        if not (
+            device_base.shape[0] == device_pitch.shape[0] == host_base.shape[0]
+            == host_pitch.shape[0] == n
+        ):
+            raise ValueError("the arrays of planes differ in length")
+        self.model = model
+        self.at.device_pages = planes.device_pages
+        self.at.host_pages = planes.host_pages
+        read_costs(&self.at.cost[0], model.load)
+        read_costs(&self.at.cost[1], model.offload)
+        sizes = [int(size) for size in model.batch_sizes][:8]
+        if not sizes or min(sizes) < 1:
+            raise ValueError(f"batch_sizes is {model.batch_sizes!r}: needs positive sizes")
+        self.at.sizes = len(sizes)
+        for i in range(self.at.sizes):
+            self.at.batch_size[i] = sizes[i]
+        if host_seams is not None and len(host_seams):
+            seams = np.unique(np.asarray(host_seams, dtype=np.uint64))
+            self.at.seam = <uint64_t *>malloc(seams.shape[0] * sizeof(uint64_t))
+            if self.at.seam == NULL:
+                raise MemoryError("no memory for the seams")
+            for i in range(seams.shape[0]):
+                self.at.seam[i] = seams[i]
+            self.at.seams = seams.shape[0]
+        self.at.planes_in = n
+        for i in range(n):
+            self.at.page_bytes += width[i]
+        table = self._fuse([
+            (device_base[i], host_base[i], device_pitch[i], host_pitch[i], width[i])
+            for i in range(n) if width[i]
+        ])
+        # K of each layer in turn is the usual order of one array; a list of tensors may lie
+        # in memory in any order.
+        order = self._split(table)
+        other = self._split(sorted(table))
+        if len(other) < len(order):
+            order = other
+        self._store(order)
+
+    def __dealloc__(self):
+        free(self.at.device_base)
+        free(self.at.host_base)
+        free(self.at.group)
+        free(self.at.kind)
+        free(self.at.choice)
+        free(self.at.seam)
+
+    @staticmethod
+    def _fuse(list table):
+        # Planes that lie side by side on both sides are one wider plane.
+        result = []
+        for device, host, device_pitch, host_pitch, width in table:
+            if result:
+                d, h, dp, hp, w = result[len(result) - 1]
+                if (
+                    device == d + w and host == h + w
+                    and device_pitch == dp and host_pitch == hp
+                    and w + width <= min(dp, hp)
+                ):
+                    result[len(result) - 1] = (d, h, dp, hp, w + width)
+                    continue
+            result.append((device, host, device_pitch, host_pitch, width))
+        return result
+
+    @staticmethod
+    def _split(list table):
+        # The fewest groups of planes, each evenly spaced on both sides in the same sense,
+        # so that its planes can be the rows of a strided copy.
+        groups = []
+        at = 0
+        while at < len(table):
+            members = [table[at]]
+            steps = None
+            for row in table[at + 1:]:
+                last = members[len(members) - 1]
+                found = (row[0] - last[0], row[1] - last[1])
+                if row[2:] != last[2:] or (steps is not None and found != steps):
+                    break
+                if (found[0] > 0) != (found[1] > 0):
+                    break
+                if not all(row[4] <= abs(step) <= LONGEST_PITCH for step in found):
+                    break
+                steps = found
+                members.append(row)
+            at += len(members)
+            groups.append(members if steps is None or steps[0] > 0 else members[::-1])
+        return groups
+
+    def _store(self, list groups):
+        cdef Py_ssize_t g, k, at = 0, mode, side
+        cdef Group *group
+        cdef Kind *kind
+        cdef Choice *choice
+        self.at.groups = len(groups)
+        self.at.planes = sum(len(members) for members in groups)
+        # calloc of one more: an empty geometry is no error here
+        self.at.device_base = <uint64_t *>calloc(self.at.planes + 1, sizeof(uint64_t))
+        self.at.host_base = <uint64_t *>calloc(self.at.planes + 1, sizeof(uint64_t))
+        self.at.group = <Group *>calloc(self.at.groups + 1, sizeof(Group))
+        self.at.kind = <Kind *>calloc(self.at.groups + 1, sizeof(Kind))
+        self.at.choice = <Choice *>calloc(2 * MODES * (self.at.groups + 1), sizeof(Choice))
+        if (
+            self.at.device_base == NULL or self.at.host_base == NULL or self.at.group == NULL
+            or self.at.kind == NULL or self.at.choice == NULL
+        ):
+            raise MemoryError("no memory for the planes")
+        kinds = {}
+        for g, members in enumerate(groups):
+            group = &self.at.group[g]
+            group.first = at
+            group.planes = len(members)
+            _, _, group.device_pitch, group.host_pitch, group.width = members[0]
+            if group.planes > 1:
+                group.device_step = members[1][0] - members[0][0]
+                group.host_step = members[1][1] - members[0][1]
+            for device, host, _, _, _ in members:
+                self.at.device_base[at] = device
+                self.at.host_base[at] = host
+                at += 1
+            merges = group.width == group.device_pitch == group.host_pitch
+            rows = group.device_pitch >= group.width and group.host_pitch >= group.width
+            key = (group.planes, group.width, merges, rows)
+            k = kinds.setdefault(key, len(kinds))
+            group.kind = k
+            kind = &self.at.kind[k]
+            kind.planes, kind.width, kind.merges, kind.rows = key
+            kind.groups += 1
+            self.at.any_merges = self.at.any_merges or merges
+        self.at.kinds = len(kinds)
+        for side in range(2):
+            for mode in range(MODES):
+                for k in range(self.at.kinds):
+                    kind = &self.at.kind[k]
+                    choice = choice_of(&self.at, side, mode, k)
+                    choice[0] = choose(&self.at.cost[side], kind, <int>mode)
+                    self.at.weight[side][mode] += kind.groups * (
+                        1 if choice.form == STACK else kind.planes
+                    )
+
+    @property
+    def plane_groups(self):
+        """Bytes of a page and number of planes of each group that moves together."""
+        return [(self.at.group[g].width, self.at.group[g].planes) for g in range(self.at.groups)]
+
+    def transfer(self, device_pages, host_pages, direction, method="auto", *, batch=True):
+        """Plan one transfer; nothing is packed before its pieces are asked for.
+
+        Parameters
+        ----------
+        device_pages, host_pages : ndarray of int64
+            Page numbers, one to one; inside the geometry (see `check`).
+        direction : {"offload", "load"}
+            From the device to the host, or back.
+        method : {"auto", "batch", "strided", "loop"}
+            ``"auto"`` takes the least predicted time, the others force a method.
+        batch : bool
+            Whether the batch call can be used now; without it ``"auto"`` plans around it.
+
+        Returns
+        -------
+        Transfer
+            Iterate over it once for ``(kind, arrays)``.
+
+        Raises
+        ------
+        ValueError
+            If the arrays are no page numbers of equal count, or a name is unknown.
+        """
+        cdef Transfer t = Transfer.__new__(Transfer)
+        cdef bint up = offloads(direction)
+        if get_pages(device_pages, &t.device_view):
+            raise ValueError("device_pages must be a one-dimensional contiguous int64 array")
+        t.views = 1
+        if get_pages(host_pages, &t.host_view):
+            raise ValueError("host_pages must be a one-dimensional contiguous int64 array")
+        t.views = 2
+        if t.device_view.shape[0] != t.host_view.shape[0]:
+            raise ValueError(
+                f"device_pages has {t.device_view.shape[0]} pages and host_pages has "
+                f"{t.host_view.shape[0]}: they go together one to one"
+            )
+        t.prepared = self
+        t.p = &self.at
+        t.side = 1 if up else 0
+        t.piece = FIRST_PIECE
+        t.scan.device = <const int64_t *>t.device_view.buf
+        t.scan.host = <const int64_t *>t.host_view.buf
+        t.scan.count = t.device_view.shape[0]
+        t.choose(method, batch)
+        return t
+
+    def check(self, device_pages, host_pages, direction):
+        """Look over the page numbers of a transfer, cheaply and without raising.
+
+        Parameters
+        ----------
+        device_pages, host_pages : ndarray of int64
+            Page numbers, one to one.
+        direction : {"offload", "load"}
+            Says which side is the destination, where no page may come twice.
+
+        Returns
+        -------
+        code : int
+            ``CHECK_OK``, or the first trouble: ``CHECK_NOT_PAGES`` (no contiguous int64
+            array), ``CHECK_LENGTHS``, ``CHECK_DEVICE_RANGE``, ``CHECK_HOST_RANGE``,
+            ``CHECK_REPEATED``.
+        position : int
+            Where it is, or -1.
+        other : int
+            For a repeated destination its first position, otherwise -1.
+        """
+        cdef Py_buffer device, host
+        cdef Workspace workspace = None
+        cdef const int64_t *d
+        cdef const int64_t *h
+        cdef const int64_t *to
+        cdef Py_ssize_t n, i, j, first = -1, other = -1
+        cdef int64_t pages
+        cdef Verdict verdict = FINE
+        cdef uint32_t epoch
+        cdef bint up = offloads(direction)
+        if get_pages(device_pages, &device):
+            return NOT_PAGES, -1, -1
+        if get_pages(host_pages, &host):
+            PyBuffer_Release(&device)
+            return NOT_PAGES, -1, -1
+        try:
+            n = device.shape[0]
+            if host.shape[0] != n:
+                return LENGTHS, -1, -1
+            d = <const int64_t *>device.buf
+            h = <const int64_t *>host.buf
+            to = h if up else d
+            pages = self.at.host_pages if up else self.at.device_pages
+            if n <= FEW:
+                first = out_of_range(d, h, n, self.at.device_pages, self.at.host_pages)
+                if first < 0:
+                    for i in range(1, n):
+                        for j in range(i):
+                            if to[i] == to[j]:
+                                return REPEATED, i, j
+            else:
+                with nogil:
+                    first = out_of_range(d, h, n, self.at.device_pages, self.at.host_pages)
+            if first >= 0:
+                verdict = (
+                    DEVICE_RANGE if d[first] < 0 or d[first] >= self.at.device_pages
+                    else HOST_RANGE
+                )
+                return verdict, first, -1
+            if n <= FEW:
+                return FINE, -1, -1
+            workspace = take_workspace()
+            workspace.grow_marks(pages)
+            workspace.epoch += 1
+            if workspace.epoch == 0:
+                memset(workspace.mark, 0, workspace.mark_room * sizeof(uint32_t))
+                workspace.epoch = 1
+            epoch = workspace.epoch
+            with nogil:
+                first = first_repeated(to, n, workspace.mark, epoch)
+                if first >= 0:
+                    for i in range(first):
+                        if to[i] == to[first]:
+                            other = i
+                            break
+            keep_workspace(workspace)
+            if first >= 0:
+                return REPEATED, first, other
+            return FINE, -1, -1
+        finally:
+            PyBuffer_Release(&device)
+            PyBuffer_Release(&host)
+
+
+cdef Py_ssize_t out_of_range(const int64_t *d, const int64_t *h, Py_ssize_t n,
+                             int64_t device_pages, int64_t host_pages) noexcept nogil:
+    # A negative number is a huge unsigned one: one comparison per side.
+    cdef Py_ssize_t i
+    for i in range(n):
+        if <uint64_t>d[i] >= <uint64_t>device_pages or <uint64_t>h[i] >= <uint64_t>host_pages:
+            return i
+    return -1
+
+
+cdef Py_ssize_t first_repeated(const int64_t *pages, Py_ssize_t n, uint32_t *mark,
+                               uint32_t epoch) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        if mark[pages[i]] == epoch:
+            return i
+        mark[pages[i]] = epoch
+    return -1
+
+
+cdef class Transfer:
+    """One planned transfer, and an iterator over its packed pieces.
+
+    Each piece is ``("strided", ops)`` with ``ops`` of shape (m, 6) and type uint64 (dst,
+    dpitch, src, spitch, width, height), or ``("batch" | "loop", (dsts, srcs, sizes))``.
+    The arrays are buffers that the next piece overwrites: use them before asking for it.
+    Strided copies come before the plain ones of the same pages, because the copy engine can
+    work on them while the host still submits the others.
+    """
+
+    cdef Prepared prepared          # keeps p alive
+    cdef const Layout *p
+    cdef Workspace workspace
+    cdef Py_buffer device_view, host_view
+    cdef int views
+    cdef Scan scan
+    cdef Py_ssize_t side, piece
+    cdef int mode
+    cdef bint plain_waits, ended
+    cdef double time[MODES]
+    cdef Py_ssize_t size_of[MODES]
+    cdef Tally tally[MODES]
+    cdef readonly Py_ssize_t batch_size
+    """Copies per batch call."""
+
+    def __dealloc__(self):
+        if self.views > 0:
+            PyBuffer_Release(&self.device_view)
+        if self.views > 1:
+            PyBuffer_Release(&self.host_view)
+
+    @property
+    def method(self):
+        """What moves the pages: ``"batch"``, ``"strided+loop"``, and so on."""
+        return METHODS[self.mode]
+
+    @property
+    def direction(self):
+        """``"offload"`` or ``"load"``."""
+        return "offload" if self.side else "load"
+
+    @property
+    def copies_in(self):
+        """Copies of one page of one plane each that the request asks for."""
+        return self.scan.count * self.p.planes_in
+
+    @property
+    def bytes(self):
+        """Bytes to be moved."""
+        return self.scan.count * self.p.page_bytes
+
+    @property
+    def predicted_us(self):
+        """Predicted time until the last byte has arrived, in microseconds."""
+        return self.time[self.mode]
+
+    @property
+    def submit_us(self):
+        """Predicted host time inside the CUDA calls, in microseconds."""
+        return self.tally[self.mode].submit
+
+    @property
+    def predicted_calls(self):
+        """Predicted number of CUDA calls (seams left out)."""
+        cdef Tally *t = &self.tally[self.mode]
+        return round(t.strided + calls_of(t.copies, self.mode, self.batch_size))
+
+    @property
+    def candidates(self):
+        """Predicted microseconds of each method that was considered."""
+        cdef Py_ssize_t m
+        found = {}
+        for m in range(MODES):
+            if self.time[m] >= NEVER:
+                continue
+            # Nothing is mixed where one of the parts is empty.
+            if m >= STRIDED_BATCH and (self.tally[m].copies == 0 or self.tally[m].strided == 0):
+                continue
+            found[METHODS[m]] = self.time[m]
+        return found
+
+    cdef int choose(self, object method, bint batch) except -1:
+        cdef bint wanted[MODES]
+        cdef Py_ssize_t m, best = -1
+        for m in range(MODES):
+            wanted[m] = False
+        if method == "auto":
+            for m in range(MODES):
+                wanted[m] = batch or (m != BATCH and m != STRIDED_BATCH)
+        elif method == "batch":
+            wanted[BATCH] = True
+        elif method == "strided":
+            wanted[STRIDED] = True
+        elif method == "loop":
+            wanted[LOOP] = True
+        else:
+            raise ValueError(
+                f"method is {method!r}: it is 'auto', 'batch', 'strided' or 'loop'"
+            )
+        if self.scan.count < KEEP_GIL:
+            self.predict(wanted)
+        else:
+            with nogil:
+                self.predict(wanted)
+        for m in range(MODES):
+            if wanted[m] and (best < 0 or self.time[m] < self.time[best]):
+                best = m
+        # A mixture in which one part is empty goes by the plain name.
+        if best == STRIDED_BATCH or best == STRIDED_LOOP:
+            if self.tally[best].copies == 0 and self.time[STRIDED] <= self.time[best]:
+                best = STRIDED
+            elif self.tally[best].strided == 0:
+                best = BATCH if best == STRIDED_BATCH else LOOP
+        self.mode = <int>best
+        self.batch_size = self.size_of[best]
+        self.begin()
+        return 0
+
+    cdef void begin(self) noexcept nogil:
+        # Keep together only the runs that some group makes use of.
+        cdef Py_ssize_t k
+        cdef Choice *choice
+        cdef int64_t shortest = LONGEST_RUN + 1
+        for k in range(self.p.kinds):
+            choice = choice_of(self.p, self.side, self.mode, k)
+            if choice.shortest < shortest:
+                shortest = choice.shortest
+        self.scan.at = self.scan.known = 0
+        self.scan.unit = 2 if self.p.any_merges else shortest
+        # Steps of one pair occur by chance among random pages.
+        self.scan.step = shortest if shortest > 3 else 3
+
+    cdef void predict(self, const bint *wanted) noexcept nogil:
+        cdef const Layout *p = self.p
+        cdef Scan *s = &self.scan
+        cdef const Costs *c = &p.cost[self.side]
+        cdef int64_t a = 0, b = 0
+        cdef double runs[2][BUCKETS]
+        cdef double pages[2][BUCKETS]
+        cdef uint64_t used[2]
+        cdef double single = 0, length
+        cdef Py_ssize_t m, k, r, unit, q
+        cdef Kind *kind
+        cdef Choice *choice
+        cdef Tally *t
+        used[0] = used[1] = 0
+        s.at = s.known = 0
+        s.unit = 2
+        s.step = 3
+        while s.at < s.count:
+            r = next_run(s, &a, &b)
+            s.at += r
+            if r == 1:
+                single += 1
+                continue
+            unit = 1 if a == b and (a == 1 or a == -1) else 0
+            q = bucket_of(r)
+            if not (used[unit] >> q) & 1:
+                used[unit] |= <uint64_t>1 << q
+                runs[unit][q] = 0
+                pages[unit][q] = 0
+            runs[unit][q] += 1
+            pages[unit][q] += r
+        for m in range(MODES):
+            self.time[m] = NEVER
+            t = &self.tally[m]
+            t.submit = t.engine = t.copies = t.strided = 0
+            if not wanted[m]:
+                continue
+            for k in range(p.kinds):
+                kind = &p.kind[k]
+                choice = choice_of(p, self.side, m, k)
+                count_page(t, c, kind, <int>m, choice.form, single, <double>kind.width)
+                if not (used[0] | used[1]):
+                    continue
+                for unit in range(2):
+                    for q in range(BUCKETS):
+                        if not (used[unit] >> q) & 1:
+                            continue
+                        length = pages[unit][q] / runs[unit][q]
+                        if unit and kind.merges:
+                            count_page(
+                                t, c, kind, <int>m,
+                                form_of(c, kind, <int>m, length * kind.width),
+                                runs[unit][q], length * kind.width,
+                            )
+                        elif length >= choice.shortest:
+                            count_rows(t, c, kind, runs[unit][q], pages[unit][q])
+                        else:
+                            count_page(
+                                t, c, kind, <int>m, choice.form, pages[unit][q],
+                                <double>kind.width,
+                            )
+            self.price(<int>m)
+
+    cdef void price(self, int mode) noexcept nogil:
+        # Submission and copy engine work side by side; what neither hides is the first call.
+        cdef const Costs *c = &self.p.cost[self.side]
+        cdef Tally *t = &self.tally[mode]
+        cdef double calls, submit, engine, time, low
+        cdef double best_submit = 0, best_engine = 0
+        cdef Py_ssize_t i
+        for i in range(self.p.sizes):
+            calls = calls_of(t.copies, mode, self.p.batch_size[i])
+            submit, engine = t.submit, t.engine
+            if mode == BATCH or mode == STRIDED_BATCH:
+                submit += calls * c.call_submit
+                engine += calls * c.call_engine
+            low = engine if submit > engine else submit
+            time = larger(submit, engine) + c.latency
+            if calls + t.strided > 0:
+                time += low / (calls + t.strided)
+            if time < self.time[mode]:
+                self.time[mode] = time
+                self.size_of[mode] = self.p.batch_size[i]
+                best_submit = submit
+                best_engine = engine
+        t.submit = best_submit
+        t.engine = best_engine
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        cdef Workspace w
+        if self.ended:
+            raise StopIteration
+        if self.workspace is None:
+            self.workspace = take_workspace()
+        w = self.workspace
+        if self.plain_waits:
+            self.plain_waits = False
+            return self._plain(w)
+        while self.scan.at < self.scan.count:
+            w.copies = 0
+            w.strided = 0
+            if self.scan.count * self.p.weight[self.side][self.mode] < KEEP_GIL:
+                self.fill(w)
+            else:
+                with nogil:
+                    self.fill(w)
+            self.piece = DEFAULT_PIECE
+            if w.strided:
+                self.plain_waits = w.copies > 0
+                return "strided", w.ops[: w.strided]
+            if w.copies:
+                return self._plain(w)
+        self.ended = True
+        self.workspace = None
+        keep_workspace(w)
+        raise StopIteration
+
+    cdef object _plain(self, Workspace w):
+        cdef Py_ssize_t n = w.copies
+        kind = "batch" if self.mode == BATCH or self.mode == STRIDED_BATCH else "loop"
+        if n == w.copy_room:
+            return kind, (w.dsts, w.srcs, w.sizes)
+        piece = slice(n)
+        return kind, (w.dsts[piece], w.srcs[piece], w.sizes[piece])
+
+    cdef int fill(self, Workspace w) except -1 nogil:
+        cdef Py_ssize_t weight = self.p.weight[self.side][self.mode]
+        cdef Py_ssize_t room = self.piece // (weight if weight > 0 else 1)
+        cdef Py_ssize_t n = 0, r
+        cdef bint single = True
+        cdef int64_t a = 0, b = 0
+        cdef Scan *s = &self.scan
+        if room > BLOCK_RUNS:
+            room = BLOCK_RUNS
+        if room < 1:
+            room = 1
+        if s.unit > LONGEST_RUN and s.step > LONGEST_RUN:
+            # No run is of use: the pages are the block.
+            if room > s.count - s.at:
+                room = s.count - s.at
+            return self.emit_pages(w, s.device + s.at, s.host + s.at, room)
+        while n < room and s.at < s.count:
+            r = next_run(s, &a, &b)
+            w.run_pages[n] = r
+            if r == 1:
+                w.run_device[n] = s.device[s.at]
+                w.run_host[n] = s.host[s.at]
+            else:
+                single = False
+                if a < 0:
+                    # Downwards on both sides is upwards from the other end.
+                    w.run_device[n] = s.device[s.at + r - 1]
+                    w.run_host[n] = s.host[s.at + r - 1]
+                    w.run_device_step[n] = -a
+                    w.run_host_step[n] = -b
+                else:
+                    w.run_device[n] = s.device[s.at]
+                    w.run_host[n] = s.host[s.at]
+                    w.run_device_step[n] = a
+                    w.run_host_step[n] = b
+            s.at += r
+            n += 1
+        if single:
+            s.at -= n
+            return self.emit_pages(w, w.run_device, w.run_host, n)
+        return self.emit_runs(w, n)
+
+    cdef int emit_pages(self, Workspace w, const int64_t *device, const int64_t *host,
+                        Py_ssize_t n) except -1 nogil:
+        # Every page by itself; moves the scan on.
+        cdef const Layout *p = self.p
+        cdef Group *g
+        cdef Form form
+        cdef Py_ssize_t i, q, j
+        cdef uint64_t *to
+        cdef uint64_t *of
+        cdef uint64_t *size
+        cdef uint64_t *op
+        cdef uint64_t device_base, host_base, device_pitch, host_pitch, width
+        self.scan.at += n
+        for j in range(p.groups):
+            g = &p.group[j]
+            form = choice_of(p, self.side, self.mode, g.kind).form
+            if p.seams or (form == LINES and g.width > LONGEST_LINE):
+                for i in range(n):
+                    self.put(w, g, form, device[i], host[i], g.width)
+                continue
+            device_pitch, host_pitch, width = g.device_pitch, g.host_pitch, g.width
+            if form == PLAIN:
+                if w.copies + n * g.planes > w.copy_room:
+                    w.grow_copies(n * g.planes)
+                for q in range(g.first, g.first + g.planes):
+                    of = (w.src if self.side else w.dst) + w.copies
+                    to = (w.dst if self.side else w.src) + w.copies
+                    size = w.size + w.copies
+                    device_base, host_base = p.device_base[q], p.host_base[q]
+                    for i in range(n):
+                        of[i] = device_base + <uint64_t>device[i] * device_pitch
+                        to[i] = host_base + <uint64_t>host[i] * host_pitch
+                        size[i] = width
+                    w.copies += n
+                continue
+            if w.strided + n * g.planes > w.strided_room:
+                w.grow_strided(n * g.planes)
+            for q in range(g.first, g.first + (1 if form == STACK else g.planes)):
+                device_base, host_base = p.device_base[q], p.host_base[q]
+                op = w.op + 6 * w.strided
+                for i in range(n):
+                    if self.side:
+                        op[0] = host_base + <uint64_t>host[i] * host_pitch
+                        op[1] = g.host_step if form == STACK else width
+                        op[2] = device_base + <uint64_t>device[i] * device_pitch
+                        op[3] = g.device_step if form == STACK else width
+                    else:
+                        op[0] = device_base + <uint64_t>device[i] * device_pitch
+                        op[1] = g.device_step if form == STACK else width
+                        op[2] = host_base + <uint64_t>host[i] * host_pitch
+                        op[3] = g.host_step if form == STACK else width
+                    op[4] = width
+                    op[5] = <uint64_t>g.planes if form == STACK else 1
+                    op += 6
+                w.strided += n
+        return 0
+
+    cdef int emit_runs(self, Workspace w, Py_ssize_t n) except -1 nogil:
+        cdef const Layout *p = self.p
+        cdef const Costs *c = &p.cost[self.side]
+        cdef Py_ssize_t i, j, q, x
+        cdef Group *g
+        cdef Kind *kind
+        cdef Choice *choice
+        cdef uint64_t pages, device_step, host_step, size
+        for j in range(p.groups):
+            g = &p.group[j]
+            kind = &p.kind[g.kind]
+            choice = choice_of(p, self.side, self.mode, g.kind)
+            for i in range(n):
+                pages = w.run_pages[i]
+                if pages == 1:
+                    self.put(w, g, choice.form, w.run_device[i], w.run_host[i], g.width)
+                    continue
+                device_step, host_step = w.run_device_step[i], w.run_host_step[i]
+                if kind.merges and device_step == 1 and host_step == 1:
+                    size = pages * g.width
+                    self.put(
+                        w, g, form_of(c, kind, self.mode, <double>size),
+                        w.run_device[i], w.run_host[i], size,
+                    )
+                    continue
+                if (
+                    <int64_t>pages >= choice.shortest
+                    and device_step <= LONGEST_PITCH // g.device_pitch
+                    and host_step <= LONGEST_PITCH // g.host_pitch
+                ):
+                    for q in range(g.first, g.first + g.planes):
+                        self.put_rows(
+                            w,
+                            p.device_base[q] + w.run_device[i] * g.device_pitch,
+                            device_step * g.device_pitch,
+                            p.host_base[q] + w.run_host[i] * g.host_pitch,
+                            host_step * g.host_pitch,
+                            g.width, pages,
+                        )
+                    continue
+                for x in range(<Py_ssize_t>pages):
+                    self.put(
+                        w, g, choice.form, w.run_device[i] + x * <int64_t>device_step,
+                        w.run_host[i] + x * <int64_t>host_step, g.width,
+                    )
+        return 0
+
+    cdef int put(self, Workspace w, const Group *g, Form form, int64_t device, int64_t host,
+                 uint64_t size) except -1 nogil:
+        # One page (or a merged run from its lowest page) of every plane of a group.
+        cdef const Layout *p = self.p
+        cdef uint64_t device_at = <uint64_t>device * g.device_pitch
+        cdef uint64_t host_at = <uint64_t>host * g.host_pitch
+        cdef Py_ssize_t q
+        if form == STACK and size <= g.device_step and size <= g.host_step:
+            return self.put_rows(
+                w, p.device_base[g.first] + device_at, g.device_step,
+                p.host_base[g.first] + host_at, g.host_step, size, g.planes,
+            )
+        for q in range(g.first, g.first + g.planes):
+            self.put_copy(w, p.device_base[q] + device_at, p.host_base[q] + host_at, size)
+        return 0
+
+    cdef uint64_t seam_after(self, uint64_t address) noexcept nogil:
+        # The first seam above an address.
+        cdef const Layout *p = self.p
+        cdef Py_ssize_t low = 0, high = p.seams, middle
+        while low < high:
+            middle = (low + high) >> 1
+            if p.seam[middle] > address:
+                high = middle
+            else:
+                low = middle + 1
+        return p.seam[low] if low < p.seams else <uint64_t>-1
+
+    cdef int put_copy(self, Workspace w, uint64_t device, uint64_t host,
+                      uint64_t size) except -1 nogil:
+        cdef uint64_t part
+        while size:
+            part = size
+            if self.p.seams:
+                if part > self.seam_after(host) - host:
+                    part = self.seam_after(host) - host
+            if self.mode == STRIDED:
+                if part > LONGEST_LINE:
+                    part = LONGEST_LINE
+                self.push_rows(w, device, part, host, part, part, 1)
+            else:
+                if w.copies == w.copy_room:
+                    w.grow_copies(1)
+                w.dst[w.copies] = host if self.side else device
+                w.src[w.copies] = device if self.side else host
+                w.size[w.copies] = part
+                w.copies += 1
+            device += part
+            host += part
+            size -= part
+        return 0
+
+    cdef int put_rows(self, Workspace w, uint64_t device, uint64_t device_pitch, uint64_t host,
+                      uint64_t host_pitch, uint64_t width, uint64_t rows) except -1 nogil:
+        cdef uint64_t seam, fit
+        if not self.p.seams:
+            return self.push_rows(w, device, device_pitch, host, host_pitch, width, rows)
+        while rows:
+            seam = self.seam_after(host)
+            fit = 0
+            if seam - host >= width:
+                fit = (seam - host - width) // host_pitch + 1
+                if fit > rows:
+                    fit = rows
+            if fit > 1:
+                self.push_rows(w, device, device_pitch, host, host_pitch, width, fit)
+            else:
+                # A row across the seam, or alone before it.
+                fit = 1
+                self.put_copy(w, device, host, width)
+            device += fit * device_pitch
+            host += fit * host_pitch
+            rows -= fit
+        return 0
+
+    cdef int push_rows(self, Workspace w, uint64_t device, uint64_t device_pitch, uint64_t host,
+                       uint64_t host_pitch, uint64_t width, uint64_t rows) except -1 nogil:
+        cdef uint64_t *op
+        if w.strided == w.strided_room:
+            w.grow_strided(1)
+        op = w.op + 6 * w.strided
+        op[0] = host if self.side else device
+        op[1] = host_pitch if self.side else device_pitch
+        op[2] = device if self.side else host
+        op[3] = device_pitch if self.side else host_pitch
+        op[4] = width
+        op[5] = rows
+        w.strided += 1
+        return 0
+
+
+cdef inline double calls_of(double copies, int mode, Py_ssize_t size) noexcept nogil:
+    if mode != BATCH and mode != STRIDED_BATCH:
+        return copies
+    return <double>((<int64_t>copies + size - 1) // size)

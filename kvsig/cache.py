@@ -1,0 +1,651 @@
+"""Paged KV caches: pages between per-layer device tensors and a host pool."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvsig import _core, _torch, geometry
+from kvsig._core import Report
+from kvsig.geometry import Packer, Planes, Side
+
+__all__ = ["PagedKVCache"]
+
+LAYOUTS = ("layer_first", "page_first_direct")
+PATHS = ("auto", "batch", "strided", "loop")
+
+#: Most copies that are packed at a time, so that memory stays bounded.
+CHUNK = 65536
+
+#: Up to this many page numbers, plain Python checks them faster than NumPy does.
+_FEW = 48
+
+I64: TypeAlias = npt.NDArray[np.int64]
+Pages: TypeAlias = Sequence[int] | npt.NDArray[Any] | torch.Tensor
+Layers: TypeAlias = int | Sequence[int] | None
+Group: TypeAlias = torch.Tensor | Sequence[torch.Tensor]
+
+
+class _Selection(NamedTuple):
+    """Some layers of the cache, ready to use."""
+
+    planes: Planes
+    layers: tuple[int, ...]
+    packer: Packer
+
+
+class PagedKVCache:
+    """A paged KV cache with a host pool, and transfers of pages between the two.
+
+    Everything is validated, and its geometry worked out, once: a transfer only packs
+    page numbers.
+
+    Parameters
+    ----------
+    device : list of Tensor, or pair of such lists
+        One tensor per layer on the GPU, each (tokens, ...) with packed rows: one list for
+        a latent or for K alone, ``(k_layers, v_layers)`` for K and V, whose widths may
+        differ. The number of tokens is a multiple of `page_size`.
+    host : Tensor, list of Tensor, or pair of these
+        The pool in host memory, for each list in `device`: in "page_first_direct" a tensor
+        (pages, layers, page_size, ...); in "layer_first" a tensor (layers, tokens, ...) or
+        a list of one (tokens, ...) per layer. For K and V a pair ``(k_pool, v_pool)``, or
+        one tensor that has both along a first dimension of 2.
+    layout : {"page_first_direct", "layer_first"}, optional
+        Layout of the host pool.
+    page_size : int, optional
+        Tokens per page.
+
+    Attributes
+    ----------
+    num_layers, device_pages, host_pages, page_size : int
+        Sizes; valid page numbers are below `device_pages` and `host_pages`.
+    page_bytes : int
+        Bytes of one page over all layers, K and V.
+    device : torch.device
+        Where the layers are.
+    layout : str
+        Layout of the host pool.
+    pinned : bool
+        Whether all of the host pool is page-locked. Pageable memory works too, but is
+        slower, and copies from and to it hold up the host.
+
+    Raises
+    ------
+    TypeError
+        If the arguments are not made of tensors as above.
+    ValueError
+        If tensors do not fit together; the message names the tensor and both values.
+
+    Notes
+    -----
+    The cache keeps its tensors alive; keep the cache until its transfers have been waited
+    for. Methods may be called from many threads.
+    """
+
+    def __init__(
+        self,
+        device: Sequence[torch.Tensor] | Sequence[Sequence[torch.Tensor]],
+        host: Group | Sequence[Group],
+        layout: str = "page_first_direct",
+        page_size: int = 16,
+    ) -> None:
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout must be 'layer_first' or 'page_first_direct', not {layout!r}")
+        if not isinstance(page_size, int) or isinstance(page_size, bool) or page_size < 1:
+            raise ValueError(f"page_size must be an int of at least 1, not {page_size!r}")
+        groups = _device_groups(device)
+        labels = ("K ", "V ") if len(groups) == 2 else ("",)
+        layers = len(groups[0])
+        named = [
+            _Named(f"device {label}layer {i}", tensor)
+            for label, group in zip(labels, groups, strict=True)
+            for i, tensor in enumerate(group)
+        ]
+        _check_device(named)
+        device_side = _layer_side(named, page_size)
+        pools = _host_groups(host, len(groups))
+        if layout == "layer_first":
+            host_named = _host_layers(pools, labels, layers)
+            _check_host(host_named)
+            host_side = _layer_side(host_named, page_size)
+            per_plane = host_named
+        else:
+            host_named = _host_pools(pools, labels)
+            _check_host(host_named)
+            host_side = _pool_side(host_named, layers, page_size)
+            per_plane = [pool for pool in host_named for _ in range(layers)]
+        _check_alike(named, per_plane, device_side, host_side, page_size)
+        _check_apart(named + host_named)
+
+        self.layout = layout
+        self.page_size = page_size
+        self.num_layers = layers
+        self.device = named[0].tensor.device
+        self.device_pages = device_side.pages
+        self.host_pages = host_side.pages
+        self.page_bytes = int(device_side.width.sum())
+        self.pinned = all(item.tensor.is_pinned() for item in host_named)
+        self._tensors = tuple(item.tensor for item in named + host_named)
+        self._names = tuple(item.name for item in named)
+        self._one_device = self.device.type != "cuda" or torch.cuda.device_count() == 1
+        self._planes = geometry.join(device_side, host_side, layers)
+        self._all = self._select(tuple(range(layers)))
+        self._selections: dict[int | range | tuple[int, ...], _Selection] = {}
+
+    def __repr__(self) -> str:
+        kind = "K and V" if len(self._planes) == 2 * self.num_layers else "one latent"
+        return (
+            f"PagedKVCache({self.num_layers} layers of {kind}, layout={self.layout!r}, "
+            f"page_size={self.page_size}, page_bytes={self.page_bytes}, "
+            f"device_pages={self.device_pages} on {self.device}, host_pages={self.host_pages} "
+            f"{'pinned' if self.pinned else 'pageable'})"
+        )
+
+    def offload(
+        self,
+        device_pages: Pages,
+        host_pages: Pages,
+        layers: Layers = None,
+        stream: _torch.Stream = None,
+        path: str = "auto",
+    ) -> Report:
+        """Copy pages from the device to the host.
+
+        Parameters
+        ----------
+        device_pages, host_pages : sequence of int, array or tensor, shape (n,)
+            Page ``device_pages[i]`` goes to page ``host_pages[i]``. Lists, ranges, NumPy
+            arrays and tensors of any integer type. A CUDA tensor is copied to the CPU
+            first, which waits for the work that makes it. No host page may be given twice.
+        layers : int or sequence of int, optional
+            Layers to copy; by default all.
+        stream : None, int, torch.cuda.Stream or object with ``cuda_stream``, optional
+            The stream to work on; by default torch's current one of the cache's device.
+        path : {"auto", "batch", "strided", "loop"}, optional
+            "auto" takes the cheapest way; the others insist on one.
+
+        Returns
+        -------
+        Report
+            The path taken and why, copies, calls and bytes. No pages: path "none".
+
+        Raises
+        ------
+        TypeError
+            If page numbers or layers are not integers, or `stream` is no stream.
+        ValueError
+            If lengths differ, a page or layer is out of range, a destination or layer is
+            given twice, or the stream is another device's. Nothing has been moved then.
+        BindError
+            If the path asked for cannot be taken, with the reason.
+        CudaError
+            If CUDA refuses a copy; a note names the tensor and the page.
+
+        Notes
+        -----
+        The call returns when the work is queued: read the host pool only after the stream
+        has been waited for. Page numbers are read before the call returns.
+        """
+        return self._transfer(device_pages, host_pages, layers, stream, path, False, None)
+
+    def load(
+        self,
+        host_pages: Pages,
+        device_pages: Pages,
+        layers: Layers = None,
+        stream: _torch.Stream = None,
+        path: str = "auto",
+        events: Iterable[Any] | None = None,
+    ) -> Report:
+        """Copy pages from the host to the device.
+
+        Parameters
+        ----------
+        host_pages, device_pages : sequence of int, array or tensor, shape (n,)
+            Page ``host_pages[i]`` goes to page ``device_pages[i]``, as in `offload`. No
+            device page may be given twice.
+        layers, stream, path
+            As in `offload`.
+        events : sequence of torch.cuda.Event, optional
+            One for each layer, or any objects with ``record(stream)``. Layers are then
+            copied one after the other, in the order of `layers`, and each event is
+            recorded behind its layer: computing can begin at the first one.
+
+        Returns
+        -------
+        Report
+            As in `offload`.
+
+        Raises
+        ------
+        TypeError, ValueError, BindError, CudaError
+            As in `offload`; also if `events` are not one for each layer.
+        """
+        return self._transfer(device_pages, host_pages, layers, stream, path, True, events)
+
+    def _transfer(
+        self,
+        device_pages: Pages,
+        host_pages: Pages,
+        layers: Layers,
+        stream: _torch.Stream,
+        path: str,
+        load: bool,
+        events: Iterable[Any] | None,
+    ) -> Report:
+        if path not in PATHS:
+            raise ValueError(f"path must be 'auto', 'batch', 'strided' or 'loop', not {path!r}")
+        device = _page_numbers(device_pages, "device_pages", self.device_pages, load)
+        host = _page_numbers(host_pages, "host_pages", self.host_pages, not load)
+        if len(device) != len(host):
+            raise ValueError(
+                f"device_pages has {len(device)} page numbers and host_pages has {len(host)}: "
+                "give as many of each"
+            )
+        selection = self._all if layers is None else self._selection(layers)
+        if events is not None:
+            events = _checked_events(events, len(selection.layers))
+        handle = _torch.stream_handle(stream, self.device)
+        if self._one_device:
+            return self._submit(selection, device, host, stream, handle, path, load, events)
+        with _torch.device_guard(self.device):
+            return self._submit(selection, device, host, stream, handle, path, load, events)
+
+    def _submit(
+        self,
+        selection: _Selection,
+        device: I64,
+        host: I64,
+        stream: _torch.Stream,
+        handle: int,
+        path: str,
+        load: bool,
+        events: list[Any] | None,
+    ) -> Report:
+        """Queue a checked request, in pieces of at most `CHUNK` copies."""
+        if events is not None:
+            recorder = _torch.event_stream(stream, handle, self.device)
+            reports = []
+            for layer, event in zip(selection.layers, events, strict=True):
+                one = self._selection(layer)
+                reports.append(self._submit(one, device, host, stream, handle, path, load, None))
+                event.record(recorder)
+            return _total(reports)
+        step = max(1, CHUNK // max(1, len(selection.planes)))
+        if len(device) <= step:
+            return self._execute(selection, device, host, handle, path, load)
+        return _total(
+            [
+                self._execute(
+                    selection, device[i : i + step], host[i : i + step], handle, path, load
+                )
+                for i in range(0, len(device), step)
+            ]
+        )
+
+    def _execute(
+        self, selection: _Selection, device: I64, host: I64, handle: int, path: str, load: bool
+    ) -> Report:
+        """Pack one piece and queue it."""
+        near, far, sizes = selection.packer.pack(device, host)
+        dsts, srcs = (near, far) if load else (far, near)
+        try:
+            return _core.copy_batch(dsts, srcs, sizes, handle, path)
+        except _core.CudaError as error:
+            if error.index is not None and error.index < len(near):
+                place = selection.planes.locate(int(near[error.index]))
+                if place is not None:
+                    name = self._names[self._plane(selection, place[0])]
+                    error.add_note(f"the copy that failed begins at page {place[1]} of {name}")
+            raise
+
+    def _plane(self, selection: _Selection, plane: int) -> int:
+        """Return the number, in the whole cache, of a plane of a selection."""
+        group, position = divmod(plane, len(selection.layers))
+        return group * self.num_layers + selection.layers[position]
+
+    def _select(self, layers: tuple[int, ...]) -> _Selection:
+        planes = self._planes.select(layers)
+        return _Selection(planes, layers, Packer(planes))
+
+    def _selection(self, layers: int | Sequence[int]) -> _Selection:
+        """Return the planes of the layers asked for, made once for each choice of layers."""
+        kind = type(layers)
+        key: Any = layers
+        if kind is not int and kind is not range:
+            # Checked at each call: 1.0 and True would find the entry of 1.
+            key = self._layer_numbers(layers)
+        found = self._selections.get(key)
+        if found is None:
+            found = self._select(self._layer_numbers(layers))
+            if len(self._selections) >= 4 * self.num_layers + 64:
+                self._selections.clear()  # no caller should grow it without end
+            self._selections[key] = found
+        return found
+
+    def _layer_numbers(self, layers: int | Sequence[int]) -> tuple[int, ...]:
+        count = self.num_layers
+        if isinstance(layers, (int, np.integer)):
+            wanted, single = [layers], True
+        else:
+            try:
+                wanted, single = list(layers), False
+            except TypeError:
+                raise TypeError(
+                    f"layers must be an int, a sequence of int or None, not {layers!r}"
+                ) from None
+        seen: dict[int, int] = {}
+        for i, value in enumerate(wanted):
+            place = "layers" if single else f"layers[{i}]"
+            if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
+                raise TypeError(f"{place} must be an int, not {value!r}")
+            layer = operator.index(value)
+            if not 0 <= layer < count:
+                raise ValueError(f"{place} is {layer}: the cache has layers 0 to {count - 1}")
+            if layer in seen:
+                raise ValueError(f"{place} is layer {layer} again, after layers[{seen[layer]}]")
+            seen[layer] = i
+        return tuple(seen)
+
+
+class _Named(NamedTuple):
+    """A tensor and what to call it in messages."""
+
+    name: str
+    tensor: torch.Tensor
+
+
+def _device_groups(device: Any) -> list[list[torch.Tensor]]:
+    """Sort the device's layers into one list, or K's and V's."""
+    if isinstance(device, torch.Tensor):
+        raise TypeError(
+            "device is one tensor: give one tensor per layer, as list(tensor) does, "
+            "or a pair of lists for K and V"
+        )
+    if not isinstance(device, (list, tuple)):
+        raise TypeError(
+            f"device must be a list of tensors, or a pair of lists, not {type(device).__name__}"
+        )
+    if not device:
+        raise ValueError("device has no layers")
+    if all(isinstance(item, torch.Tensor) for item in device):
+        return [list(device)]
+    if len(device) != 2 or not all(isinstance(item, (list, tuple)) for item in device):
+        raise TypeError(
+            "device must be a list of tensors, or a pair of lists for K and V; it has "
+            f"{len(device)} entries: {', '.join(type(item).__name__ for item in device[:4])}"
+        )
+    for label, group in zip("KV", device, strict=True):
+        for i, tensor in enumerate(group):
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(
+                    f"device {label} layer {i} must be a tensor, not {type(tensor).__name__}"
+                )
+    k, v = device
+    if len(k) != len(v):
+        raise ValueError(
+            f"device has {len(k)} K layers and {len(v)} V layers: give as many of each"
+        )
+    if not k:
+        raise ValueError("device has no layers")
+    return [list(k), list(v)]
+
+
+def _host_groups(host: Any, count: int) -> list[Any]:
+    """Sort the host's side by the lists of the device."""
+    if count == 1:
+        return [host]
+    if isinstance(host, torch.Tensor):
+        if host.ndim == 0 or host.shape[0] != 2:
+            raise ValueError(
+                f"host has shape {tuple(host.shape)}: one tensor for K and V needs a first "
+                "dimension of 2; otherwise give a pair (k_pool, v_pool)"
+            )
+        return [host[0], host[1]]
+    if not isinstance(host, (list, tuple)):
+        raise TypeError(
+            f"host must be a tensor or a pair (k_pool, v_pool), not {type(host).__name__}"
+        )
+    if len(host) != 2:
+        raise ValueError(
+            f"host has {len(host)} entries, but device has K and V: give a pair (k_pool, v_pool)"
+        )
+    return list(host)
+
+
+def _host_layers(pools: list[Any], labels: Sequence[str], layers: int) -> list[_Named]:
+    named = []
+    for label, pool in zip(labels, pools, strict=True):
+        if isinstance(pool, torch.Tensor):
+            tensors = list(pool.unbind(0)) if pool.ndim else []
+        elif isinstance(pool, (list, tuple)):
+            tensors = list(pool)
+        else:
+            raise TypeError(
+                f"host {label}pool must be a tensor or a list of one per layer, "
+                f"not {type(pool).__name__}"
+            )
+        if len(tensors) != layers:
+            raise ValueError(
+                f"host {label}pool has {len(tensors)} layers, device has {layers}: "
+                "layer_first is (layers, tokens, ...), or a list of one (tokens, ...) per layer"
+            )
+        for i, tensor in enumerate(tensors):
+            name = f"host {label}layer {i}"
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+            named.append(_Named(name, tensor))
+    return named
+
+
+def _host_pools(pools: list[Any], labels: Sequence[str]) -> list[_Named]:
+    for label, pool in zip(labels, pools, strict=True):
+        if not isinstance(pool, torch.Tensor):
+            raise TypeError(f"host {label}pool must be a tensor, not {type(pool).__name__}")
+    return [_Named(f"host {label}pool", pool) for label, pool in zip(labels, pools, strict=True)]
+
+
+def _check_device(named: list[_Named]) -> None:
+    """Check that the layers are where the CUDA runtime in use can reach them."""
+    kind = "cpu" if _core.is_emulated() else "cuda"
+    first = named[0]
+    for name, tensor in named:
+        where = tensor.device
+        if where.type != kind:
+            raise ValueError(
+                f"{name} is on {where}, but the emulated CUDA runtime reaches CPU tensors only: "
+                "unset KVSIG_CUDART to use the GPU"
+                if kind == "cpu"
+                else f"{name} is on {where}: device tensors must be on a CUDA device"
+            )
+        if where != first.tensor.device:
+            raise ValueError(
+                f"{name} is on {where} and {first.name} on {first.tensor.device}: "
+                "a cache has one device; make one for each"
+            )
+    _check_packed(named)
+
+
+def _check_host(named: list[_Named]) -> None:
+    for name, tensor in named:
+        if tensor.device.type != "cpu":
+            raise ValueError(f"{name} is on {tensor.device}: the host pool must be in CPU memory")
+    _check_packed(named)
+
+
+def _check_packed(named: list[_Named]) -> None:
+    for name, tensor in named:
+        if tensor.layout is not torch.strided or not tensor.is_contiguous():
+            stride = tuple(tensor.stride()) if tensor.layout is torch.strided else tensor.layout
+            raise ValueError(
+                f"{name} is not contiguous (shape {tuple(tensor.shape)}, stride {stride}): "
+                "its rows must be packed"
+            )
+        if tensor.numel() == 0:
+            raise ValueError(f"{name} is empty (shape {tuple(tensor.shape)})")
+
+
+def _layer_side(named: list[_Named], page_size: int) -> Side:
+    """Work out a side whose tensors are one plane each, (tokens, ...)."""
+    first = named[0]
+    widths = []
+    for name, tensor in named:
+        tokens = tensor.shape[0] if tensor.ndim else 0
+        pages, rest = divmod(tokens, page_size)
+        if rest or not pages:
+            raise ValueError(
+                f"{name} has {tokens} tokens, {rest} more than {pages} pages of {page_size}: "
+                "the number of tokens must be a multiple of page_size"
+            )
+        if tokens != first.tensor.shape[0]:
+            raise ValueError(
+                f"{name} has {tokens} tokens, {first.name} has {first.tensor.shape[0]}: "
+                "all layers of a side must have as many"
+            )
+        widths.append(tensor.nbytes // pages)
+    bases = [item.tensor.data_ptr() for item in named]
+    return geometry.layer_first(bases, widths, first.tensor.shape[0] // page_size)
+
+
+def _pool_side(named: list[_Named], layers: int, page_size: int) -> Side:
+    """Work out a side of pools (pages, layers, page_size, ...)."""
+    first = named[0]
+    widths = []
+    for name, tensor in named:
+        shape = tuple(tensor.shape)
+        if len(shape) < 3 or shape[1:3] != (layers, page_size):
+            raise ValueError(
+                f"{name} has shape {shape}: page_first_direct is (pages, layers, page_size, ...), "
+                f"here (pages, {layers}, {page_size}, ...)"
+            )
+        if shape[0] != first.tensor.shape[0]:
+            raise ValueError(
+                f"{name} has {shape[0]} pages, {first.name} has {first.tensor.shape[0]}: "
+                "K and V must have as many"
+            )
+        widths.append(tensor.nbytes // (shape[0] * layers))
+    bases = [item.tensor.data_ptr() for item in named]
+    return geometry.page_first_direct(bases, widths, layers, first.tensor.shape[0])
+
+
+def _check_alike(
+    device: list[_Named], host: list[_Named], near: Side, far: Side, page_size: int
+) -> None:
+    """Check that both sides hold the same tokens."""
+    for i, (one, other) in enumerate(zip(device, host, strict=True)):
+        if one.tensor.dtype != other.tensor.dtype:
+            raise ValueError(
+                f"{one.name} is {one.tensor.dtype}, {other.name} is {other.tensor.dtype}: "
+                "pages are moved as they are, not converted"
+            )
+        if near.width[i] != far.width[i]:
+            raise ValueError(
+                f"{one.name} has {int(near.width[i]) // page_size} bytes per token, "
+                f"{other.name} has {int(far.width[i]) // page_size}: both sides must have as many"
+            )
+
+
+def _check_apart(named: list[_Named]) -> None:
+    """Check that no two tensors share memory: a copy could write what another one reads."""
+    spans = sorted(
+        (item.tensor.data_ptr(), item.tensor.data_ptr() + item.tensor.nbytes, item.name)
+        for item in named
+    )
+    for (_, end, one), (start, _, other) in zip(spans, spans[1:], strict=False):
+        if end > start:
+            raise ValueError(f"{one} and {other} overlap in memory by {end - start} bytes")
+
+
+def _page_numbers(values: Any, name: str, limit: int, destination: bool) -> I64:
+    """Return page numbers as contiguous int64: each in range, no destination twice."""
+    if type(values) is np.ndarray:
+        array: npt.NDArray[Any] = values
+    elif isinstance(values, torch.Tensor):
+        array = _torch.integers(values, name)
+    elif isinstance(values, range):
+        array = np.arange(values.start, values.stop, values.step, dtype=np.int64)
+    elif isinstance(values, (list, tuple)) or hasattr(values, "__array__"):
+        array = np.asarray(values)
+        if array.size == 0 and isinstance(values, (list, tuple)):
+            array = array.astype(np.int64)  # an empty list has no dtype of its own
+    else:
+        raise TypeError(
+            f"{name} must be a list, range, array or tensor of page numbers, "
+            f"not {type(values).__name__}"
+        )
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must hold integers, not {array.dtype}")
+    if array.ndim != 1:
+        raise ValueError(f"{name} must be one-dimensional, not of shape {array.shape}")
+    count = len(array)
+    if count == 0:
+        return np.empty(0, dtype=np.int64)
+    if count <= _FEW:
+        numbers = array.tolist()
+        good = min(numbers) >= 0 and max(numbers) < limit
+    elif array.dtype == np.int64:
+        # Read as unsigned, a negative number is beyond every limit.
+        good = bool(array.view(np.uint64).max() < limit)
+    else:
+        good = bool(array.min() >= 0) and bool(array.max() < limit)
+    if not good:
+        index = int(np.argmax((array < 0) | (array >= limit)))
+        side = "the device" if name == "device_pages" else "the host pool"
+        raise ValueError(f"{name}[{index}] is {array[index]}: {side} has pages 0 to {limit - 1}")
+    pages: I64 = np.ascontiguousarray(array, dtype=np.int64)
+    if destination:
+        if count <= _FEW:
+            unique = len(set(numbers)) == count
+        else:
+            # Each position is written at its page: of a page given twice, one is lost.
+            position = np.arange(count)
+            owner = np.empty(limit, dtype=np.intp)
+            owner[pages] = position
+            unique = bool((owner[pages] == position).all())
+        if not unique:
+            raise _twice(pages.tolist(), name)
+    return pages
+
+
+def _twice(pages: list[int], name: str) -> ValueError:
+    """Make the error for the first destination page that is given again."""
+    seen: dict[int, int] = {}
+    for i, page in enumerate(pages):
+        if page in seen:
+            break
+        seen[page] = i
+    return ValueError(
+        f"{name}[{i}] is page {page} again, after {name}[{seen[page]}]: "
+        "a destination page may be given once"
+    )
+
+
+def _checked_events(events: Iterable[Any], layers: int) -> list[Any]:
+    checked = list(events)
+    if len(checked) != layers:
+        raise ValueError(
+            f"events has {len(checked)} entries for {layers} layers: give one for each"
+        )
+    for i, event in enumerate(checked):
+        if not callable(getattr(event, "record", None)):
+            raise TypeError(f"events[{i}] has no record(stream): {type(event).__name__}")
+    return checked
+
+
+def _total(reports: list[Report]) -> Report:
+    """Sum up the reports of several pieces."""
+    paths = list(dict.fromkeys(report.path for report in reports if report.path != "none"))
+    reasons = list(dict.fromkeys(report.reason for report in reports if report.reason))
+    return Report(
+        "+".join(paths) or "none",
+        "; ".join(reasons) or None,
+        sum(report.copies for report in reports),
+        sum(report.calls for report in reports),
+        sum(report.bytes for report in reports),
+    )

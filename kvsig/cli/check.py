@@ -1,0 +1,280 @@
+"""``kvsig check``: the registry against NVIDIA's headers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from kvsig import headers, registry, releases
+
+__all__ = ["expected", "markdown", "register", "run"]
+
+KINDS = {"function": "functions", "struct": "structs", "enum": "enums", "alias": "aliases"}
+
+EPILOG = """\
+examples:
+  kvsig check /usr/local/cuda/include       the headers of one CUDA toolkit
+  kvsig check --releases                    every release that the registry lists as verified
+  kvsig check --releases 13.5.37            one release, fetched from the package index
+  kvsig check --propose include/            the TOML that a new release needs
+  kvsig check --propose include/ cudaMemPoolCreate     and a function that is not there yet
+
+Exit code 1 if anything differs. The C compiler is $CC, or cc. Releases are kept in
+$KVSIG_RELEASES_CACHE, or kvsig/releases in the user's cache folder.
+"""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One release or folder, and what was found."""
+
+    release: str
+    header: headers.Header
+    results: list[headers.Result]
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``check`` to the command line."""
+    parser = subparsers.add_parser(
+        "check",
+        help="compare the registry of CUDA prototypes with NVIDIA's headers",
+        description="Compares every prototype, struct, constant and type of the registry with"
+        " NVIDIA's own headers, by a C compiler; needs no GPU.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "what", nargs="*", metavar="HEADER_OR_FOLDER",
+        help="CUDA headers; with --propose also names of functions",
+    )  # fmt: skip
+    parser.add_argument(
+        "--releases", nargs="*", metavar="V", help="fetch these releases (default: all verified)"
+    )
+    parser.add_argument(
+        "--propose", action="store_true", help="print the TOML that the registry lacks"
+    )
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    parser.add_argument(
+        "--matrix", type=Path, metavar="FILE",
+        help="write the table of all releases as Markdown, if nothing differs",
+    )  # fmt: skip
+    parser.add_argument(
+        "--registry", type=Path, metavar="TOML", help="another registry than kvsig's own"
+    )
+    parser.set_defaults(run=run)
+
+
+class Progress:
+    """A bar on a terminal, a line for each step elsewhere; on stderr."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done = total, 0
+        self.tty = sys.stderr.isatty()
+        self.lock = threading.Lock()
+
+    def step(self, text: str) -> None:
+        """One more is done."""
+        with self.lock:
+            self.done += 1
+            if self.tty:
+                width = 30 * self.done // self.total
+                bar = "#" * width + "." * (30 - width)
+                end = "\n" if self.done == self.total else ""
+                sys.stderr.write(f"\r\x1b[K[{bar}] {self.done}/{self.total} {text}{end}")
+            else:
+                sys.stderr.write(f"{self.done}/{self.total} {text}\n")
+            sys.stderr.flush()
+
+
+def _read(folder: Path, table: registry.Registry) -> headers.Header:
+    own = headers.locate(folder) / headers.COMMON
+    return headers.read(folder, table, [] if own.is_file() else [releases.crt()])
+
+
+def _read_all(
+    args: argparse.Namespace, table: registry.Registry
+) -> tuple[list[tuple[str, headers.Header]], list[str]]:
+    """Headers by the name of their release, and the names that are left."""
+    folders = [w for w in args.what if os.sep in w or Path(w).exists() or not args.propose]
+    names = [w for w in args.what if w not in folders]
+    wanted = None if args.releases is None else tuple(args.releases) or table.verified
+    if wanted is None and not folders:
+        roots = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
+        folders = [root for root in roots if root and Path(root).is_dir()][:1]
+        if not folders:
+            raise headers.HeaderError(
+                "no headers to check: give a folder of CUDA headers, set CUDA_HOME,"
+                " or use --releases to fetch some"
+            )
+    if wanted:
+        releases.crt()
+    progress = Progress(len(wanted or ()) + len(folders))
+
+    def one(item: tuple[str, bool]) -> tuple[str, headers.Header]:
+        text, fetched = item
+        header = _read(releases.include(text) if fetched else Path(text), table)
+        version = registry.format_version(next(iter(header.versions.values())))
+        progress.step(f"read CUDA {text if fetched else f'{version} in {text}'}")
+        return (text if fetched else version), header
+
+    items = [(release, True) for release in wanted or ()] + [(path, False) for path in folders]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(one, items)), names
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run ``kvsig check``."""
+    table = registry.load(args.registry)
+    found, names = _read_all(args, table)
+    if args.propose:
+        from kvsig import proposals
+
+        print(proposals.propose(table, [header for _, header in found], names).text, end="")
+        return 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = pool.map(lambda item: headers.check(table, item[1]), found)
+    done = [Checked(name, header, r) for (name, header), r in zip(found, results, strict=True)]
+    bad = sum(result.status == "differs" for checked in done for result in checked.results)
+    if args.json:
+        print(json.dumps({
+            "differences": bad,
+            "releases": [
+                {"release": c.release, "folder": str(c.header.folder),
+                 "versions": c.header.versions, "results": [asdict(r) for r in c.results]}
+                for c in done
+            ],
+        }, indent=1))  # fmt: skip
+    else:
+        print("\n".join(report(done)))
+    if args.matrix and not bad:
+        args.matrix.write_text(markdown([(c.release, c.results) for c in done]))
+    return 1 if bad else 0
+
+
+def cell(result: headers.Result) -> str:
+    """What a table says of one entry in one release."""
+    if result.status == "agrees":
+        return registry.format_version(result.since) if result.since else "yes"
+    return {"differs": "DIFFERS", "absent": "-", "unchecked": "?"}.get(result.status, result.status)
+
+
+def _rows(done: Sequence[tuple[str, list[headers.Result]]], kind: str) -> list[list[str]]:
+    names = [r.name for r in done[0][1] if r.kind == kind]
+    columns = [{r.name: cell(r) for r in results if r.kind == kind} for _, results in done]
+    return [[name, *(column[name] for column in columns)] for name in names]
+
+
+def report(done: Sequence[Checked]) -> Iterable[str]:
+    """Lines of the table and of every difference."""
+    for checked in done:
+        for result in checked.results:
+            if result.status == "differs":
+                yield from _difference(checked.release, result)
+    columns = [(c.release, c.results) for c in done]
+    for kind, title in KINDS.items():
+        rows = [[title, *(c.release for c in done)], *_rows(columns, kind)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        for row in rows:
+            yield "  ".join(t.ljust(w) for t, w in zip(row, widths, strict=True)).rstrip()
+        yield ""
+    yield (
+        "A version says where the range of the variant begins that agrees with the header; yes:"
+        " agrees in every release."
+    )
+    yield (
+        "-: rightly absent. pinned: an older prototype is asked of the library, whatever this"
+        " header says."
+    )
+    bad = sum(r.status == "differs" for c in done for r in c.results)
+    missing = sorted({r.library for c in done for r in c.results if r.status == "unchecked"})
+    if missing:
+        yield f"?: not checked, since the folder has no header of: {', '.join(missing)}."
+    many = f"{len(done)} release{'s' if len(done) != 1 else ''}"
+    yield f"{many} checked: " + (
+        f"{bad} difference{'s' if bad != 1 else ''}, shown above" if bad else "the registry agrees"
+    )
+
+
+def _difference(release: str, result: headers.Result) -> Iterable[str]:
+    since = ""
+    if result.kind == "function" and result.since:
+        since = f", variant from {registry.format_version(result.since)}"
+    yield f"DIFFERS: {result.kind} {result.name} in CUDA {release}{since}"
+    yield from (f"  {problem}" for problem in result.problems)
+    if result.kind == "function":
+        yield from _side_by_side(result.registry, result.header)
+    yield ""
+
+
+def _side_by_side(ours: str, theirs: str) -> Iterable[str]:
+    """Two prototypes in two columns, a parameter to a line."""
+    columns = [["registry", *_parts(ours)], ["header", *_parts(theirs)]]
+    width = max(map(len, columns[0]))
+    for index in range(max(map(len, columns))):
+        left, right = (c[index] if index < len(c) else "" for c in columns)
+        mark = "  " if index == 0 or left == right else "! "
+        yield f"  {mark}{left.ljust(width)}  {right}".rstrip()
+
+
+def _parts(prototype: str) -> list[str]:
+    if not prototype:
+        return ["(none)"]
+    head, _, rest = prototype.partition("(")
+    return [f"{head}(", *(f"  {part}" for part in rest.removesuffix(")").split(", "))]
+
+
+def expected(table: registry.Registry, release: str) -> list[headers.Result]:
+    """What the check of a release finds if everything agrees, without its headers.
+
+    Aliases are left out: whether a header knows a name of a type is not in the registry.
+    """
+    version = registry.parse_version(release.rpartition(".")[0])
+    results = []
+    for function in table.functions.values():
+        variant = function.select(version)
+        status = "agrees" if variant else "absent"
+        if variant and variant.pinned and not (
+            variant.pinned <= version < headers.next_major(variant.pinned)
+        ):
+            status = "pinned"
+        since = variant.since if variant else None
+        results.append(
+            headers.Result("function", function.name, function.library, version, status, since)
+        )
+    types = [*table.structs.values(), *table.enums.values()]
+    for item in types:
+        kind = "struct" if item.name in table.structs else "enum"
+        status = "agrees" if item.since <= version else "absent"
+        results.append(
+            headers.Result(kind, item.name, item.library, version, status, item.since)
+        )
+    return results
+
+
+def markdown(done: Sequence[tuple[str, list[headers.Result]]]) -> str:
+    """The table of all releases as a page of the documentation."""
+    lines = [
+        "# Releases that the registry was checked against",
+        "",
+        "Written by `python -m kvsig check --releases --matrix docs/releases.md`, which compares",
+        "each entry of `kvsig/signatures.toml` with the headers of each release; not to be edited.",
+        "",
+        "A version says where the range of the variant begins that agrees with the header; *yes*:",
+        "agrees, and the registry has it in every release. *-*: absent, as the registry says.",
+        "*pinned*: an older prototype is asked of the library, whatever this header says.",
+    ]
+    for kind, title in KINDS.items():
+        if kind == "alias":
+            continue
+        rows = [[title.capitalize(), *(release for release, _ in done)]]
+        rows.append(["---"] * len(rows[0]))
+        rows += [[f"`{name}`", *cells] for name, *cells in _rows(done, kind)]
+        lines += ["", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join(lines) + "\n"

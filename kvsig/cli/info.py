@@ -1,0 +1,105 @@
+"""``kvsig info``: which CUDA runtime is used, and which prototype and address each function has."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import kvsig
+from kvsig.registry import format_version
+
+from . import terminal_width, wrap
+
+__all__ = ["register"]
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand."""
+    parser = subparsers.add_parser(
+        "info",
+        help="the CUDA runtime, its functions, and the path copies take",
+        description="Says which CUDA runtime kvsig uses and how it was found, which prototype "
+        "and address each function has, and which path page copies will take and why.",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what kvsig is bound to.
+
+    Returns
+    -------
+    int
+        0, or 1 where no CUDA runtime can be used.
+    """
+    try:
+        info = kvsig.info()
+    except kvsig.BindError as error:
+        if not args.json:
+            raise
+        print(json.dumps({"library": None, "error": str(error)}, indent=2))
+        return 1
+    print(json.dumps(info, indent=2) if args.json else describe(info))
+    return 0
+
+
+def describe(info: dict[str, Any]) -> str:
+    """Write :func:`kvsig.info` as text for people."""
+    runtime = format_version(info["runtime_version"])
+    if info["emulated"]:
+        runtime += ", emulated: host memory stands in for the GPU's"
+    batch = info["batch"]
+    functions = info["functions"]
+    bound = sum(function["status"] == "bound" for function in functions)
+    rows = [
+        ("CUDA runtime", runtime),
+        ("library", info["library"]),
+        ("found", info["found"]),
+        ("driver", format_version(info["driver_version"])),
+        ("page copies", f"{batch['path']}: {batch['why']}"),
+        ("functions", f"{bound} of {len(functions)} bound"),
+    ]
+    others = [path for path in info["libraries"] if path != info["library"]]
+    rows += [("also loaded", path) for path in others]
+    margin = max(len(label) for label, _ in rows) + 2
+    lines = [wrap(f"{label:<{margin}}{text}", " " * margin) for label, text in rows]
+    lines += ["", *function_table(functions)]
+    notes = [function for function in functions if function["status"] != "bound"]
+    if notes:
+        lines += [""]
+        lines += [wrap(f"{note['name']}: {note['why']}", "    ") for note in notes]
+    if info["warnings"]:
+        lines += [""]
+        lines += [wrap(f"warning: {warning}", "    ") for warning in info["warnings"]]
+    return "\n".join(lines)
+
+
+def function_table(functions: list[dict[str, Any]]) -> list[str]:
+    """Write one line per function: name, range of the prototype, address, status.
+
+    The symbol is named where it is not the function's own name; "..." stands for that name.
+    """
+    head = ("function", "prototype of", "address", "status")
+    rows = [head]
+    for function in functions:
+        status, symbol = function["status"], function["symbol"]
+        if symbol and symbol != function["name"]:
+            status += f" as {symbol.replace(function['name'], '...')}"
+        address = function["address"]
+        rows.append(
+            (
+                function["name"],
+                function["variant"] or "-",
+                f"{address:#x}" if address else "-",
+                status,
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = []
+    for name, variant, address, status in rows:
+        line = f"{name:<{widths[0]}}  {variant:<{widths[1]}}  {address:<{widths[2]}}  {status}"
+        lines.append(line.rstrip())
+    lines.insert(1, "-" * min(max(map(len, lines)), terminal_width()))
+    return lines

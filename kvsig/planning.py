@@ -1,0 +1,361 @@
+"""The planner: page numbers and a geometry in, the cheapest set of copies out.
+
+A transfer asks for one copy per page and plane. `Prepared` and `Transfer` (in Cython) find
+the runs and the evenly spaced planes, price what can be done with them, and pack the result
+piece by piece. `Planner` keeps one `Prepared` per choice of layers, which is what a cache
+holds; `plan` gives a whole transfer at once, to look at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvsig._pack import (
+    CHECK_DEVICE_RANGE,
+    CHECK_HOST_RANGE,
+    CHECK_LENGTHS,
+    CHECK_NOT_PAGES,
+    CHECK_OK,
+    CHECK_REPEATED,
+    Prepared,
+    Transfer,
+)
+from kvsig.costs import CostModel, builtin
+from kvsig.geometry import Planes
+
+__all__ = [
+    "CHECK_DEVICE_RANGE",
+    "CHECK_HOST_RANGE",
+    "CHECK_LENGTHS",
+    "CHECK_NOT_PAGES",
+    "CHECK_OK",
+    "CHECK_REPEATED",
+    "Plan",
+    "Planner",
+    "Prepared",
+    "Transfer",
+    "plan",
+    "prepare",
+]
+
+_U64 = npt.NDArray[np.uint64]
+
+# Choices of layers that a planner keeps ready; a serving engine uses one per layer and all.
+_KEPT = 1024
+
+
+def prepare(
+    planes: Planes, model: CostModel | None = None, host_seams: npt.ArrayLike | None = None
+) -> Prepared:
+    """Work out what does not depend on page numbers, once per geometry.
+
+    Parameters
+    ----------
+    planes : Planes
+        Places of every layer's K and V on both sides.
+    model : CostModel, optional
+        What copies cost; the careful default if not given.
+    host_seams : array_like of uint64, optional
+        Host addresses that no single copy may cross, because separately registered blocks of
+        host memory meet there.
+
+    Returns
+    -------
+    Prepared
+        Its ``transfer`` plans, its ``check`` looks over page numbers.
+    """
+    seams = None if host_seams is None else np.asarray(host_seams, dtype=np.uint64)
+    return Prepared(planes, builtin() if model is None else model, seams)
+
+
+class Planner:
+    """A geometry, ready to plan transfers of any choice of its layers.
+
+    Parameters
+    ----------
+    planes : Planes
+        Places of every layer's K and V on both sides.
+    model : CostModel, optional
+        What copies cost; the careful default if not given.
+    host_seams : array_like of uint64, optional
+        Host addresses that no single copy may cross.
+
+    Notes
+    -----
+    Safe to use from many threads at a time: what two threads prepare at once is the same.
+    """
+
+    __slots__ = ("_all", "_ready", "_seams", "model", "planes")
+
+    def __init__(
+        self,
+        planes: Planes,
+        model: CostModel | None = None,
+        host_seams: npt.ArrayLike | None = None,
+    ) -> None:
+        self.planes = planes
+        self.model = builtin() if model is None else model
+        self._seams = None if host_seams is None else np.asarray(host_seams, dtype=np.uint64)
+        self._all = Prepared(planes, self.model, self._seams)
+        self._ready: dict[object, Prepared] = {}
+
+    def prepared(self, layers: int | Sequence[int] | None = None) -> Prepared:
+        """Geometry of some layers, kept for the next time.
+
+        Parameters
+        ----------
+        layers : int or sequence of int, optional
+            One layer, several, or all if not given. Inside the geometry.
+        """
+        if layers is None:
+            return self._all
+        key: object = layers if isinstance(layers, (int, range)) else tuple(layers)
+        ready = self._ready.get(key)
+        if ready is None:
+            chosen = [layers] if isinstance(layers, int) else layers
+            ready = Prepared(self.planes.select(chosen), self.model, self._seams)
+            if len(self._ready) >= _KEPT:
+                self._ready.clear()
+            self._ready[key] = ready
+        return ready
+
+    def transfer(
+        self,
+        device_pages: npt.NDArray[np.int64],
+        host_pages: npt.NDArray[np.int64],
+        direction: str,
+        method: str = "auto",
+        *,
+        layers: int | Sequence[int] | None = None,
+        batch: bool = True,
+    ) -> Transfer:
+        """Plan one transfer, to be packed piece by piece.
+
+        Parameters
+        ----------
+        device_pages, host_pages : ndarray of int64
+            Page numbers, one to one, checked before.
+        direction : {"offload", "load"}
+            From the device to the host, or back.
+        method : {"auto", "batch", "strided", "loop"}
+            ``"auto"`` takes the least predicted time, the others force a method.
+        layers : int or sequence of int, optional
+            Layers to move; all if not given.
+        batch : bool
+            Whether the batch call can be used now.
+
+        Returns
+        -------
+        Transfer
+            Iterate over it once for ``(kind, arrays)``.
+        """
+        prepared = self._all if layers is None else self.prepared(layers)
+        return prepared.transfer(device_pages, host_pages, direction, method, batch=batch)
+
+
+def _count(number: int) -> str:
+    return f"{number:,}"
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024 or unit == "GiB":
+            break
+        number /= 1024
+    return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+
+
+def _time(microseconds: float) -> str:
+    if microseconds < 1e3:
+        return f"{microseconds:.1f} µs"
+    if microseconds < 1e6:
+        return f"{microseconds / 1e3:.2f} ms"
+    return f"{microseconds / 1e6:.2f} s"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """A whole transfer, planned and packed; nothing has been moved.
+
+    Parameters
+    ----------
+    direction : {"offload", "load"}
+        From the device to the host, or back.
+    method : str
+        ``"batch"``, ``"loop"``, ``"strided"``, ``"strided+batch"`` or ``"strided+loop"``.
+    copies_in : int
+        Copies of one page of one plane each that were asked for.
+    dsts, srcs, sizes : ndarray of uint64
+        Plain copies.
+    strided : ndarray of uint64, shape (m, 6)
+        Strided copies: dst, dpitch, src, spitch, width, height.
+    batch_size : int
+        Plain copies per batch call.
+    bytes : int
+        Bytes to be moved.
+    predicted_us : float
+        Predicted time until the last byte has arrived, in microseconds.
+    submit_us : float
+        Predicted host time of it, inside the CUDA calls.
+    candidates : dict of str to float
+        Predicted time of every method that was considered.
+    costs : str
+        Device that the costs are of, and where they are from.
+    """
+
+    direction: str
+    method: str
+    copies_in: int
+    dsts: _U64 = field(repr=False)
+    srcs: _U64 = field(repr=False)
+    sizes: _U64 = field(repr=False)
+    strided: _U64 = field(repr=False)
+    batch_size: int
+    bytes: int
+    predicted_us: float
+    submit_us: float
+    candidates: dict[str, float]
+    costs: str
+
+    @property
+    def plain_path(self) -> str:
+        """How plain copies are made: ``"batch"`` or ``"loop"``."""
+        return "batch" if self.method.endswith("batch") else "loop"
+
+    @property
+    def copies_out(self) -> int:
+        """Operations that the copy engine gets: plain copies and strided ones."""
+        return len(self.dsts) + len(self.strided)
+
+    @property
+    def rows(self) -> int:
+        """Rows of all strided copies."""
+        return int(self.strided[:, 5].sum())
+
+    @property
+    def calls(self) -> int:
+        """CUDA calls."""
+        plain = len(self.dsts)
+        if self.plain_path == "batch":
+            plain = -(-plain // self.batch_size)
+        return plain + len(self.strided)
+
+    def pieces(self) -> Iterator[tuple[str, Any]]:
+        """What to submit, in order, as `Transfer` gives it: strided copies, plain copies."""
+        if len(self.strided):
+            yield "strided", self.strided
+        if len(self.dsts):
+            yield self.plain_path, (self.dsts, self.srcs, self.sizes)
+
+    def __str__(self) -> str:
+        plain, strided = len(self.dsts), len(self.strided)
+        plain_bytes = int(self.sizes.sum())
+        strided_bytes = int((self.strided[:, 4] * self.strided[:, 5]).sum())
+        lines = [
+            f"{self.direction} by {self.method}: {_bytes(self.bytes)} in {_count(self.calls)} "
+            f"CUDA {'call' if self.calls == 1 else 'calls'}, predicted "
+            f"{_time(self.predicted_us)} ({self._rate(self.predicted_us)}), of which the host "
+            f"submits {_time(self.submit_us)}",
+            "",
+            f"{'':<10}{'copies':>12}{'rows':>12}{'calls':>10}{'bytes':>12}",
+            f"{'asked for':<10}{_count(self.copies_in):>12}{'':>12}{'':>10}"
+            f"{_bytes(self.bytes):>12}",
+        ]
+        if strided:
+            lines.append(
+                f"{'strided':<10}{_count(strided):>12}{_count(self.rows):>12}"
+                f"{_count(strided):>10}{_bytes(strided_bytes):>12}"
+            )
+        if plain:
+            lines.append(
+                f"{self.plain_path:<10}{_count(plain):>12}{'':>12}"
+                f"{_count(self.calls - strided):>10}{_bytes(plain_bytes):>12}"
+            )
+        lines += ["", f"{'method':<16}{'predicted':>12}{'':>14}"]
+        for name, time in sorted(self.candidates.items(), key=lambda item: item[1]):
+            mark = "  chosen" if name == self.method else ""
+            lines.append(f"{name:<16}{_time(time):>12}{self._rate(time):>14}{mark}")
+        lines += ["", f"costs: {self.costs}"]
+        return "\n".join(line.rstrip() for line in lines)
+
+    def _rate(self, microseconds: float) -> str:
+        return f"{self.bytes / microseconds / 1e3:.2f} GB/s" if microseconds > 0 else "0 GB/s"
+
+
+def _joined(parts: list[_U64], empty: _U64) -> _U64:
+    return np.concatenate(parts) if parts else empty
+
+
+def plan(
+    planes: Planes | Prepared,
+    device_pages: npt.ArrayLike,
+    host_pages: npt.ArrayLike,
+    direction: str,
+    method: str = "auto",
+    model: CostModel | None = None,
+    host_seams: npt.ArrayLike | None = None,
+    *,
+    batch: bool = True,
+) -> Plan:
+    """Plan a whole transfer without moving anything.
+
+    Parameters
+    ----------
+    planes : Planes or Prepared
+        The geometry; one that is prepared carries its model and seams.
+    device_pages, host_pages : array_like of int64
+        Page numbers, one to one, inside the geometry.
+    direction : {"offload", "load"}
+        From the device to the host, or back.
+    method : {"auto", "batch", "strided", "loop"}
+        ``"auto"`` takes the least predicted time, the others force a method.
+    model : CostModel, optional
+        What copies cost; the careful default if not given.
+    host_seams : array_like of uint64, optional
+        Host addresses that no single copy may cross.
+    batch : bool
+        Whether the batch call can be used.
+
+    Returns
+    -------
+    Plan
+        With arrays of its own; printed, it is a table.
+    """
+    ready = planes if isinstance(planes, Prepared) else prepare(planes, model, host_seams)
+    transfer = ready.transfer(
+        np.ascontiguousarray(device_pages, dtype=np.int64),
+        np.ascontiguousarray(host_pages, dtype=np.int64),
+        direction,
+        method,
+        batch=batch,
+    )
+    plain: tuple[list[_U64], list[_U64], list[_U64]] = ([], [], [])
+    strided: list[_U64] = []
+    # The buffers of a piece are used again by the next one.
+    for piece in transfer:
+        if piece[0] == "strided":
+            strided.append(piece[1].copy())
+        else:
+            for parts, array in zip(plain, piece[1], strict=True):
+                parts.append(array.copy())
+    none = np.empty(0, np.uint64)
+    return Plan(
+        direction=transfer.direction,
+        method=transfer.method,
+        copies_in=transfer.copies_in,
+        dsts=_joined(plain[0], none),
+        srcs=_joined(plain[1], none),
+        sizes=_joined(plain[2], none),
+        strided=_joined(strided, np.empty((0, 6), np.uint64)),
+        batch_size=transfer.batch_size,
+        bytes=transfer.bytes,
+        predicted_us=transfer.predicted_us,
+        submit_us=transfer.submit_us,
+        candidates=transfer.candidates,
+        costs=f"{ready.model.name}, {ready.model.source}",
+    )

@@ -1,0 +1,855 @@
+"""PagedKVCache: pages between device layers and a host pool, and what it refuses."""
+
+import re
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import kvsig
+from kvsig import _core, emulated
+
+
+@pytest.fixture(params=["12.6", "12.9", "13.0"])
+def runtime(request):
+    _core.rebind(f"emulated:{request.param}")
+    yield request.param
+    _core.rebind(None)
+
+
+@pytest.fixture
+def stream(runtime):
+    return emulated.Stream()
+
+
+LAYERS, DEVICE_PAGES, HOST_PAGES = 3, 10, 14
+
+
+class Setup:
+    """A cache of random bytes, and a model of it that copies page by page in NumPy.
+
+    `form` is how the host pool is given: "direct" (page_first_direct), "direct one" (K and V
+    in one tensor), "stacked" (layer_first), "stacked one" or "lists" (a tensor per layer).
+    `rows` are the shapes of a token in K and V, or in the latent alone.
+    """
+
+    def __init__(self, form="direct", rows=((2, 8), (2, 8)), dtype=torch.bfloat16, page_size=4):
+        self.page_size = page_size
+        self.random = np.random.default_rng(3)
+        self.groups = [self.tensors(LAYERS, DEVICE_PAGES * page_size, row, dtype) for row in rows]
+        pools = []
+        for row in rows:
+            if form.startswith("direct"):
+                shape = (HOST_PAGES, LAYERS, page_size, *row)
+            else:
+                shape = (LAYERS, HOST_PAGES * page_size, *row)
+            pools.append(self.tensor(shape, dtype))
+        if form == "lists":
+            pools = [[layer.clone() for layer in pool] for pool in pools]
+        if form.endswith("one"):
+            pools = torch.stack(pools)
+        latent = len(rows) == 1
+        self.device = self.groups[0] if latent else tuple(self.groups)
+        self.host = pools[0] if latent else pools
+        self.pools = pools
+        self.layout = "page_first_direct" if form.startswith("direct") else "layer_first"
+        self.cache = kvsig.PagedKVCache(self.device, self.host, self.layout, page_size)
+
+    def tensor(self, shape, dtype):
+        size = torch.empty(shape, dtype=dtype, device="meta").nbytes
+        data = torch.from_numpy(self.random.integers(0, 256, size, dtype=np.uint8))
+        return data.view(dtype).view(shape)
+
+    def tensors(self, count, tokens, row, dtype):
+        return [self.tensor((tokens, *row), dtype) for _ in range(count)]
+
+    def device_page(self, group, layer, page):
+        rows = slice(page * self.page_size, (page + 1) * self.page_size)
+        return self.groups[group][layer][rows]
+
+    def host_page(self, group, layer, page):
+        pool = self.pools[group]
+        if self.layout == "page_first_direct":
+            return pool[page, layer]
+        return pool[layer][page * self.page_size : (page + 1) * self.page_size]
+
+    def everything(self):
+        """All bytes of both sides, by place."""
+        found = {}
+        for group in range(len(self.groups)):
+            for layer in range(LAYERS):
+                for page in range(DEVICE_PAGES):
+                    found["device", group, layer, page] = self.device_page(group, layer, page)
+                for page in range(HOST_PAGES):
+                    found["host", group, layer, page] = self.host_page(group, layer, page)
+        return {place: bytes_of(tensor) for place, tensor in found.items()}
+
+    def expect(self, before, side, to, origin, layers=range(LAYERS)):
+        """What `everything` has to be after pages were moved to `side`."""
+        after = dict(before)
+        other = "host" if side == "device" else "device"
+        for group in range(len(self.groups)):
+            for layer in layers:
+                for d, s in zip(to, origin, strict=True):
+                    after[side, group, layer, int(d)] = before[other, group, layer, int(s)]
+        return after
+
+
+def bytes_of(tensor):
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+FORMS = ["direct", "direct one", "stacked", "stacked one", "lists"]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.uint8]
+
+
+class TestMovesPages:
+    def round_trip(self, setup, stream, path="auto"):
+        """Offload, then load to other pages; every byte of both sides is compared."""
+        away = setup.random.permutation(HOST_PAGES)[:6]
+        start = setup.random.permutation(DEVICE_PAGES)[:6]
+        back = setup.random.permutation(DEVICE_PAGES)[:6]
+        before = setup.everything()
+        out = setup.cache.offload(start, away, stream=stream, path=path)
+        stream.synchronize()
+        middle = setup.everything()
+        assert middle == setup.expect(before, "host", away, start)
+        into = setup.cache.load(away, back, stream=stream, path=path)
+        stream.synchronize()
+        assert setup.everything() == setup.expect(middle, "device", back, away)
+        assert out.bytes == into.bytes == 6 * setup.cache.page_bytes
+        return out, into
+
+    @pytest.mark.parametrize("form", FORMS)
+    def test_of_k_and_v(self, stream, form):
+        self.round_trip(Setup(form), stream)
+
+    @pytest.mark.parametrize("form", ["direct", "stacked", "lists"])
+    def test_of_one_latent(self, stream, form):
+        self.round_trip(Setup(form, rows=[(1, 36)]), stream)
+
+    @pytest.mark.parametrize("form", ["direct", "stacked", "lists"])
+    def test_of_different_widths(self, stream, form):
+        self.round_trip(Setup(form, rows=[(2, 12), (2, 8)]), stream)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("form", ["direct", "stacked"])
+    def test_of_every_dtype(self, stream, form, dtype):
+        self.round_trip(Setup(form, dtype=dtype), stream)
+
+    @pytest.mark.parametrize("page_size", [1, 2, 3, 16, 64, 1024])
+    @pytest.mark.parametrize("form", ["direct", "stacked"])
+    def test_of_every_size(self, stream, form, page_size):
+        self.round_trip(Setup(form, rows=[(3,), (5,)], page_size=page_size), stream)
+
+    @pytest.mark.parametrize("path", ["loop", "batch"])
+    def test_by_the_path_asked_for(self, runtime, stream, path):
+        if runtime == "12.6" and path == "batch":
+            setup = Setup()
+            before = setup.everything()
+            with pytest.raises(kvsig.BindError):
+                setup.cache.load([1], [2], stream=stream, path=path)
+            stream.synchronize()
+            assert setup.everything() == before
+            return
+        for report in self.round_trip(Setup(), stream, path):
+            assert (report.path, report.reason) == (path, None)
+
+    def test_of_rows_without_dimensions(self, stream):
+        self.round_trip(Setup(rows=[(), ()]), stream)
+
+    def test_of_layers_of_different_widths(self, stream):
+        device = [torch.rand(8, 2), torch.rand(8, 5)]
+        host = [torch.rand(12, 2), torch.rand(12, 5)]
+        cache = kvsig.PagedKVCache(device, host, "layer_first", 4)
+        cache.load([2, 0], [0, 1], stream=stream)
+        stream.synchronize()
+        for near, far in zip(device, host, strict=True):
+            assert torch.equal(near, torch.cat([far[8:], far[:4]]))
+
+    @pytest.mark.parametrize("chunk", [1, 6, 7, 13])
+    def test_in_pieces(self, stream, chunk, monkeypatch):
+        monkeypatch.setattr("kvsig.cache.CHUNK", chunk)
+        self.round_trip(Setup(), stream)
+
+    def test_from_one_source_to_many(self, stream):
+        setup = Setup()
+        before = setup.everything()
+        setup.cache.load([5, 5, 5], [0, 9, 4], stream=stream)
+        stream.synchronize()
+        assert setup.everything() == setup.expect(before, "device", [0, 9, 4], [5, 5, 5])
+
+    def test_of_many_pages(self, stream):
+        device = [torch.rand(5000, 3) for _ in range(2)]
+        host = torch.zeros(7000, 2, 1, 3)
+        cache = kvsig.PagedKVCache(device, host, page_size=1)
+        away = np.random.default_rng(0).permutation(7000)[:5000]
+        cache.offload(range(5000), away, stream=stream)
+        stream.synchronize()
+        for layer in range(2):
+            assert torch.equal(host[away, layer, 0], device[layer])
+
+    def test_on_the_current_stream(self, runtime):
+        setup = Setup()
+        before = setup.everything()
+        setup.cache.offload([1, 2], [3, 4])
+        _core.call("cudaStreamSynchronize", stream=0)
+        assert setup.everything() == setup.expect(before, "host", [3, 4], [1, 2])
+
+    def test_in_stream_order(self, stream):
+        setup = Setup()
+        before = setup.everything()
+        stream.hold()
+        setup.cache.offload([1, 2], [3, 4], stream=stream)
+        setup.cache.load([4, 3], [1, 5], stream=stream)
+        setup.cache.offload([1], [0], stream=stream)
+        assert setup.everything() == before
+        stream.release()
+        stream.synchronize()
+        after = setup.expect(before, "host", [3, 4], [1, 2])
+        after = setup.expect(after, "device", [1, 5], [4, 3])
+        assert setup.everything() == setup.expect(after, "host", [0], [1])
+
+    def test_from_many_threads(self, runtime):
+        setup = Setup(page_size=1)
+        before = setup.everything()
+        failures = []
+
+        def work(page):
+            try:
+                mine = emulated.Stream()
+                for _ in range(20):
+                    for layer in range(LAYERS):
+                        setup.cache.load([page + 3], [page], layers=layer, stream=mine)
+                mine.synchronize()
+            except Exception as error:  # noqa: BLE001
+                failures.append(error)
+
+        threads = [threading.Thread(target=work, args=(page,)) for page in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures
+        assert setup.everything() == setup.expect(before, "device", range(8), range(3, 11))
+
+
+NUMBERS = {
+    "list": list,
+    "tuple": tuple,
+    "list of NumPy ints": lambda a: [np.int32(x) for x in a],
+    "range": lambda a: range(a[0], a[-1] + 1),
+    **{
+        f"NumPy {name}": lambda a, name=name: np.array(a, dtype=name)
+        for name in (
+            "int8",
+            "int16",
+            "int32",
+            "int64",
+            "uint8",
+            "uint16",
+            "uint32",
+            "uint64",
+            ">i4",
+        )
+    },
+    **{
+        f"{dtype}": lambda a, dtype=dtype: torch.tensor(a).to(dtype)
+        for dtype in (torch.int8, torch.int16, torch.int32, torch.int64)
+        + (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+    },
+    "every other of an array": lambda a: np.repeat(np.array(a), 2)[::2],
+    "every other of a tensor": lambda a: torch.tensor(a).repeat_interleave(2)[::2],
+}
+
+
+class TestPageNumbers:
+    @pytest.mark.parametrize("form", NUMBERS.values(), ids=NUMBERS)
+    def test_of_every_form(self, stream, form):
+        setup = Setup()
+        before = setup.everything()
+        setup.cache.offload(form([2, 3, 4, 5]), form([6, 7, 8, 9]), stream=stream)
+        stream.synchronize()
+        assert setup.everything() == setup.expect(before, "host", [6, 7, 8, 9], [2, 3, 4, 5])
+
+    def test_backwards(self, stream):
+        setup = Setup()
+        before = setup.everything()
+        setup.cache.load(range(13, 3, -2), range(4, -1, -1), stream=stream)
+        stream.synchronize()
+        want = setup.expect(before, "device", [4, 3, 2, 1, 0], [13, 11, 9, 7, 5])
+        assert setup.everything() == want
+
+    def test_may_change_after_the_call(self, stream):
+        setup = Setup()
+        before = setup.everything()
+        pages = np.array([1, 2])
+        setup.cache.load(pages, pages, stream=stream)
+        pages[:] = 9
+        stream.synchronize()
+        assert setup.everything() == setup.expect(before, "device", [1, 2], [1, 2])
+
+    @pytest.mark.parametrize(
+        "empty", [[], (), range(0), np.array([], dtype=np.int32), torch.zeros(0).long()], ids=repr
+    )
+    def test_none(self, stream, empty):
+        setup = Setup()
+        before = setup.everything()
+        for report in (
+            setup.cache.offload(empty, empty, stream=stream),
+            setup.cache.load(empty, empty, stream=stream, layers=1),
+            setup.cache.load([1], [1], stream=stream, layers=[]),
+        ):
+            assert (report.path, report.reason) == ("none", None)
+            assert (report.copies, report.calls, report.bytes) == (0, 0, 0)
+        stream.synchronize()
+        assert setup.everything() == before
+
+
+class TestLayers:
+    @pytest.mark.parametrize(
+        "layers",
+        [
+            0,
+            2,
+            np.int64(1),
+            [0],
+            (2, 0),
+            range(1, 3),
+            range(0, 3, 2),
+            np.array([2, 1]),
+            [np.int8(1)],
+        ],
+        ids=repr,
+    )
+    def test_only_those_asked_for(self, stream, layers):
+        setup = Setup()
+        wanted = np.atleast_1d(np.asarray(layers)).tolist()
+        for _ in range(2):  # the second time out of the store of selections
+            before = setup.everything()
+            setup.cache.load([5, 6], [7, 8], layers=layers, stream=stream)
+            stream.synchronize()
+            middle = setup.everything()
+            assert middle == setup.expect(before, "device", [7, 8], [5, 6], wanted)
+            setup.cache.offload([0, 1], [2, 3], layers=layers, stream=stream)
+            stream.synchronize()
+            after = setup.everything()
+            assert after == setup.expect(middle, "host", [2, 3], [0, 1], wanted)
+
+    def test_selections_do_not_pile_up(self, stream):
+        setup = Setup()
+        for stop in range(1, 2000):
+            setup.cache.load([0], [0], layers=range(0, 1, stop), stream=stream)
+        assert len(setup.cache._selections) < 200
+
+
+class Event:
+    """Notes what it is recorded on, and how far the device's layers are by then."""
+
+    def __init__(self, log=None, name=None):
+        self.log, self.name = log, name
+
+    def record(self, stream):
+        self.log.append((self.name, stream))
+
+
+class TestEvents:
+    def test_one_behind_each_layer(self, stream, monkeypatch):
+        setup = Setup()
+        before = setup.everything()
+        log = []
+        plain = setup.cache._execute
+
+        def execute(selection, *args):
+            log.append(selection.layers)
+            return plain(selection, *args)
+
+        monkeypatch.setattr(setup.cache, "_execute", execute)
+        events = [Event(log, i) for i in range(LAYERS)]
+        report = setup.cache.load([1, 2, 3], [7, 8, 9], stream=stream, events=events)
+        stream.synchronize()
+        assert setup.everything() == setup.expect(before, "device", [7, 8, 9], [1, 2, 3])
+        assert log == [(0,), (0, stream), (1,), (1, stream), (2,), (2, stream)]
+        assert report.bytes == 3 * setup.cache.page_bytes
+        assert report.copies == 3 * 2 * LAYERS
+
+    def test_in_the_order_of_the_layers(self, stream):
+        setup, log = Setup(), []
+        events = (Event(log, i) for i in (2, 0))
+        setup.cache.load([1], [7], layers=[2, 0], stream=stream.cuda_stream, events=events)
+        assert log == [(2, stream.cuda_stream), (0, stream.cuda_stream)]
+
+    def test_without_pages(self, stream):
+        setup, log = Setup(), []
+        report = setup.cache.load([], [], layers=1, stream=stream, events=[Event(log, 1)])
+        assert report.path == "none"
+        assert log == [(1, stream)]
+
+    def test_of_another_number(self, stream):
+        setup, log = Setup(), []
+        before = setup.everything()
+        refused(
+            ValueError,
+            "events has 2 entries for 3 layers: give one for each",
+            lambda: setup.cache.load([1], [2], stream=stream, events=[Event(log)] * 2),
+        )
+        refused(
+            TypeError,
+            "events[1] has no record(stream): int",
+            lambda: setup.cache.load(
+                [1], [2], stream=stream, layers=[0, 1], events=[Event(log), 5]
+            ),
+        )
+        stream.synchronize()
+        assert setup.everything() == before
+        assert not log
+
+
+def refused(error, text, act):
+    with pytest.raises(error, match=f"^{re.escape(text)}$"):
+        act()
+
+
+BAD_NUMBERS = [
+    (ValueError, [1, 10], [0, 1], "device_pages[1] is 10: the device has pages 0 to 9"),
+    (ValueError, [1, 2], [14, 1], "host_pages[0] is 14: the host pool has pages 0 to 13"),
+    (ValueError, [1, -1], [0, 1], "device_pages[1] is -1: the device has pages 0 to 9"),
+    (
+        ValueError,
+        [1, 2],
+        np.array([3, 1 << 63], np.uint64),
+        f"host_pages[1] is {1 << 63}: the host pool has pages 0 to 13",
+    ),
+    (
+        ValueError,
+        [1, 2, 3],
+        [1, 2],
+        "device_pages has 3 page numbers and host_pages has 2: give as many of each",
+    ),
+    (TypeError, [1.0], [1], "device_pages must hold integers, not float64"),
+    (TypeError, [True], [1], "device_pages must hold integers, not bool"),
+    (TypeError, ["1"], [1], "device_pages must hold integers, not <U1"),
+    (TypeError, [1], torch.tensor([1.0]), "host_pages must hold integers, not torch.float32"),
+    (TypeError, [1], torch.tensor([True]), "host_pages must hold integers, not torch.bool"),
+    (TypeError, [1], np.array([]), "host_pages must hold integers, not float64"),
+    (ValueError, [[1, 2]], [1], "device_pages must be one-dimensional, not of shape (1, 2)"),
+    (
+        ValueError,
+        [1],
+        torch.tensor(1),
+        "host_pages must be one-dimensional, not of shape ()",
+    ),
+    (
+        TypeError,
+        3,
+        [1],
+        "device_pages must be a list, range, array or tensor of page numbers, not int",
+    ),
+    (
+        TypeError,
+        {3},
+        [1],
+        "device_pages must be a list, range, array or tensor of page numbers, not set",
+    ),
+]
+BAD_LAYERS = [
+    (ValueError, 3, "layers is 3: the cache has layers 0 to 2"),
+    (ValueError, [0, -1], "layers[1] is -1: the cache has layers 0 to 2"),
+    (ValueError, range(2, 4), "layers[1] is 3: the cache has layers 0 to 2"),
+    (ValueError, [1, 0, 1], "layers[2] is layer 1 again, after layers[0]"),
+    (TypeError, True, "layers must be an int, not True"),
+    (TypeError, [1.0], "layers[0] must be an int, not 1.0"),
+    (TypeError, "01", "layers[0] must be an int, not '0'"),
+    (TypeError, 1.0, "layers must be an int, a sequence of int or None, not 1.0"),
+]
+
+
+class TestRefusesBeforeAnythingMoves:
+    @pytest.fixture
+    def setup(self, stream):
+        setup = Setup()
+        before = setup.everything()
+        yield setup
+        stream.synchronize()
+        assert setup.everything() == before
+
+    @pytest.mark.parametrize(("error", "device", "host", "text"), BAD_NUMBERS)
+    def test_bad_page_numbers(self, setup, stream, error, device, host, text):
+        refused(error, text, lambda: setup.cache.offload(device, host, stream=stream))
+        refused(error, text, lambda: setup.cache.load(host, device, stream=stream))
+
+    def test_bad_page_numbers_among_many(self, stream):
+        cache = kvsig.PagedKVCache([torch.zeros(500, 1)], torch.zeros(500, 1, 1, 1), page_size=1)
+        many = np.arange(400)
+        for bad, kind in ((500, np.int64), (-1, np.int64), (-7, np.int16), (501, np.uint32)):
+            numbers = many.astype(kind)
+            numbers[333] = bad
+            text = f"device_pages[333] is {bad}: the device has pages 0 to 499"
+            refused(ValueError, text, lambda n=numbers: cache.load(many, n, stream=stream))
+        again = many.copy()
+        again[333] = 20
+        text = "host_pages[333] is page 20 again, after host_pages[20]: "
+        text += "a destination page may be given once"
+        refused(ValueError, text, lambda: cache.offload(many, again, stream=stream))
+
+    def test_a_destination_given_twice(self, setup, stream):
+        text = "a destination page may be given once"
+        refused(
+            ValueError,
+            f"host_pages[3] is page 7 again, after host_pages[1]: {text}",
+            lambda: setup.cache.offload([1, 2, 3, 4], [0, 7, 1, 7], stream=stream),
+        )
+        refused(
+            ValueError,
+            f"device_pages[1] is page 5 again, after device_pages[0]: {text}",
+            lambda: setup.cache.load([1, 2], [5, 5], stream=stream),
+        )
+
+    @pytest.mark.parametrize(("error", "layers", "text"), BAD_LAYERS)
+    def test_bad_layers(self, setup, stream, error, layers, text):
+        # With good ones in store already: True and 1.0 must not find the entry of 1.
+        setup.cache.load([], [], layers=1, stream=stream)
+        setup.cache.load([], [], layers=(1,), stream=stream)
+        refused(error, text, lambda: setup.cache.load([1], [1], layers=layers, stream=stream))
+
+    def test_unknown_paths(self, setup, stream):
+        text = "path must be 'auto', 'batch', 'strided' or 'loop', not 'fast'"
+        refused(ValueError, text, lambda: setup.cache.load([1], [1], stream=stream, path="fast"))
+
+    def test_things_that_are_no_streams(self, setup):
+        text = (
+            "stream must be None, a handle (int), a torch.cuda.Stream or an object with "
+            "cuda_stream, not {}"
+        )
+        refused(TypeError, text.format("str"), lambda: setup.cache.load([1], [1], stream="default"))
+        refused(
+            TypeError,
+            text.format("torch.cpu.Stream"),
+            lambda: setup.cache.load([1], [1], stream=torch.cpu.Stream()),
+        )
+
+
+class Elsewhere(torch.Tensor):
+    """A CPU tensor that says it is on another device."""
+
+    where = "cuda:1"
+
+    @property
+    def device(self):
+        return torch.device(self.where)
+
+
+def elsewhere(tensor, where):
+    kind = type("Elsewhere", (Elsewhere,), {"where": where})
+    return tensor.as_subclass(kind)
+
+
+def layers(count=3, tokens=8, width=2, dtype=torch.float32):
+    return [torch.zeros(tokens, width, dtype=dtype) for _ in range(count)]
+
+
+def pool(pages=5, count=3, page_size=4, width=2, dtype=torch.float32):
+    return torch.zeros(pages, count, page_size, width, dtype=dtype)
+
+
+shared = layers()
+wide = torch.zeros(8, 4)
+
+BAD_CACHES = {
+    "layout": (
+        ValueError,
+        lambda: (layers(), pool(), "page_first", 4),
+        "layout must be 'layer_first' or 'page_first_direct', not 'page_first'",
+    ),
+    "page size 0": (
+        ValueError,
+        lambda: (layers(), pool(), "page_first_direct", 0),
+        "page_size must be an int of at least 1, not 0",
+    ),
+    "page size 4.0": (
+        ValueError,
+        lambda: (layers(), pool(), "page_first_direct", 4.0),
+        "page_size must be an int of at least 1, not 4.0",
+    ),
+    "one device tensor": (
+        TypeError,
+        lambda: (torch.zeros(3, 8, 2), pool()),
+        "device is one tensor: give one tensor per layer, as list(tensor) does, "
+        "or a pair of lists for K and V",
+    ),
+    "no list": (
+        TypeError,
+        lambda: ({"k": layers()}, pool()),
+        "device must be a list of tensors, or a pair of lists, not dict",
+    ),
+    "no layers": (ValueError, lambda: ([], pool()), "device has no layers"),
+    "no K and V": (ValueError, lambda: (([], []), (pool(), pool())), "device has no layers"),
+    "three lists": (
+        TypeError,
+        lambda: ([layers(), layers(), layers()], pool()),
+        "device must be a list of tensors, or a pair of lists for K and V; it has "
+        "3 entries: list, list, list",
+    ),
+    "a layer that is none": (
+        TypeError,
+        lambda: ((layers(), [*layers(2), None]), (pool(), pool())),
+        "device V layer 2 must be a tensor, not NoneType",
+    ),
+    "fewer V layers": (
+        ValueError,
+        lambda: ((layers(), layers(2)), (pool(), pool())),
+        "device has 3 K layers and 2 V layers: give as many of each",
+    ),
+    "tokens left over": (
+        ValueError,
+        lambda: (layers(tokens=10), pool()),
+        "device layer 0 has 10 tokens, 2 more than 2 pages of 4: "
+        "the number of tokens must be a multiple of page_size",
+    ),
+    "tokens of one layer": (
+        ValueError,
+        lambda: ((layers(), [*layers(2), torch.zeros(12, 2)]), (pool(), pool())),
+        "device V layer 2 has 12 tokens, device K layer 0 has 8: "
+        "all layers of a side must have as many",
+    ),
+    "device strides": (
+        ValueError,
+        lambda: ([*layers(2), wide[:, :2]], pool()),
+        "device layer 2 is not contiguous (shape (8, 2), stride (4, 1)): its rows must be packed",
+    ),
+    "host strides": (
+        ValueError,
+        lambda: (layers(), pool().transpose(2, 3).contiguous().transpose(2, 3)),
+        "host pool is not contiguous (shape (5, 3, 4, 2), stride (24, 8, 1, 4)): "
+        "its rows must be packed",
+    ),
+    "sparse": (
+        ValueError,
+        lambda: (layers(), torch.zeros(5, 3).to_sparse()),
+        "host pool is not contiguous (shape (5, 3), stride torch.sparse_coo): "
+        "its rows must be packed",
+    ),
+    "empty layer": (
+        ValueError,
+        lambda: (layers(tokens=0), pool()),
+        "device layer 0 is empty (shape (0, 2))",
+    ),
+    "dtype": (
+        ValueError,
+        lambda: ((layers(), layers(dtype=torch.half)), (pool(), pool())),
+        "device V layer 0 is torch.float16, host V pool is torch.float32: "
+        "pages are moved as they are, not converted",
+    ),
+    "width": (
+        ValueError,
+        lambda: ((layers(), layers(width=3)), (pool(), pool())),
+        "device V layer 0 has 12 bytes per token, host V pool has 8: both sides must have as many",
+    ),
+    "width, layer first": (
+        ValueError,
+        lambda: ([*layers(2), torch.zeros(8, 3)], torch.zeros(3, 20, 2), "layer_first"),
+        "device layer 2 has 12 bytes per token, host layer 2 has 8: both sides must have as many",
+    ),
+    "device on another device": (
+        ValueError,
+        lambda: ([*layers(2), elsewhere(torch.zeros(8, 2), "cuda:1")], pool()),
+        "device layer 2 is on cuda:1, but the emulated CUDA runtime reaches CPU tensors only: "
+        "unset KVSIG_CUDART to use the GPU",
+    ),
+    "host on the device": (
+        ValueError,
+        lambda: (layers(), elsewhere(pool(), "cuda:0")),
+        "host pool is on cuda:0: the host pool must be in CPU memory",
+    ),
+    "pool of no tensor": (
+        TypeError,
+        lambda: (layers(), [pool()]),
+        "host pool must be a tensor, not list",
+    ),
+    "K and V in a pool of 5": (
+        ValueError,
+        lambda: ((layers(), layers()), pool()),
+        "host has shape (5, 3, 4, 2): one tensor for K and V needs a first dimension of 2; "
+        "otherwise give a pair (k_pool, v_pool)",
+    ),
+    "K and V in three pools": (
+        ValueError,
+        lambda: ((layers(), layers()), [pool(), pool(), pool()]),
+        "host has 3 entries, but device has K and V: give a pair (k_pool, v_pool)",
+    ),
+    "K and V in a dict": (
+        TypeError,
+        lambda: ((layers(), layers()), {}),
+        "host must be a tensor or a pair (k_pool, v_pool), not dict",
+    ),
+    "layers of the pool": (
+        ValueError,
+        lambda: ((layers(), layers()), (pool(), pool(count=2))),
+        "host V pool has shape (5, 2, 4, 2): page_first_direct is "
+        "(pages, layers, page_size, ...), here (pages, 3, 4, ...)",
+    ),
+    "page size of the pool": (
+        ValueError,
+        lambda: (layers(), pool(page_size=8)),
+        "host pool has shape (5, 3, 8, 2): page_first_direct is "
+        "(pages, layers, page_size, ...), here (pages, 3, 4, ...)",
+    ),
+    "pages of K and V": (
+        ValueError,
+        lambda: ((layers(), layers()), (pool(), pool(pages=6))),
+        "host V pool has 6 pages, host K pool has 5: K and V must have as many",
+    ),
+    "layers of the host": (
+        ValueError,
+        lambda: ((layers(), layers()), torch.zeros(2, 4, 8, 2), "layer_first"),
+        "host K pool has 4 layers, device has 3: "
+        "layer_first is (layers, tokens, ...), or a list of one (tokens, ...) per layer",
+    ),
+    "host tokens left over": (
+        ValueError,
+        lambda: (
+            layers(),
+            [torch.zeros(8, 2), torch.zeros(9, 2), torch.zeros(8, 2)],
+            "layer_first",
+        ),
+        "host layer 1 has 9 tokens, 1 more than 2 pages of 4: "
+        "the number of tokens must be a multiple of page_size",
+    ),
+    "host layer of no tensor": (
+        TypeError,
+        lambda: (layers(1), [np.zeros((8, 2))], "layer_first"),
+        "host layer 0 must be a tensor, not ndarray",
+    ),
+    "host of no tensor": (
+        TypeError,
+        lambda: (layers(1), np.zeros((1, 8, 2)), "layer_first"),
+        "host pool must be a tensor or a list of one per layer, not ndarray",
+    ),
+    "the same layer twice": (
+        ValueError,
+        lambda: ((shared, shared), (pool(), pool())),
+        "device K layer {} and device V layer {} overlap in memory by 64 bytes",
+    ),
+    "host in device": (
+        ValueError,
+        lambda: (shared[:1], [shared[0][4:]], "layer_first"),
+        "device layer 0 and host layer 0 overlap in memory by 32 bytes",
+    ),
+}
+
+
+@pytest.mark.usefixtures("runtime")
+class TestRefusesTensorsThatDoNotFit:
+    @pytest.mark.parametrize("case", BAD_CACHES.values(), ids=BAD_CACHES)
+    def test_saying_which(self, case):
+        error, arguments, text = case
+        device, host, *rest = arguments()
+        layout = rest[0] if rest else "page_first_direct"
+        page_size = rest[1] if len(rest) > 1 else 4
+        pattern = re.escape(text).replace(r"\{\}", r"[0-2]")
+        with pytest.raises(error, match=f"^{pattern}$"):
+            kvsig.PagedKVCache(device, host, layout, page_size)
+
+
+@pytest.mark.usefixtures("runtime")
+class TestOnARealRuntime:
+    """The checks of devices and streams, with tensors that only say where they are."""
+
+    @pytest.fixture(autouse=True)
+    def real(self, monkeypatch):
+        monkeypatch.setattr(_core, "is_emulated", lambda: False)
+
+    def test_layers_in_cpu_memory(self):
+        refused(
+            ValueError,
+            "device layer 0 is on cpu: device tensors must be on a CUDA device",
+            lambda: kvsig.PagedKVCache(layers(), pool(), page_size=4),
+        )
+
+    def test_layers_on_two_devices(self):
+        near = [elsewhere(t, f"cuda:{i // 2}") for i, t in enumerate(layers())]
+        refused(
+            ValueError,
+            "device layer 2 is on cuda:1 and device layer 0 on cuda:0: "
+            "a cache has one device; make one for each",
+            lambda: kvsig.PagedKVCache(near, pool(), page_size=4),
+        )
+
+    def test_streams_of_the_emulated_runtime(self):
+        refused(
+            ValueError,
+            "stream is a kvsig.emulated.Stream, but the CUDA runtime in use is a real one: "
+            "give a torch.cuda.Stream",
+            lambda: kvsig.copy_batch([16], [48], 16, emulated.Stream()),
+        )
+
+    def test_streams_of_another_device(self):
+        from kvsig import _torch
+
+        class Stream:
+            cuda_stream = 64
+            device = torch.device("cuda:1")
+
+        refused(
+            ValueError,
+            "stream is on cuda:1, but the device tensors are on cuda:0: "
+            "give a stream of the tensors' device",
+            lambda: _torch.stream_handle(Stream(), torch.device("cuda:0")),
+        )
+        assert _torch.stream_handle(Stream(), torch.device("cuda:1")) == 64
+
+
+class TestErrorsOfCuda:
+    @pytest.mark.parametrize("load", [True, False])
+    def test_say_which_page(self, runtime, stream, load):
+        setup = Setup(page_size=2)
+        path = "loop" if runtime == "12.6" else "batch"
+        # Pages that no plan can merge; the fifth copy of one layer, K first, is V's second.
+        near, far = [4, 1, 7], [9, 2, 0]
+        if path == "loop":
+            stream.control.fault("cudaMemcpyAsync", 1, nth=5)
+        else:
+            stream.control.fault("cudaMemcpyBatchAsync", 1, fail_index=4)
+            if runtime == "13.0":  # which does not say which copy: the driver is asked again
+                stream.control.fault("cuMemcpyBatchAsync", 1, fail_index=4)
+        with pytest.raises(kvsig.CudaError) as caught:
+            if load:
+                setup.cache.load(far, near, layers=2, stream=stream, path=path)
+            else:
+                setup.cache.offload(near, far, layers=2, stream=stream, path=path)
+        assert (caught.value.code, caught.value.index) == (1, 4)
+        assert caught.value.__notes__ == [
+            "the copy that failed begins at page 1 of device V layer 2"
+        ]
+        stream.control.reset()
+        stream.synchronize()
+
+
+@pytest.mark.usefixtures("runtime")
+class TestSaysWhatItIs:
+    def test_attributes(self):
+        cache = Setup(rows=[(2, 12), (2, 8)]).cache
+        assert (cache.num_layers, cache.page_size, cache.layout) == (3, 4, "page_first_direct")
+        assert (cache.device_pages, cache.host_pages) == (DEVICE_PAGES, HOST_PAGES)
+        assert cache.page_bytes == 3 * 4 * (24 + 16) * 2
+        assert cache.device == torch.device("cpu")
+        assert cache.pinned is False
+
+    def test_repr(self):
+        assert repr(Setup().cache) == (
+            "PagedKVCache(3 layers of K and V, layout='page_first_direct', page_size=4, "
+            "page_bytes=768, device_pages=10 on cpu, host_pages=14 pageable)"
+        )
+        assert "3 layers of one latent, layout='layer_first'" in repr(
+            Setup("stacked", rows=[(4,)]).cache
+        )
+
+    def test_keeps_its_tensors(self, stream):
+        device, host = layers(), pool()
+        device[1][:] = 7
+        cache = kvsig.PagedKVCache(device, host, page_size=4)
+        del device
+        cache.offload([1], [2], stream=stream)
+        stream.synchronize()
+        assert (host[2, 1] == 7).all()

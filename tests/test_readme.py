@@ -1,0 +1,52 @@
+"""What the README says is true: its table is the registry's, its example runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvsig import emulated, registry
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+(EXAMPLE,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_table_of_prototypes():
+    rows = re.findall(r"^\| .*?\| `\((.*?)\)` \| batches, (\d) parameters \|$", README, re.MULTILINE)
+    variants = registry.load().functions["cudaMemcpyBatchAsync"].variants
+    assert rows == [
+        (", ".join(param.declaration for param in variant.params), str(len(variant.params)))
+        for variant in variants
+    ]
+
+
+def test_example_on_the_emulated_runtime(emulated_runtime, capsys):
+    emulated_runtime("12.9")
+    for real, stand_in in (
+        ('device="cuda"', 'device="cpu"'),
+        ("pin_memory=True", "pin_memory=False"),
+        ("with torch.cuda.stream(torch.cuda.Stream()):", "if stream := Stream():"),
+        ("])", "], stream=stream)"),
+        ("host_pages, page_size", "host_pages, page_size"),
+        ("1024, 4096, 16", "16, 4096, 1"),
+    ):
+        assert real in EXAMPLE
+    example = (
+        EXAMPLE.replace('device="cuda"', 'device="cpu"')
+        .replace("pin_memory=True", "pin_memory=False")
+        .replace("with torch.cuda.stream(torch.cuda.Stream()):", "if stream := Stream():")
+        .replace("]))", "], stream=stream))")
+        .replace("1024, 4096, 16", "16, 4096, 1")
+    )
+    exec(example, {"Stream": emulated.Stream})
+    assert capsys.readouterr().out.count("copies") == 2
+
+
+@pytest.mark.gpu
+def test_example_on_a_gpu(capsys):
+    exec(EXAMPLE, {})
+    torch.cuda.synchronize()
+    assert capsys.readouterr().out.count("batch") == 2
