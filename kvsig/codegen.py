@@ -338,10 +338,10 @@ def emulated_glue(registry: Registry, version: int, without: Collection[str] = (
         if function.library != "cudart":
             # What is the driver's lies in the same file here, in every form: a driver keeps its
             # old entry points, and its version is set apart from the runtime's.
-            for variant in reversed(function.variants):
-                if variant.symbol not in exported:
-                    exported.add(variant.symbol)
-                    lines += _write_exported(function, variant)
+            for form in reversed(function.variants):
+                if form.symbol not in exported:
+                    exported.add(form.symbol)
+                    lines += _write_exported(function, form)
             continue
         variant = function.select(version)
         if variant is not None:

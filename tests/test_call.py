@@ -345,6 +345,7 @@ def test_newer_than_every_range_is_not_bound(bind):
         bind("14.0")
     refuses(
         _core.BindError,
-        "cudaMemAdvise is not bound: 14.0 is newer than every range; the last is 13.0 to before 14.0",
+        "cudaMemAdvise is not bound: 14.0 is newer than every range; the last is 13.0 to before"
+        " 14.0",
         "cudaMemAdvise", **ADVISE,
     )  # fmt: skip
