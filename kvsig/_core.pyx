@@ -454,14 +454,20 @@ def _warn(bound):
             f' [[function.cudaMemcpyBatchAsync.variant]] with since = "{shown}" to'
             f" {_registry.PATH} and rebuild"
         )
-    others = [p for p in loaded_cudarts() if os.path.realpath(p) != os.path.realpath(bound.path)]
-    if others and not bound.emulated:
-        bound.warnings.append(
-            f"more than one libcudart is loaded: kvsig uses {bound.path}, and beside it there is"
-            f" {', '.join(others)}. Version and functions come from the first alone"
-        )
-    for text in bound.warnings:
+    for text in _warnings(bound):
         warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+def _warnings(bound):
+    """What to warn of now: another libcudart may have been loaded since the last time."""
+    others = [p for p in loaded_cudarts() if os.path.realpath(p) != os.path.realpath(bound.path)]
+    if not others or bound.emulated:
+        return list(bound.warnings)
+    return [
+        *bound.warnings,
+        f"more than one libcudart is loaded: kvsig uses {bound.path}, and beside it there is"
+        f" {', '.join(others)}. Version and functions come from the first alone",
+    ]
 
 
 def bind():
@@ -597,7 +603,7 @@ def info():
         },
         "functions": [bound.rows[name].as_dict() for name in bound.registry.functions],
         "libraries": loaded_cudarts(),
-        "warnings": list(bound.warnings),
+        "warnings": _warnings(bound),
     }
 
 
