@@ -64,7 +64,8 @@ class Session:
         self.budget = args.seconds
         self.begin = time.monotonic()
         self.scale = args.scale
-        self.log = (self.out / "session.log").open("a", encoding="utf-8", buffering=1)
+        self.log_path = self.out / "session.log"
+        self.log = self.log_path.open("a", encoding="utf-8", buffering=1)
         self.path = self.out / "session.json"
         self.data: dict[str, Any] = {}
         if self.path.exists():
@@ -99,27 +100,29 @@ class Session:
     ) -> tuple[int, str]:
         """Run a command with all that it starts; its output into the log, the end of it here."""
         seconds = max(5.0, min(seconds, self.left()))
+        # The command writes into the log itself: what it has said is kept whatever happens.
         self.log.write(f"\n$ {' '.join(command)}\n")
+        self.log.flush()
+        start = self.log_path.stat().st_size
         begin = time.monotonic()
         process = subprocess.Popen(
             command,
             cwd=ROOT,
             env=self.environment | environment,
-            stdout=subprocess.PIPE,
+            stdout=self.log,
             stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
             start_new_session=True,
         )
         try:
-            text, _ = process.communicate(timeout=seconds)
-            code = process.returncode
+            code = process.wait(timeout=seconds)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            text, _ = process.communicate()
+            process.wait()
             code = 124
         took = time.monotonic() - begin
-        self.log.write(text)
+        with self.log_path.open("rb") as file:
+            file.seek(start)
+            text = file.read().decode("utf-8", "replace")
         lines = text.rstrip().splitlines()
         if echo and len(lines) > echo:
             print(f"  ... {len(lines) - echo} lines are in session.log")
@@ -211,7 +214,7 @@ class Session:
         for folder in sorted(self.cudart.iterdir()):
             files = sorted(folder.rglob("libcudart.so*"), key=lambda path: len(path.name))
             if files:
-                # The shortest name is of the library itself or of a link to it.
+                # The longest name is that of the file; the others are links to it.
                 libraries[folder.name] = files[-1].resolve()
         if not libraries:
             raise ValueError(f"{self.cudart} holds no */libcudart.so*")
