@@ -370,7 +370,11 @@ def _open_runtime(bound, spec):
             raise BindError(f"{path} is no emulated runtime; rebuild kvsig")
         (<void (*)(int, int) noexcept nogil>setter)(emulate[0], emulate[1])
     address = _symbol(handle, "cudaRuntimeGetVersion")
-    bound.path = address_file(address) if address else path
+    if not address:
+        raise BindError(
+            f"{path} is no CUDA runtime ({bound.found}): it does not have cudaRuntimeGetVersion"
+        )
+    bound.path = address_file(address)
     bound.handles["cudart"] = handle
     bound.files["cudart"] = bound.path
 
@@ -420,7 +424,7 @@ def _choose_route(bound):
     if runtime.address and wanted != "driver":
         bound.why = f"cudaMemcpyBatchAsync of {shown}, prototype of {runtime.variant.label}"
         return ROUTE_RUNTIME
-    takes_over = wanted == "driver" or runtime.status in ("absent", "no library", "version unknown")
+    takes_over = wanted == "driver" or runtime.status in ("absent", "no library")
     if driver.address and takes_over and wanted != "runtime":
         bound.why = (
             f"cuMemcpyBatchAsync of the driver, pinned at"
@@ -513,6 +517,9 @@ def bind():
                 _fill(row)
         bound.runtime = bound.versions["cudart"]
         bound.driver = _driver_version(bound)
+        if not bound.runtime:
+            # The query that failed left its error behind.
+            _clear()
         bound.route = _choose_route(bound)
         _bound = bound
         _route = bound.route
@@ -867,7 +874,8 @@ cdef _drop_forks():
     """Destroy the streams and events of the runtime that is bound."""
     cdef _Fork fork
     for fork in _forks.values():
-        cudaStreamSynchronize(stream=<void *>fork.stream)
+        with nogil:
+            cudaStreamSynchronize(stream=<void *>fork.stream)
         cudaEventDestroy(event=<void *>fork.before)
         cudaEventDestroy(event=<void *>fork.after)
         cudaStreamDestroy(stream=<void *>fork.stream)
@@ -1008,28 +1016,36 @@ def copy_batch(
         if reason is None:
             if fork is not None:
                 target = fork.stream
-                code = _tie(stream, target, fork.before)
+                with nogil:
+                    code = _tie(stream, target, fork.before)
                 if code != 0:
                     raise _error(code, "cudaEventRecord")
             with nogil:
                 code = _run_batch(
                     route, d, s, size_list, same, count, batch_size, <void *>target, &progress
                 )
+            error = None
+            if code != 0:
+                reason = _after_failure(code, route)
+                if reason is None:
+                    name = "cuMemcpyBatchAsync" if route == ROUTE_DRIVER else "cudaMemcpyBatchAsync"
+                    _clear()
+                    index = _failed_copy(
+                        d, s, size_list, same, count, batch_size, target, route, &progress
+                    )
+                    error = _error(code, name, index)
             if fork is not None:
                 # Also after a failure: what was submitted stays in the caller's order.
-                joined = _tie(target, stream, fork.after)
-                if joined != 0:
-                    raise _error(joined, "cudaEventRecord")
-            if code == 0:
-                return Report("batch", None, count, progress.calls, progress.bytes)
-            reason = _after_failure(code, route)
+                with nogil:
+                    code = _tie(target, stream, fork.after)
+                if code != 0 and error is None:
+                    error = _error(code, "cudaEventRecord")
+                elif code != 0:
+                    _clear()
+            if error is not None:
+                raise error
             if reason is None:
-                name = "cuMemcpyBatchAsync" if route == ROUTE_DRIVER else "cudaMemcpyBatchAsync"
-                _clear()
-                index = _failed_copy(
-                    d, s, size_list, same, count, batch_size, target, route, &progress
-                )
-                raise _error(code, name, index)
+                return Report("batch", None, count, progress.calls, progress.bytes)
         if path == "batch":
             raise BindError(f"path='batch' is not possible: {reason}. Use path='auto' or 'loop'")
     if slots[SLOT_cudaMemcpyAsync].variant < 0:

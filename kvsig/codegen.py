@@ -66,9 +66,15 @@ def _cython_type(registry: Registry, ctype: CType) -> str:
     return f"{'const ' if ctype.const else ''}{base}{' ' if stars else ''}{stars}"
 
 
+_TAKEN = frozenset(keyword.kwlist) | {
+    "DEF", "ELIF", "ELSE", "IF", "NULL", "cdef", "cimport", "cpdef", "ctypedef", "exec", "gil",
+    "include", "nogil", "print", "slots", "memset",
+}  # fmt: skip
+
+
 def _safe(name: str) -> str:
-    """A parameter name that Cython takes: ``from`` is a keyword there, not in C."""
-    return f"{name}_" if keyword.iskeyword(name) else name
+    """A parameter name that Cython and the callers leave free: ``from`` is one in C."""
+    return f"{name}_" if name in _TAKEN else name
 
 
 def _pointer_type(function: Function, index: int) -> str:
@@ -114,7 +120,7 @@ def _write_caller(registry: Registry, function: Function, slot: int) -> Iterator
     params = ", ".join(f"{_cython_type(registry, t)} {_safe(n)}" for n, t in given.items())
     returns = _cython_type(registry, function.returns)
     yield f"cdef inline {returns} {function.name}({params}) noexcept nogil:"
-    yield f"    cdef int variant = slots[{slot}].variant"
+    yield f"    cdef int bound_variant_ = slots[{slot}].variant"
     fixed = {p.name: p for v in function.variants for p in v.params
              if isinstance(p.value, dict) and p.name not in given}  # fmt: skip
     for name, param in fixed.items():
@@ -131,7 +137,7 @@ def _write_caller(registry: Registry, function: Function, slot: int) -> Iterator
             for p in variant.params
         )
         pointer = f"(<{_pointer_type(function, index)}>slots[{slot}].address)"
-        yield f"    if variant == {index}:"
+        yield f"    if bound_variant_ == {index}:"
         yield f"        return {pointer}({arguments})"
     missing = "NULL" if registry.resolve(function.returns).pointers else "UNBOUND"
     yield f"    return {missing}"
