@@ -329,7 +329,8 @@ struct stream {
     struct operation *head, *tail;
     pthread_cond_t wake;
     struct capture *capture;
-    uint64_t captured, joined; /* operations captured here, and those that another stream waits for */
+    uint64_t captured; /* operations captured here */
+    uint64_t joined;   /* how many of them another stream of the capture waits for */
 };
 
 struct event {
@@ -425,7 +426,7 @@ static void work_run(struct work *work)
     case WORK_NOTHING:
         return;
     case WORK_COPIES: {
-        /* Inside a batch there is no order: last to first shows copies that depend on each other. */
+        /* A batch has no order inside: last to first shows copies that depend on each other. */
         const struct copy *copy = work_copies(work);
         for (size_t i = work->copies.count; i-- > 0;) {
             memmove(copy[i].dst, copy[i].src, copy[i].size);
@@ -662,7 +663,7 @@ static void invalidate(struct capture *capture)
     capture->status = 2;
 }
 
-/* The streams that STREAM is ordered after besides itself. Returns how many; fills NEEDS if given. */
+/* The streams that STREAM is ordered after besides itself: how many, and into NEEDS if given. */
 static size_t stream_needs(const struct stream *stream, struct need *needs)
 {
     size_t count = 0;
@@ -1408,8 +1409,10 @@ static int read_operation(const struct batch_operation *op, struct rows *row)
         .height = op->height,
         .depth = op->depth,
     };
-    row->dst_layer = row->dst_row * (op->dst.at.layer_height ? op->dst.at.layer_height : op->height);
-    row->src_layer = row->src_row * (op->src.at.layer_height ? op->src.at.layer_height : op->height);
+    size_t dst_rows = op->dst.at.layer_height ? op->dst.at.layer_height : op->height;
+    size_t src_rows = op->src.at.layer_height ? op->src.at.layer_height : op->height;
+    row->dst_layer = row->dst_row * dst_rows;
+    row->src_layer = row->src_row * src_rows;
     if (op->src.type != 1 || op->dst.type != 1 || !row->dst || !row->src || !op->width ||
         !op->height || !op->depth || !order_known(op->order) || row->dst_row < op->width ||
         row->src_row < op->width || row->dst_layer < row->dst_row * op->height ||
@@ -2374,7 +2377,8 @@ static int is_stub(const char *function)
 
 static int is_signed(const char *type)
 {
-    static const char *const names[] = {"int", "long", "short", "char", "signed", "ssize_t", "enum"};
+    static const char *const names[] = {"int",    "long",    "short", "char",
+                                        "signed", "ssize_t", "enum"};
     if (strchr(type, '*'))
         return 0;
     while (strncmp(type, "const ", 6) == 0)
@@ -2724,8 +2728,8 @@ static struct timespec in_seconds(int seconds)
 }
 
 /*
- * Forgets what a test asked for, ends captures and lets all queues run dry. Answers NOT_READY where one does not
- * within ten seconds. Versions stay, since a program has bound itself to them.
+ * Forgets what a test asked for, ends captures and lets all queues run dry. Answers NOT_READY
+ * where one does not within ten seconds. Versions stay, since a program has bound itself to them.
  */
 int kvsig_emulated_reset(void)
 {

@@ -10,7 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvsig import emulated, registry
+    from kvsig import emulated as emulated
+    from kvsig import registry as registry
     from kvsig._core import BindError, CudaError, Report, call, info
     from kvsig.cache import PagedKVCache
     from kvsig.registry import RegistryError

@@ -12,7 +12,7 @@ Python object per page.
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memset
+from libc.string cimport memmove, memset
 
 import numpy as np
 
@@ -21,7 +21,7 @@ cdef uint64_t LONGEST_PITCH = 0x7FFFFFFF
 # Forced strided copies of one row need a pitch as well, so wider rows are cut.
 cdef uint64_t LONGEST_LINE = 0x40000000
 # Runs are cut here, so that one run never fills a buffer without bound.
-cdef Py_ssize_t LONGEST_RUN = 1 << 20
+cdef Py_ssize_t LONGEST_RUN = 1 << 16
 # Below this many copies the loops take less time than giving the GIL away and back.
 cdef Py_ssize_t KEEP_GIL = 512
 # Runs kept in one block, and operations aimed at in the first piece and in the others.
@@ -761,7 +761,7 @@ cdef class Transfer:
     cdef Py_buffer device_view, host_view
     cdef int views
     cdef Scan scan
-    cdef Py_ssize_t side, piece
+    cdef Py_ssize_t side, piece, given
     cdef int mode
     cdef bint plain_waits, ended
     cdef double time[MODES]
@@ -808,7 +808,7 @@ cdef class Transfer:
 
     @property
     def predicted_calls(self):
-        """Predicted number of CUDA calls (seams left out)."""
+        """Predicted number of CUDA calls; cuts at seams come on top."""
         cdef Tally *t = &self.tally[self.mode]
         return round(t.strided + calls_of(t.copies, self.mode, self.batch_size))
 
@@ -974,12 +974,15 @@ cdef class Transfer:
             raise StopIteration
         if self.workspace is None:
             self.workspace = take_workspace()
+            self.workspace.copies = 0
         w = self.workspace
+        self.settle(w)
         if self.plain_waits:
             self.plain_waits = False
-            return self._plain(w)
+            piece = self._plain(w)
+            if piece is not None:
+                return piece
         while self.scan.at < self.scan.count:
-            w.copies = 0
             w.strided = 0
             if self.scan.count * self.p.weight[self.side][self.mode] < KEEP_GIL:
                 self.fill(w)
@@ -990,20 +993,37 @@ cdef class Transfer:
             if w.strided:
                 self.plain_waits = w.copies > 0
                 return "strided", w.ops[: w.strided]
-            if w.copies:
-                return self._plain(w)
+            piece = self._plain(w)
+            if piece is not None:
+                return piece
         self.ended = True
         self.workspace = None
         keep_workspace(w)
         raise StopIteration
 
     cdef object _plain(self, Workspace w):
+        # Whole batch calls, until the end; the rest waits for the next pages.
         cdef Py_ssize_t n = w.copies
-        kind = "batch" if self.mode == BATCH or self.mode == STRIDED_BATCH else "loop"
-        if n == w.copy_room:
-            return kind, (w.dsts, w.srcs, w.sizes)
+        cdef bint batched = self.mode == BATCH or self.mode == STRIDED_BATCH
+        if batched and self.scan.at < self.scan.count:
+            n -= n % self.batch_size
+        if n == 0:
+            return None
+        self.given = n
         piece = slice(n)
-        return kind, (w.dsts[piece], w.srcs[piece], w.sizes[piece])
+        return "batch" if batched else "loop", (w.dsts[piece], w.srcs[piece], w.sizes[piece])
+
+    cdef void settle(self, Workspace w) noexcept nogil:
+        # The piece that was given is used up; what it left over moves to the front.
+        cdef Py_ssize_t rest = w.copies - self.given
+        if self.given == 0:
+            return
+        if rest:
+            memmove(w.dst, w.dst + self.given, rest * sizeof(uint64_t))
+            memmove(w.src, w.src + self.given, rest * sizeof(uint64_t))
+            memmove(w.size, w.size + self.given, rest * sizeof(uint64_t))
+        w.copies = rest
+        self.given = 0
 
     cdef int fill(self, Workspace w) except -1 nogil:
         cdef Py_ssize_t weight = self.p.weight[self.side][self.mode]

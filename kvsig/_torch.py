@@ -16,6 +16,7 @@ __all__ = [
     "Stream",
     "current_handle",
     "device_guard",
+    "device_name",
     "event_stream",
     "integers",
     "stream_device",
@@ -123,6 +124,11 @@ def stream_device(stream: Stream) -> torch.device | None:
     """Return the device of a torch stream; None for what does not tell."""
     owner = getattr(stream, "device", None)
     return owner if isinstance(owner, torch.device) else None
+
+
+def device_name(device: torch.device) -> str | None:
+    """Return the name of a CUDA device; None for the CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
 
 
 def device_guard(device: torch.device | None) -> AbstractContextManager[object]:

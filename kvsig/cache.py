@@ -10,20 +10,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvsig import _core, _torch, geometry
+from kvsig import _core, _torch, costs, geometry, planning
 from kvsig._core import Report
-from kvsig.geometry import Packer, Planes, Side
+from kvsig.costs import CostModel
+from kvsig.geometry import Planes, Side
+from kvsig.planning import Plan
 
 __all__ = ["PagedKVCache"]
 
 LAYOUTS = ("layer_first", "page_first_direct")
 PATHS = ("auto", "batch", "strided", "loop")
-
-#: Most copies that are packed at a time, so that memory stays bounded.
-CHUNK = 65536
-
-#: Up to this many page numbers, plain Python checks them faster than NumPy does.
-_FEW = 48
 
 I64: TypeAlias = npt.NDArray[np.int64]
 Pages: TypeAlias = Sequence[int] | npt.NDArray[Any] | torch.Tensor
@@ -32,11 +28,11 @@ Group: TypeAlias = torch.Tensor | Sequence[torch.Tensor]
 
 
 class _Selection(NamedTuple):
-    """Some layers of the cache, ready to use."""
+    """Some layers of the cache, ready to plan transfers of."""
 
-    planes: Planes
     layers: tuple[int, ...]
-    packer: Packer
+    planes: Planes
+    prepared: planning.Prepared
 
 
 class PagedKVCache:
@@ -60,6 +56,12 @@ class PagedKVCache:
         Layout of the host pool.
     page_size : int, optional
         Tokens per page.
+    model : CostModel, optional
+        What copies cost, for the choice between methods. By default the figures that
+        ``kvsig calibrate`` has left for the device, else those that come with kvsig.
+    host_seams : sequence of int, optional
+        Addresses where separately registered blocks of the host pool meet. CUDA refuses a
+        copy across one, so copies are split there.
 
     Attributes
     ----------
@@ -71,6 +73,8 @@ class PagedKVCache:
         Where the layers are.
     layout : str
         Layout of the host pool.
+    model : CostModel
+        What copies cost.
     pinned : bool
         Whether all of the host pool is page-locked. Pageable memory works too, but is
         slower, and copies from and to it hold up the host.
@@ -94,6 +98,9 @@ class PagedKVCache:
         host: Group | Sequence[Group],
         layout: str = "page_first_direct",
         page_size: int = 16,
+        *,
+        model: CostModel | None = None,
+        host_seams: Sequence[int] | npt.NDArray[Any] | None = None,
     ) -> None:
         if layout not in LAYOUTS:
             raise ValueError(f"layout must be 'layer_first' or 'page_first_direct', not {layout!r}")
@@ -135,6 +142,10 @@ class PagedKVCache:
         self._names = tuple(item.name for item in named)
         self._one_device = self.device.type != "cuda" or torch.cuda.device_count() == 1
         self._planes = geometry.join(device_side, host_side, layers)
+        self._seams = None if host_seams is None else np.sort(_addresses(host_seams, "host_seams"))
+        if model is None:
+            model = costs.load(_torch.device_name(self.device))
+        self.model = model
         self._all = self._select(tuple(range(layers)))
         self._selections: dict[int | range | tuple[int, ...], _Selection] = {}
 
@@ -229,6 +240,75 @@ class PagedKVCache:
         """
         return self._transfer(device_pages, host_pages, layers, stream, path, True, events)
 
+    def plan_offload(
+        self,
+        device_pages: Pages,
+        host_pages: Pages,
+        layers: Layers = None,
+        stream: _torch.Stream = None,
+        path: str = "auto",
+    ) -> Plan:
+        """Show what `offload` would do, without moving anything.
+
+        Parameters
+        ----------
+        device_pages, host_pages, layers, stream, path
+            As in `offload`.
+
+        Returns
+        -------
+        Plan
+            The copies and calls, their predicted times and the other methods'; printed, a
+            table.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As in `offload`.
+        """
+        return self._plan(device_pages, host_pages, layers, stream, path, "offload")
+
+    def plan_load(
+        self,
+        host_pages: Pages,
+        device_pages: Pages,
+        layers: Layers = None,
+        stream: _torch.Stream = None,
+        path: str = "auto",
+    ) -> Plan:
+        """Show what `load` would do, without moving anything.
+
+        Parameters
+        ----------
+        host_pages, device_pages, layers, stream, path
+            As in `load`.
+
+        Returns
+        -------
+        Plan
+            As `plan_offload` gives it.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As in `load`.
+        """
+        return self._plan(device_pages, host_pages, layers, stream, path, "load")
+
+    def _plan(
+        self,
+        device_pages: Pages,
+        host_pages: Pages,
+        layers: Layers,
+        stream: _torch.Stream,
+        path: str,
+        direction: str,
+    ) -> Plan:
+        device, host, selection = self._request(device_pages, host_pages, layers, direction, path)
+        handle = _torch.stream_handle(stream, self.device)
+        batch = path == "batch" or _core.batch_refusal(handle) is None
+        return planning.plan(selection.prepared, device, host, direction, path, batch=batch)
+
     def _transfer(
         self,
         device_pages: Pages,
@@ -239,23 +319,48 @@ class PagedKVCache:
         load: bool,
         events: Iterable[Any] | None,
     ) -> Report:
-        if path not in PATHS:
-            raise ValueError(f"path must be 'auto', 'batch', 'strided' or 'loop', not {path!r}")
-        device = _page_numbers(device_pages, "device_pages", self.device_pages, load)
-        host = _page_numbers(host_pages, "host_pages", self.host_pages, not load)
-        if len(device) != len(host):
-            raise ValueError(
-                f"device_pages has {len(device)} page numbers and host_pages has {len(host)}: "
-                "give as many of each"
-            )
-        selection = self._all if layers is None else self._selection(layers)
+        direction = "load" if load else "offload"
+        device, host, selection = self._request(device_pages, host_pages, layers, direction, path)
         if events is not None:
             events = _checked_events(events, len(selection.layers))
         handle = _torch.stream_handle(stream, self.device)
         if self._one_device:
-            return self._submit(selection, device, host, stream, handle, path, load, events)
+            return self._submit(selection, device, host, stream, handle, path, direction, events)
         with _torch.device_guard(self.device):
-            return self._submit(selection, device, host, stream, handle, path, load, events)
+            return self._submit(selection, device, host, stream, handle, path, direction, events)
+
+    def _request(
+        self, device_pages: Pages, host_pages: Pages, layers: Layers, direction: str, path: str
+    ) -> tuple[I64, I64, _Selection]:
+        """Check a whole request."""
+        if path not in PATHS:
+            raise ValueError(f"path must be 'auto', 'batch', 'strided' or 'loop', not {path!r}")
+        device = _page_numbers(device_pages, "device_pages", self.device_pages)
+        host = _page_numbers(host_pages, "host_pages", self.host_pages)
+        selection = self._all if layers is None else self._selection(layers)
+        code, position, other = selection.prepared.check(device, host, direction)
+        if code != planning.CHECK_OK:
+            raise self._trouble(code, position, other, device, host, direction)
+        return device, host, selection
+
+    def _trouble(
+        self, code: int, position: int, other: int, device: I64, host: I64, direction: str
+    ) -> ValueError:
+        """Make the error for what the check has found."""
+        if code == planning.CHECK_LENGTHS:
+            return ValueError(
+                f"device_pages has {len(device)} page numbers and host_pages has {len(host)}: "
+                "give as many of each"
+            )
+        if code == planning.CHECK_REPEATED:
+            name, pages = ("device_pages", device) if direction == "load" else ("host_pages", host)
+            return ValueError(
+                f"{name}[{position}] is page {pages[position]} again, after {name}[{other}]: "
+                "a destination page may be given once"
+            )
+        if code == planning.CHECK_DEVICE_RANGE:
+            return _out_of_range("device_pages", position, device[position], self.device_pages)
+        return _out_of_range("host_pages", position, host[position], self.host_pages)
 
     def _submit(
         self,
@@ -265,45 +370,68 @@ class PagedKVCache:
         stream: _torch.Stream,
         handle: int,
         path: str,
-        load: bool,
+        direction: str,
         events: list[Any] | None,
     ) -> Report:
-        """Queue a checked request, in pieces of at most `CHUNK` copies."""
-        if events is not None:
-            recorder = _torch.event_stream(stream, handle, self.device)
-            reports = []
-            for layer, event in zip(selection.layers, events, strict=True):
-                one = self._selection(layer)
-                reports.append(self._submit(one, device, host, stream, handle, path, load, None))
-                event.record(recorder)
-            return _total(reports)
-        step = max(1, CHUNK // max(1, len(selection.planes)))
-        if len(device) <= step:
-            return self._execute(selection, device, host, handle, path, load)
-        return _total(
-            [
-                self._execute(
-                    selection, device[i : i + step], host[i : i + step], handle, path, load
-                )
-                for i in range(0, len(device), step)
-            ]
-        )
+        """Queue a checked request, layer by layer if there are events to record."""
+        if events is None:
+            return self._execute(selection, device, host, handle, path, direction)
+        recorder = _torch.event_stream(stream, handle, self.device)
+        report = Report()
+        for layer, event in zip(selection.layers, events, strict=True):
+            one = self._selection(layer)
+            report += self._execute(one, device, host, handle, path, direction)
+            event.record(recorder)
+        return report
 
     def _execute(
-        self, selection: _Selection, device: I64, host: I64, handle: int, path: str, load: bool
+        self,
+        selection: _Selection,
+        device: I64,
+        host: I64,
+        handle: int,
+        path: str,
+        direction: str,
     ) -> Report:
-        """Pack one piece and queue it."""
-        near, far, sizes = selection.packer.pack(device, host)
-        dsts, srcs = (near, far) if load else (far, near)
-        try:
-            return _core.copy_batch(dsts, srcs, sizes, handle, path)
-        except _core.CudaError as error:
-            if error.index is not None and error.index < len(near):
-                place = selection.planes.locate(int(near[error.index]))
-                if place is not None:
-                    name = self._names[self._plane(selection, place[0])]
-                    error.add_note(f"the copy that failed begins at page {place[1]} of {name}")
-            raise
+        """Plan a checked request and queue it, piece by piece."""
+        refused = _core.batch_refusal(handle) is not None
+        transfer = selection.prepared.transfer(
+            device, host, direction, path, batch=path == "batch" or not refused
+        )
+        report: Report | None = None
+        for piece in transfer:
+            try:
+                if piece[0] == "strided":
+                    done = _core.copy_strided(piece[1], handle)
+                else:
+                    kind, arrays = piece
+                    # Where batches are refused, "auto" makes the same loop and says why.
+                    plain = path if path != "strided" else "auto"
+                    if plain == "auto" and kind == "loop" and not refused:
+                        plain = "loop"
+                    done = _core.copy_batch(*arrays, handle, plain, transfer.batch_size)
+            except _core.CudaError as error:
+                self._explain(error, selection, piece, direction)
+                raise
+            report = done if report is None else report + done
+        return Report() if report is None else report
+
+    def _explain(
+        self, error: _core.CudaError, selection: _Selection, piece: tuple[str, Any], direction: str
+    ) -> None:
+        """Add to an error of CUDA which page of which tensor it is about."""
+        if error.index is None:
+            return
+        load = direction == "load"
+        kind, arrays = piece
+        if kind == "strided":
+            address = arrays[error.index, 0 if load else 2]
+        else:
+            address = arrays[0 if load else 1][error.index]
+        place = selection.planes.locate(int(address))
+        if place is not None:
+            name = self._names[self._plane(selection, place[0])]
+            error.add_note(f"the copy that failed begins at page {place[1]} of {name}")
 
     def _plane(self, selection: _Selection, plane: int) -> int:
         """Return the number, in the whole cache, of a plane of a selection."""
@@ -312,7 +440,7 @@ class PagedKVCache:
 
     def _select(self, layers: tuple[int, ...]) -> _Selection:
         planes = self._planes.select(layers)
-        return _Selection(planes, layers, Packer(planes))
+        return _Selection(layers, planes, planning.prepare(planes, self.model, self._seams))
 
     def _selection(self, layers: int | Sequence[int]) -> _Selection:
         """Return the planes of the layers asked for, made once for each choice of layers."""
@@ -562,8 +690,8 @@ def _check_apart(named: list[_Named]) -> None:
             raise ValueError(f"{one} and {other} overlap in memory by {end - start} bytes")
 
 
-def _page_numbers(values: Any, name: str, limit: int, destination: bool) -> I64:
-    """Return page numbers as contiguous int64: each in range, no destination twice."""
+def _page_numbers(values: Any, name: str, limit: int) -> I64:
+    """Return page numbers as one-dimensional contiguous int64."""
     if type(values) is np.ndarray:
         array: npt.NDArray[Any] = values
     elif isinstance(values, torch.Tensor):
@@ -583,47 +711,25 @@ def _page_numbers(values: Any, name: str, limit: int, destination: bool) -> I64:
         raise TypeError(f"{name} must hold integers, not {array.dtype}")
     if array.ndim != 1:
         raise ValueError(f"{name} must be one-dimensional, not of shape {array.shape}")
-    count = len(array)
-    if count == 0:
-        return np.empty(0, dtype=np.int64)
-    if count <= _FEW:
-        numbers = array.tolist()
-        good = min(numbers) >= 0 and max(numbers) < limit
-    elif array.dtype == np.int64:
-        # Read as unsigned, a negative number is beyond every limit.
-        good = bool(array.view(np.uint64).max() < limit)
-    else:
-        good = bool(array.min() >= 0) and bool(array.max() < limit)
-    if not good:
-        index = int(np.argmax((array < 0) | (array >= limit)))
-        side = "the device" if name == "device_pages" else "the host pool"
-        raise ValueError(f"{name}[{index}] is {array[index]}: {side} has pages 0 to {limit - 1}")
+    if array.dtype == np.uint64 and len(array) and array.max() >> np.uint64(63):
+        index = int(np.argmax(array >> np.uint64(63)))
+        raise _out_of_range(name, index, array[index], limit)
     pages: I64 = np.ascontiguousarray(array, dtype=np.int64)
-    if destination:
-        if count <= _FEW:
-            unique = len(set(numbers)) == count
-        else:
-            # Each position is written at its page: of a page given twice, one is lost.
-            position = np.arange(count)
-            owner = np.empty(limit, dtype=np.intp)
-            owner[pages] = position
-            unique = bool((owner[pages] == position).all())
-        if not unique:
-            raise _twice(pages.tolist(), name)
     return pages
 
 
-def _twice(pages: list[int], name: str) -> ValueError:
-    """Make the error for the first destination page that is given again."""
-    seen: dict[int, int] = {}
-    for i, page in enumerate(pages):
-        if page in seen:
-            break
-        seen[page] = i
-    return ValueError(
-        f"{name}[{i}] is page {page} again, after {name}[{seen[page]}]: "
-        "a destination page may be given once"
-    )
+def _out_of_range(name: str, position: int, page: Any, limit: int) -> ValueError:
+    side = "the device" if name == "device_pages" else "the host pool"
+    return ValueError(f"{name}[{position}] is {page}: {side} has pages 0 to {limit - 1}")
+
+
+def _addresses(values: Any, name: str) -> npt.NDArray[np.uint64]:
+    array = np.asarray(values)
+    if array.size == 0:
+        array = array.astype(np.uint64)
+    if array.ndim != 1 or array.dtype.kind not in "iu" or (array < 0).any():
+        raise ValueError(f"{name} must be a list of addresses, not {values!r}")
+    return array.astype(np.uint64)
 
 
 def _checked_events(events: Iterable[Any], layers: int) -> list[Any]:
@@ -636,16 +742,3 @@ def _checked_events(events: Iterable[Any], layers: int) -> list[Any]:
         if not callable(getattr(event, "record", None)):
             raise TypeError(f"events[{i}] has no record(stream): {type(event).__name__}")
     return checked
-
-
-def _total(reports: list[Report]) -> Report:
-    """Sum up the reports of several pieces."""
-    paths = list(dict.fromkeys(report.path for report in reports if report.path != "none"))
-    reasons = list(dict.fromkeys(report.reason for report in reports if report.reason))
-    return Report(
-        "+".join(paths) or "none",
-        "; ".join(reasons) or None,
-        sum(report.copies for report in reports),
-        sum(report.calls for report in reports),
-        sum(report.bytes for report in reports),
-    )

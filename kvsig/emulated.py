@@ -90,8 +90,8 @@ def available(directory: Path | str | None = None) -> list[Library]:
         if match := _FILE.fullmatch(path.name):
             found.append((int(match[1]) * 1000 + int(match[2]) * 10, path))
     found.sort()
-    ends = [since for since, _ in found[1:]] + [None]
-    return [Library(since, end, path) for (since, path), end in zip(found, ends, strict=True)]
+    ends = [*(since for since, _ in found[1:]), None]
+    return [Library(since, end, path) for (since, path), end in zip(found, ends, strict=False)]
 
 
 def resolve(version: str | int, directory: Path | str | None = None) -> Path:

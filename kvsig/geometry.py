@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Packer", "Planes", "Side", "join", "layer_first", "page_first_direct"]
+__all__ = ["Planes", "Side", "join", "layer_first", "page_first_direct"]
 
 #: Addresses, pitches or sizes.
 U64: TypeAlias = npt.NDArray[np.uint64]
@@ -97,57 +97,6 @@ class Planes:
             if len(found):
                 return int(found[0]), int(page[found[0]]), on_device
         return None
-
-
-class Packer:
-    """Turns page numbers into addresses.
-
-    Both sides are worked out in one array: for the few pages of a layer, the fixed cost
-    of a NumPy call is most of the time.
-
-    Parameters
-    ----------
-    planes : Planes
-        Places of the pages.
-    """
-
-    __slots__ = ("_base", "_pitch", "_width", "_widths")
-
-    def __init__(self, planes: Planes) -> None:
-        self._base = np.stack([planes.device_base, planes.host_base])[:, :, None]
-        self._pitch = np.stack([planes.device_pitch, planes.host_pitch])[:, :, None]
-        self._widths = planes.width
-        same = len(planes) > 0 and bool((planes.width == planes.width[0]).all())
-        self._width = int(planes.width[0]) if same else None
-
-    def pack(
-        self, device_pages: npt.NDArray[np.int64], host_pages: npt.NDArray[np.int64]
-    ) -> tuple[U64, U64, U64 | int]:
-        """Work out the addresses of pages in every plane, plane by plane.
-
-        Parameters
-        ----------
-        device_pages, host_pages : ndarray of int64, shape (n,)
-            Page numbers, within bounds.
-
-        Returns
-        -------
-        device, host : ndarray of uint64, shape (planes * n,)
-        sizes : ndarray of uint64, shape (planes * n,), or int
-            Bytes of each page, or of every page.
-        """
-        count = len(device_pages)
-        # Valid page numbers are not negative: as unsigned they are the same numbers, and
-        # stay integers in arithmetic with addresses.
-        pages = np.empty((2, 1, count), dtype=np.uint64)
-        pages[0, 0] = device_pages
-        pages[1, 0] = host_pages
-        places = pages * self._pitch
-        places += self._base
-        device, host = places
-        width = self._width
-        sizes = np.repeat(self._widths, count) if width is None else width
-        return device.reshape(-1), host.reshape(-1), sizes
 
 
 class Side(NamedTuple):

@@ -77,7 +77,8 @@ def text_of(tokens: Iterable[str]) -> str:
     """C text of tokens, spaced as the registry writes it: ``const void *const *srcs``."""
     out = ""
     for token in tokens:
-        glued = not out or out[-1] in "*(" or token in (",", ")", "[", "]") or out[-1] == "["
+        glued = not out or out[-1] in "*([" or token in (",", ")", "[", "]")
+        glued = glued or (token == "(" and out[-1] == ")")
         out += token if glued else f" {token}"
     return out
 
@@ -103,7 +104,11 @@ class Prototype:
     @property
     def names(self) -> tuple[str, ...]:
         """Parameter names; empty where the header gives none."""
-        return tuple(p[-1] if len(p) > 1 and _WORD.match(p[-1]) else "" for p in self.params)
+        last = [p[p.index("[") - 1] if "[" in p else p[-1] for p in self.params if p]
+        return tuple(
+            name if len(p) > 1 and _WORD.match(name) else ""
+            for p, name in zip(self.params, last, strict=True)
+        )
 
     def text(self, name: str) -> str:
         """C text of the prototype under a name."""
@@ -253,7 +258,8 @@ def split(tokens: Sequence[str], mark: str) -> list[tuple[str, ...]]:
     return [tuple(part) for part in parts if part]
 
 
-def _closing(tokens: Sequence[str], start: int) -> int:
+def closing(tokens: Sequence[str], start: int) -> int:
+    """Index of the bracket that closes the one at ``start``."""
     depth = 0
     for index in range(start, len(tokens)):
         depth += (tokens[index] in "({[") - (tokens[index] in ")}]")
@@ -269,7 +275,7 @@ def _take(header: Header, tokens: list[str], library: str) -> None:
         tokens = tokens[1:]
     if tokens and tokens[0] in ("struct", "union", "enum") and "{" in tokens[:3]:
         start = tokens.index("{")
-        end = _closing(tokens, start)
+        end = closing(tokens, start)
         after = tokens[end + 1 :]
         tag = tokens[1] if start == 2 else (after[-1] if after else "")
         body = tuple(tokens[start + 1 : end])
@@ -282,19 +288,19 @@ def _take(header: Header, tokens: list[str], library: str) -> None:
                 header.typedefs[name[-1]] = (tokens[0], tag, *name[:-1])
     elif typedef and "(" in tokens:
         # A pointer to a function: what matters is its name and that it is a pointer.
-        inner = tokens[tokens.index("(") + 1 : _closing(tokens, tokens.index("("))]
+        inner = tokens[tokens.index("(") + 1 : closing(tokens, tokens.index("("))]
         if inner and "*" in inner:
             header.typedefs[inner[-1]] = ("void", "*")
     elif typedef:
         header.typedefs[tokens[-1]] = tuple(tokens[:-1])
     elif "(" in tokens and tokens.index("(") > 1:
         start = tokens.index("(")
-        params = split(tokens[start + 1 : _closing(tokens, start)], ",")
-        name = tokens[start - 1]
-        header.functions[name] = Prototype(
-            name, tuple(tokens[: start - 1]), () if params == [("void",)] else tuple(params)
+        params = split(tokens[start + 1 : closing(tokens, start)], ",")
+        symbol = tokens[start - 1]
+        header.functions[symbol] = Prototype(
+            symbol, tuple(tokens[: start - 1]), () if params == [("void",)] else tuple(params)
         )
-        header.libraries[name] = library
+        header.libraries[symbol] = library
 
 
 def locate(path: Path | str) -> Path:
@@ -449,12 +455,13 @@ class _Entry:
 
 @dataclass(frozen=True, slots=True)
 class _Line:
-    """One assertion: its C text, and what to say if it fails."""
+    """One assertion: its C text, what to say if it fails, and what if it cannot be compiled."""
 
     entry: _Entry
     code: str
     problem: str
     value: str = ""
+    missing: str = ""
 
 
 def next_major(version: int) -> int:
@@ -488,7 +495,7 @@ def _function(header: Header, function: Function, entry: _Entry) -> Iterator[_Li
     yield _Line(
         entry,
         f"_Static_assert(_Generic(&{function.name},"
-        f" {function.prototype(variant, '(*)')}: 1, default: 0), \"kvsig\");",
+        f' {function.prototype(variant, "(*)")}: 1, default: 0), "kvsig");',
         "the types of the two prototypes differ",
     )
 
@@ -543,16 +550,20 @@ def _ordered(registry: Registry, names: Iterable[str]) -> list[Struct]:
     return list(done.values())
 
 
-def _struct(header: Header, struct: Struct, entry: _Entry, registry: Registry) -> Iterator[_Line]:
+def has_struct(header: Header, struct: Struct) -> bool:
+    """Whether a header defines a struct under the name by which the registry knows it."""
     tag = header.tag(struct.name, "struct")
-    present = struct.name in header.typedefs if struct.typedef else tag == struct.name
-    if _boundary(entry, struct.since, present, "struct") or struct.opaque:
+    return tag is not None and (struct.name in header.typedefs or not struct.typedef)
+
+
+def _struct(header: Header, struct: Struct, entry: _Entry, registry: Registry) -> Iterator[_Line]:
+    if _boundary(entry, struct.since, has_struct(header, struct), "struct") or struct.opaque:
         return
     spelled = struct.name if struct.typedef else f"struct {struct.name}"
     entry.registry = f"{spelled}: {struct.size} bytes"
     yield _Line(
         entry,
-        f'_Static_assert(sizeof({spelled}) {"<=" if struct.grows else "=="} {struct.size},'
+        f"_Static_assert(sizeof({spelled}) {'<=' if struct.grows else '=='} {struct.size},"
         ' "kvsig");',
         f"the registry says {struct.size} bytes, the header {{}}",
         f"sizeof({spelled})",
@@ -566,12 +577,14 @@ def _struct(header: Header, struct: Struct, entry: _Entry, registry: Registry) -
     for item in struct.fields[: -1 if struct.grows else None]:
         place = f"offsetof({spelled}, {item.member})"
         own = f"struct kvsig_{struct.name}"
+        missing = f"field {item.name}: the header has no {item.member}"
         yield _Line(
             entry,
             f'_Static_assert({place} == offsetof({own}, {item.name}), "kvsig");',
             f"field {item.name} is at another offset in the header, which has {item.member}"
             " at byte {}",
             place,
+            missing,
         )
         member = f"((({spelled} *)0)->{item.member})"
         pointer = "" if item.length is None else " *"
@@ -581,6 +594,7 @@ def _struct(header: Header, struct: Struct, entry: _Entry, registry: Registry) -
             f' && _Generic({member}, {item.type}{pointer}: 1, default: 0), "kvsig");',
             f"field {item.name}: {item.declaration!r} is not the type that the header gives"
             f" {item.member}",
+            missing=missing,
         )
 
 
@@ -687,15 +701,13 @@ def check(registry: Registry, header: Header, only: Collection[str] | None = Non
         if not s.opaque and s.since <= header.versions.get(s.library, 0)
     ]  # fmt: skip
     failures = header.failures([*layouts, *(line.code for line in lines)])
-    failed = [lines[i - len(layouts)] for i in sorted(failures) if i >= len(layouts)]
-    clean = [
-        line.value for line in failed
-        if line.value and "assert" in failures[lines.index(line) + len(layouts)]
-    ]  # fmt: skip
-    values = dict(zip(clean, header.values(clean), strict=True))
-    for line in failed:
-        text = line.problem.format(values[line.value]) if line.value in values else line.problem
-        if line.value and line.value not in values:
-            text = f"{failures[lines.index(line) + len(layouts)]}"
-        line.entry.problems.append(text)
+    failed = [(line, failures[i]) for i, line in enumerate(lines, len(layouts)) if i in failures]
+    # A value can be printed where only the assertion failed, not where a name is unknown.
+    known = [line.value for line, why in failed if line.value and "assert" in why]
+    values = dict(zip(known, header.values(known), strict=True))
+    for line, why in failed:
+        text = line.problem.format(values.get(line.value, ""))
+        line.entry.problems.append(text if "assert" in why else line.missing or text)
+    for entry in entries:
+        entry.problems[:] = dict.fromkeys(entry.problems)
     return [entry.result() for entry in entries]

@@ -102,7 +102,7 @@ class Planner:
         self.model = builtin() if model is None else model
         self._seams = None if host_seams is None else np.asarray(host_seams, dtype=np.uint64)
         self._all = Prepared(planes, self.model, self._seams)
-        self._ready: dict[object, Prepared] = {}
+        self._ready: dict[Sequence[int], Prepared] = {}
 
     def prepared(self, layers: int | Sequence[int] | None = None) -> Prepared:
         """Geometry of some layers, kept for the next time.
@@ -114,14 +114,17 @@ class Planner:
         """
         if layers is None:
             return self._all
-        key: object = layers if isinstance(layers, (int, range)) else tuple(layers)
-        ready = self._ready.get(key)
+        chosen: Sequence[int]
+        if isinstance(layers, (int, np.integer)):
+            chosen = range(layers, layers + 1)
+        else:
+            chosen = layers if isinstance(layers, range) else tuple(layers)
+        ready = self._ready.get(chosen)
         if ready is None:
-            chosen = [layers] if isinstance(layers, int) else layers
             ready = Prepared(self.planes.select(chosen), self.model, self._seams)
             if len(self._ready) >= _KEPT:
                 self._ready.clear()
-            self._ready[key] = ready
+            self._ready[chosen] = ready
         return ready
 
     def transfer(
@@ -246,13 +249,14 @@ class Plan:
         return plain + len(self.strided)
 
     def pieces(self) -> Iterator[tuple[str, Any]]:
-        """What to submit, in order, as `Transfer` gives it: strided copies, plain copies."""
+        """Iterate over what to submit, in order, as `Transfer` gives it."""
         if len(self.strided):
             yield "strided", self.strided
         if len(self.dsts):
             yield self.plain_path, (self.dsts, self.srcs, self.sizes)
 
     def __str__(self) -> str:
+        """Readable table of the plan and of the methods that were considered."""
         plain, strided = len(self.dsts), len(self.strided)
         plain_bytes = int(self.sizes.sum())
         strided_bytes = int((self.strided[:, 4] * self.strided[:, 5]).sum())

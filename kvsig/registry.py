@@ -353,7 +353,11 @@ class Registry:
         """Replace aliases, down to scalars, enums, structs and void."""
         while ctype.base in self.aliases:
             inner = self.aliases[ctype.base].type
-            ctype = CType(inner.base, ctype.const, inner.pointers + ctype.pointers)
+            const, pointers = inner.const or ctype.const, inner.pointers
+            if pointers:
+                # The name stands for a pointer: const with it is that pointer's.
+                const, pointers = inner.const, (*pointers[:-1], pointers[-1] or ctype.const)
+            ctype = CType(inner.base, const, pointers + ctype.pointers)
         return ctype
 
 
@@ -427,7 +431,7 @@ class _Reader:
             self.where.pop()
 
     def bad(self, text: str, key: str = "") -> None:
-        place = "".join(self.where).lstrip(".") + (f".{key}" if key else "")
+        place = ("".join(self.where) + (f".{key}" if key else "")).lstrip(".")
         self.problems.append(f"{place or 'file'}: {text}")
 
     def table(
@@ -483,7 +487,7 @@ class _Reader:
 
     def name(self, table: dict[str, Any], key: str, default: str = "") -> str:
         value = self.text(table, key, default)
-        if value and not _c_name(value):
+        if key in table and value and not _c_name(value):
             self.bad(f"{value!r} is not a C name; use letters, digits and _", key)
         return value
 
@@ -593,7 +597,9 @@ def _read_aliases(read: _Reader, data: dict[str, Any]) -> None:
         ctype, rest = _parse_type(_tokens(value))
         if rest or not ctype.base:
             read.bad(f'{value!r} is no plain C type; use one such as "void *"')
-        else:
+            continue
+        # What the body of a loop raises does not reach the place that the generator has set.
+        with read.at(""):
             read.ctype(ctype)
             read.aliases[name] = Alias(name, ctype)
 
@@ -648,12 +654,32 @@ def _read_structs(read: _Reader, data: dict[str, Any], libraries: dict[str, Libr
         )
 
 
+def _check_cycles(read: _Reader) -> None:
+    """Complain about structs that hold themselves by value."""
+    for name in read.structs:
+        inside, todo = set(), [name]
+        while todo:
+            struct = read.structs.get(todo.pop())
+            held = [f.type.name for f in struct.fields if not f.type.pointers] if struct else []
+            todo += [other for other in held if other not in inside]
+            inside.update(held)
+        if name in inside:
+            with read.at(f".struct.{name}"):
+                read.bad("holds itself; use a pointer", "fields")
+
+
 def _read_value(read: _Reader, value: object, ctype: CType) -> int | str | dict[str, int]:
     if isinstance(value, bool):
         raise _Bad(f"value must be a number, the name of a constant or a table, not {value!r}")
+    inner = ctype
+    while not inner.pointers and inner.base in read.aliases:
+        inner = read.aliases[inner.base].type
+    pointer = bool(inner.pointers)
+    if pointer and isinstance(value, (int, str)) and value != 0:
+        raise _Bad(f"value of a pointer can only be 0, not {value!r}")
+    if not pointer and isinstance(value, (int, str)) and ctype.name in read.structs:
+        raise _Bad(f"value of {ctype} must be a table of its fields, not {value!r}")
     if isinstance(value, int):
-        if ctype.pointers and value != 0:
-            raise _Bad(f"value of a pointer can only be 0, not {value}")
         return value
     if isinstance(value, str):
         names = {name for enum in read.enums.values() for name in enum.constants}
@@ -827,6 +853,7 @@ def _build(read: _Reader, data: dict[str, Any], digest: str, path: Path) -> Regi
     _read_enums(read, data, libraries)
     _read_aliases(read, data)
     _read_structs(read, data, libraries)
+    _check_cycles(read)
     functions = _read_functions(read, data, libraries, newest)
     for library in libraries.values():
         for key in ("version", "lookup"):

@@ -1,5 +1,6 @@
 """PagedKVCache: pages between device layers and a host pool, and what it refuses."""
 
+import itertools
 import re
 import threading
 
@@ -20,7 +21,8 @@ def runtime(request):
 
 @pytest.fixture
 def stream(runtime):
-    return emulated.Stream()
+    with emulated.Stream() as stream:
+        yield stream
 
 
 LAYERS, DEVICE_PAGES, HOST_PAGES = 3, 10, 14
@@ -34,10 +36,19 @@ class Setup:
     `rows` are the shapes of a token in K and V, or in the latent alone.
     """
 
-    def __init__(self, form="direct", rows=((2, 8), (2, 8)), dtype=torch.bfloat16, page_size=4):
+    def __init__(
+        self,
+        form="direct",
+        rows=((2, 8), (2, 8)),
+        dtype=torch.bfloat16,
+        page_size=4,
+        place="cpu",
+        pin=False,
+    ):
         self.page_size = page_size
         self.random = np.random.default_rng(3)
         self.groups = [self.tensors(LAYERS, DEVICE_PAGES * page_size, row, dtype) for row in rows]
+        self.groups = [[layer.to(place) for layer in group] for group in self.groups]
         pools = []
         for row in rows:
             if form.startswith("direct"):
@@ -49,6 +60,8 @@ class Setup:
             pools = [[layer.clone() for layer in pool] for pool in pools]
         if form.endswith("one"):
             pools = torch.stack(pools)
+        if pin:
+            pools = pools.pin_memory() if form.endswith("one") else [p.pin_memory() for p in pools]
         latent = len(rows) == 1
         self.device = self.groups[0] if latent else tuple(self.groups)
         self.host = pools[0] if latent else pools
@@ -97,14 +110,14 @@ class Setup:
 
 
 def bytes_of(tensor):
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    return tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes()
 
 
 FORMS = ["direct", "direct one", "stacked", "stacked one", "lists"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.uint8]
 
 
-class TestMovesPages:
+class RoundTrip:
     def round_trip(self, setup, stream, path="auto"):
         """Offload, then load to other pages; every byte of both sides is compared."""
         away = setup.random.permutation(HOST_PAGES)[:6]
@@ -121,6 +134,8 @@ class TestMovesPages:
         assert out.bytes == into.bytes == 6 * setup.cache.page_bytes
         return out, into
 
+
+class TestMovesPages(RoundTrip):
     @pytest.mark.parametrize("form", FORMS)
     def test_of_k_and_v(self, stream, form):
         self.round_trip(Setup(form), stream)
@@ -168,11 +183,6 @@ class TestMovesPages:
         for near, far in zip(device, host, strict=True):
             assert torch.equal(near, torch.cat([far[8:], far[:4]]))
 
-    @pytest.mark.parametrize("chunk", [1, 6, 7, 13])
-    def test_in_pieces(self, stream, chunk, monkeypatch):
-        monkeypatch.setattr("kvsig.cache.CHUNK", chunk)
-        self.round_trip(Setup(), stream)
-
     def test_from_one_source_to_many(self, stream):
         setup = Setup()
         before = setup.everything()
@@ -180,15 +190,17 @@ class TestMovesPages:
         stream.synchronize()
         assert setup.everything() == setup.expect(before, "device", [0, 9, 4], [5, 5, 5])
 
-    def test_of_many_pages(self, stream):
-        device = [torch.rand(5000, 3) for _ in range(2)]
-        host = torch.zeros(7000, 2, 1, 3)
+    @pytest.mark.parametrize("path", ["auto", "strided", "loop"])
+    def test_of_more_pages_than_are_packed_at_a_time(self, stream, path):
+        device = [torch.rand(20000, 3) for _ in range(2)]
+        host = torch.zeros(30000, 2, 1, 3)
         cache = kvsig.PagedKVCache(device, host, page_size=1)
-        away = np.random.default_rng(0).permutation(7000)[:5000]
-        cache.offload(range(5000), away, stream=stream)
+        away = np.random.default_rng(0).permutation(30000)[:20000]
+        report = cache.offload(range(20000), away, stream=stream, path=path)
         stream.synchronize()
         for layer in range(2):
             assert torch.equal(host[away, layer, 0], device[layer])
+        assert report.bytes == 20000 * 2 * 12
 
     def test_on_the_current_stream(self, runtime):
         setup = Setup()
@@ -338,10 +350,13 @@ class TestLayers:
             assert after == setup.expect(middle, "host", [2, 3], [0, 1], wanted)
 
     def test_selections_do_not_pile_up(self, stream):
-        setup = Setup()
-        for stop in range(1, 2000):
-            setup.cache.load([0], [0], layers=range(0, 1, stop), stream=stream)
-        assert len(setup.cache._selections) < 200
+        device = [torch.zeros(4, 1) for _ in range(12)]
+        cache = kvsig.PagedKVCache(device, torch.zeros(4, 12, 1, 1), page_size=1)
+        choices = list(itertools.combinations(range(12), 4))
+        for choice in choices:
+            cache.load([0], [0], layers=choice, stream=stream)
+        stream.synchronize()
+        assert len(cache._selections) < len(choices) / 2
 
 
 class Event:
@@ -378,6 +393,7 @@ class TestEvents:
         setup, log = Setup(), []
         events = (Event(log, i) for i in (2, 0))
         setup.cache.load([1], [7], layers=[2, 0], stream=stream.cuda_stream, events=events)
+        stream.synchronize()
         assert log == [(2, stream.cuda_stream), (0, stream.cuda_stream)]
 
     def test_without_pages(self, stream):
@@ -800,13 +816,72 @@ class TestOnARealRuntime:
         assert _torch.stream_handle(Stream(), torch.device("cuda:1")) == 64
 
 
+class TestPlans:
+    """What a transfer would do, told without doing it."""
+
+    @pytest.mark.parametrize("path", ["auto", "strided", "loop", "batch"])
+    def test_move_nothing_and_tell_what_the_report_will(self, runtime, stream, path):
+        if runtime == "12.6" and path == "batch":
+            path = "auto"
+        setup = Setup()
+        before = setup.everything()
+        pages = {"host_pages": [1, 2, 3, 9], "device_pages": [5, 6, 7, 0], "stream": stream}
+        for plan, transfer in (
+            (setup.cache.plan_load, setup.cache.load),
+            (setup.cache.plan_offload, setup.cache.offload),
+        ):
+            planned = plan(**pages, path=path)
+            assert setup.everything() == before
+            report = transfer(**pages, path=path)
+            assert planned.copies_in == 4 * 2 * LAYERS
+            assert (planned.calls, planned.bytes) == (report.calls, report.bytes)
+            assert str(planned).startswith(planned.direction)
+            stream.synchronize()
+            before = setup.everything()
+
+    def test_of_bad_requests(self, stream):
+        text = "device_pages[0] is 10: the device has pages 0 to 9"
+        refused(ValueError, text, lambda: Setup().cache.plan_load([0], [10], stream=stream))
+
+    def test_of_costs_given(self, stream):
+        from kvsig import costs
+
+        model = costs.builtin("NVIDIA H100 80GB HBM3")
+        cache = kvsig.PagedKVCache(layers(), pool(), page_size=4, model=model)
+        assert cache.model is model
+        assert "NVIDIA H100 80GB HBM3, built in" in str(cache.plan_load([0], [1], stream=stream))
+
+
+class TestHostSeams:
+    def test_split_copies(self, stream):
+        device, host = torch.rand(40, 4), torch.rand(40, 4)
+        base = host.data_ptr()
+        cache = kvsig.PagedKVCache(
+            [device], [host], "layer_first", 4, host_seams=[base + 8 * 16, base + 50]
+        )
+        report = cache.load(range(10), range(10), stream=stream, path="loop")
+        stream.synchronize()
+        assert torch.equal(device, host)
+        assert report.copies == 3
+
+    @pytest.mark.parametrize("seams", [[-1], [1.5], [[1]]])
+    def test_that_are_no_addresses(self, runtime, seams):
+        refused(
+            ValueError,
+            f"host_seams must be a list of addresses, not {seams!r}",
+            lambda: kvsig.PagedKVCache(layers(), pool(), page_size=4, host_seams=seams),
+        )
+
+
 class TestErrorsOfCuda:
     @pytest.mark.parametrize("load", [True, False])
     def test_say_which_page(self, runtime, stream, load):
         setup = Setup(page_size=2)
         path = "loop" if runtime == "12.6" else "batch"
-        # Pages that no plan can merge; the fifth copy of one layer, K first, is V's second.
-        near, far = [4, 1, 7], [9, 2, 0]
+        pages = {"host_pages": [9, 2, 0], "device_pages": [4, 1, 7], "layers": 2, "path": path}
+        transfer = setup.cache.load if load else setup.cache.offload
+        plan = (setup.cache.plan_load if load else setup.cache.plan_offload)(**pages)
+        address = int((plan.dsts if load else plan.srcs)[4])
         if path == "loop":
             stream.control.fault("cudaMemcpyAsync", 1, nth=5)
         else:
@@ -814,16 +889,113 @@ class TestErrorsOfCuda:
             if runtime == "13.0":  # which does not say which copy: the driver is asked again
                 stream.control.fault("cuMemcpyBatchAsync", 1, fail_index=4)
         with pytest.raises(kvsig.CudaError) as caught:
-            if load:
-                setup.cache.load(far, near, layers=2, stream=stream, path=path)
-            else:
-                setup.cache.offload(near, far, layers=2, stream=stream, path=path)
+            transfer(**pages, stream=stream)
         assert (caught.value.code, caught.value.index) == (1, 4)
+        (place,) = [
+            (label, page)
+            for group, label in enumerate("KV")
+            for page in range(DEVICE_PAGES)
+            if setup.device_page(group, 2, page).data_ptr() == address
+        ]
         assert caught.value.__notes__ == [
-            "the copy that failed begins at page 1 of device V layer 2"
+            f"the copy that failed begins at page {place[1]} of device {place[0]} layer 2"
         ]
         stream.control.reset()
         stream.synchronize()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+class TestOnAGpu(RoundTrip):
+    @pytest.fixture(autouse=True)
+    def real(self):
+        _core.rebind(None)
+
+    @pytest.mark.parametrize("pin", [True, False], ids=["pinned", "pageable"])
+    @pytest.mark.parametrize("form", ["direct", "direct one", "stacked"])
+    def test_of_every_form(self, form, pin):
+        setup = Setup(form, place="cuda:0", pin=pin)
+        assert setup.cache.pinned is pin
+        self.round_trip(setup, torch.cuda.Stream())
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("page_size", [1, 16, 1024])
+    def test_of_every_dtype_and_size(self, dtype, page_size):
+        setup = Setup(
+            rows=[(1, 24), (1, 16)], dtype=dtype, page_size=page_size, place="cuda:0", pin=True
+        )
+        self.round_trip(setup, torch.cuda.Stream())
+
+    @pytest.mark.parametrize("path", ["batch", "strided", "loop"])
+    def test_by_the_path_asked_for(self, path):
+        stream = torch.cuda.Stream()
+        if path == "batch" and (reason := _core.batch_refusal(stream.cuda_stream)):
+            pytest.skip(reason)
+        self.round_trip(Setup(place="cuda:0", pin=True), stream, path)
+
+    def test_behind_work_of_the_stream(self):
+        for stream in (torch.cuda.Stream(), torch.cuda.default_stream()):
+            setup = Setup(place="cuda:0", pin=True)
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(50_000_000)
+                for group in setup.groups:
+                    for layer in group:
+                        layer.fill_(1)
+                setup.cache.offload([1], [2])
+                stream.synchronize()
+            assert all((pool[2] == 1).all() for pool in setup.pools)
+
+    @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8])
+    def test_of_page_numbers_on_the_gpu(self, dtype):
+        setup, stream = Setup(place="cuda:0", pin=True), torch.cuda.Stream()
+        before = setup.everything()
+        near, far = torch.tensor([[1, 2], [7, 9]], device="cuda:0").to(dtype)
+        setup.cache.load(far, near, stream=stream)
+        stream.synchronize()
+        assert setup.everything() == setup.expect(before, "device", [1, 2], [7, 9])
+
+    def test_events(self):
+        setup, stream = Setup(place="cuda:0", pin=True), torch.cuda.Stream()
+        for given in (stream, stream.cuda_stream, None):
+            before = setup.everything()
+            events = [torch.cuda.Event() for _ in range(LAYERS)]
+            with torch.cuda.stream(stream):
+                setup.cache.load([1, 2], [3, 4], stream=given, events=events)
+            for layer, event in enumerate(events):
+                torch.cuda.current_stream().wait_event(event)
+                moved = [setup.device_page(g, layer, 3).cpu() for g in range(2)]
+                for group, page in enumerate(moved):
+                    assert bytes_of(page) == before["host", group, layer, 1]
+            stream.synchronize()
+            assert setup.everything() == setup.expect(before, "device", [3, 4], [1, 2])
+
+    def test_refuses_what_is_elsewhere(self):
+        refused(
+            ValueError,
+            "device layer 0 is on cpu: device tensors must be on a CUDA device",
+            lambda: kvsig.PagedKVCache(layers(), pool(), page_size=4),
+        )
+        refused(
+            ValueError,
+            "host pool is on cuda:0: the host pool must be in CPU memory",
+            lambda: kvsig.PagedKVCache(
+                [layer.cuda(0) for layer in layers()], pool().cuda(0), page_size=4
+            ),
+        )
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch sees one GPU only")
+    def test_on_a_device_that_is_not_the_current_one(self):
+        setup = Setup(place="cuda:1", pin=True)
+        with torch.cuda.device(0):
+            self.round_trip(setup, torch.cuda.Stream(1))
+            setup.cache.offload([1], [2])
+            torch.cuda.synchronize(1)
+            refused(
+                ValueError,
+                "stream is on cuda:0, but the device tensors are on cuda:1: "
+                "give a stream of the tensors' device",
+                lambda: setup.cache.load([1], [2], stream=torch.cuda.Stream(0)),
+            )
 
 
 @pytest.mark.usefixtures("runtime")

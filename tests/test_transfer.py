@@ -21,7 +21,8 @@ def runtime(request):
 
 @pytest.fixture
 def stream(runtime):
-    return emulated.Stream()
+    with emulated.Stream() as stream:
+        yield stream
 
 
 class Memory:

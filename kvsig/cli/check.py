@@ -102,9 +102,13 @@ def _read_all(
     args: argparse.Namespace, table: registry.Registry
 ) -> tuple[list[tuple[str, headers.Header]], list[str]]:
     """Headers by the name of their release, and the names that are left."""
-    folders = [w for w in args.what if os.sep in w or Path(w).exists() or not args.propose]
-    names = [w for w in args.what if w not in folders]
-    wanted = None if args.releases is None else tuple(args.releases) or table.verified
+    # argparse gives --releases all that follows; what is no release belongs to the rest.
+    given = args.releases or []
+    what = args.what + [text for text in given if not text[:1].isdigit()]
+    folders = [w for w in what if os.sep in w or Path(w).exists() or not args.propose]
+    names = [w for w in what if w not in folders]
+    chosen = tuple(text for text in given if text[:1].isdigit())
+    wanted = None if args.releases is None else chosen or table.verified
     if wanted is None and not folders:
         roots = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
         folders = [root for root in roots if root and Path(root).is_dir()][:1]
@@ -240,21 +244,22 @@ def expected(table: registry.Registry, release: str) -> list[headers.Result]:
     for function in table.functions.values():
         variant = function.select(version)
         status = "agrees" if variant else "absent"
-        if variant and variant.pinned and not (
-            variant.pinned <= version < headers.next_major(variant.pinned)
+        if (
+            variant
+            and variant.pinned
+            and not (variant.pinned <= version < headers.next_major(variant.pinned))
         ):
             status = "pinned"
         since = variant.since if variant else None
         results.append(
             headers.Result("function", function.name, function.library, version, status, since)
         )
+    types: list[registry.Struct | registry.Enum]
     types = [*table.structs.values(), *table.enums.values()]
     for item in types:
         kind = "struct" if item.name in table.structs else "enum"
         status = "agrees" if item.since <= version else "absent"
-        results.append(
-            headers.Result(kind, item.name, item.library, version, status, item.since)
-        )
+        results.append(headers.Result(kind, item.name, item.library, version, status, item.since))
     return results
 
 

@@ -1,0 +1,897 @@
+"""The planner: every plan moves exactly the bytes of the plain list, and the cheapest way."""
+
+import json
+import os
+import threading
+import timeit
+import tracemalloc
+from collections import deque
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+
+from kvsig import _core
+from kvsig import costs as costs_module
+from kvsig import emulated as emulated_runtimes
+from kvsig.costs import Cell, CostModel, DirectionCosts, Sample, builtin, cells, fit, predict
+from kvsig.geometry import Planes
+from kvsig.planning import (
+    CHECK_DEVICE_RANGE,
+    CHECK_HOST_RANGE,
+    CHECK_LENGTHS,
+    CHECK_NOT_PAGES,
+    CHECK_OK,
+    CHECK_REPEATED,
+    Planner,
+    plan,
+    prepare,
+)
+
+H100 = builtin("NVIDIA H100 80GB HBM3")
+DEVICE, HOST = 0x7F00_0000_0000, 0x6000_0000_0000
+KIB = 1024
+
+
+def planes_of(device_base, device_pitch, host_base, host_pitch, width, pages, layers=None):
+    n = len(device_base)
+
+    def column(values):
+        return np.array(np.broadcast_to(np.asarray(values, dtype=np.uint64), n), order="C")
+
+    return Planes(
+        column(device_base), column(device_pitch), column(host_base), column(host_pitch),
+        column(width), pages, pages, n if layers is None else layers,
+    )
+
+
+def page_first(layers, width, pages, kv=2):
+    """Device layers one after the other; every host page holds all layers."""
+    n = layers * kv
+    return planes_of(
+        [DEVICE + i * pages * width for i in range(n)], width,
+        [HOST + i // layers * pages * layers * width + i % layers * width for i in range(n)],
+        layers * width, width, pages, layers,
+    )
+
+
+def layer_first(layers, width, pages, kv=2):
+    """One tensor per layer on both sides."""
+    n = layers * kv
+    return planes_of(
+        [DEVICE + i * pages * width for i in range(n)], width,
+        [HOST + i * pages * width for i in range(n)], width, width, pages, layers,
+    )
+
+
+# The property: a plan writes each byte that the plain list writes, once, from the same source.
+
+
+def random_geometry(rng):
+    """Planes that do not overlap on either side, and pages per side."""
+    pages, layers, kv = int(rng.integers(1, 33)), int(rng.integers(1, 7)), int(rng.integers(1, 3))
+    n = layers * kv
+    widths = np.repeat(rng.integers(1, 33, kv), layers)
+    if rng.random() < 0.15:
+        widths = rng.integers(1, 33, n)
+
+    def side(start):
+        kind = rng.integers(5)
+        if kind == 0:
+            # all planes of a page side by side
+            starts = np.concatenate([[0], np.cumsum(widths)[:-1]])
+            pitch = np.full(n, widths.sum() + (rng.integers(9) if rng.random() < 0.3 else 0))
+            return start + starts, pitch
+        if kind == 1:
+            # one pool each for K and V, with the layers of a page side by side
+            base, pitch, at = np.zeros(n, np.int64), np.zeros(n, np.int64), 0
+            for part in range(kv):
+                rows = slice(part * layers, (part + 1) * layers)
+                whole = int(widths[rows].sum())
+                base[rows] = at + np.concatenate([[0], np.cumsum(widths[rows])[:-1]])
+                pitch[rows] = whole
+                at += pages * whole + int(rng.integers(0, 3)) * 16
+            return start + base, pitch
+        # a region per plane: evenly spaced, unevenly, or in a random order of layers
+        pitch = widths + (rng.integers(0, 9, n) if rng.random() < 0.2 else 0)
+        room = int((pitch * pages).max())
+        gaps = rng.integers(0, 40, n) * (rng.random(n) < 0.3) if kind == 2 else np.zeros(n, int)
+        base = np.arange(n) * room + np.cumsum(gaps)
+        if kind == 3:
+            base = base[rng.permutation(n)]
+        if rng.random() < 0.3:
+            base = base[::-1]
+        return start + base, pitch
+
+    device_base, device_pitch = side(DEVICE)
+    host_base, host_pitch = side(HOST)
+    if rng.random() < 0.3 and n > 1:
+        order = rng.permutation(n)
+        device_base, device_pitch, host_base, host_pitch, widths = (
+            array[order] for array in (device_base, device_pitch, host_base, host_pitch, widths)
+        )
+    return planes_of(device_base, device_pitch, host_base, host_pitch, widths, pages, layers)
+
+
+def random_pages(rng, pages, direction):
+    """Page numbers in every kind of order; the destinations are distinct."""
+    n = int(rng.integers(0, pages + 1))
+
+    def order(distinct):
+        kind = rng.integers(6)
+        if kind == 0 or n == 0:
+            return rng.permutation(pages)[:n]
+        if kind == 1:
+            return np.sort(rng.permutation(pages)[:n])
+        if kind == 2:
+            return np.sort(rng.permutation(pages)[:n])[::-1]
+        if kind == 3:
+            # runs, up and down
+            parts = np.array_split(np.arange(pages), max(1, pages // int(rng.integers(1, 9))))
+            parts = [p[::-1] if rng.random() < 0.4 else p for p in parts]
+            return np.concatenate([parts[i] for i in rng.permutation(len(parts))])[:n]
+        if kind == 4:
+            step = int(rng.integers(1, 4))
+            found = np.concatenate([np.arange(first, pages, step) for first in range(step)])
+            return (found if rng.random() < 0.5 else found[::-1])[:n]
+        return np.arange(n) if distinct else rng.integers(0, pages, n)
+
+    device, host = order(direction == "offload"), order(direction == "load")
+    device, host = order(direction == "load"), order(direction == "offload")
+    if rng.random() < 0.3 and n:
+        # the same order on both sides is what makes long runs
+        device = host
+    return np.ascontiguousarray(device, np.int64), np.ascontiguousarray(host, np.int64)
+
+
+def random_model(rng):
+    """Costs at which any form can be the cheapest."""
+
+    def side():
+        figures = {f.name: float(10 ** rng.uniform(-2, 1)) for f in fields(DirectionCosts)}
+        figures["byte"] = float(10 ** rng.uniform(-5, -2))
+        figures["inline_bytes"] = float(rng.choice([0, 8, 64]))
+        return DirectionCosts(**figures)
+
+    return CostModel("random", "default", side(), side(), (3, 64) if rng.random() < 0.5 else (256,))
+
+
+def plain_bytes(planes, device_pages, host_pages):
+    """Device and host address of every byte that the plain list moves."""
+    device, host = [], []
+    for i in range(len(planes)):
+        offsets = np.arange(int(planes.width[i]))
+        device.append(
+            (int(planes.device_base[i]) + device_pages * int(planes.device_pitch[i]))[:, None]
+            + offsets
+        )
+        host.append(
+            (int(planes.host_base[i]) + host_pages * int(planes.host_pitch[i]))[:, None] + offsets
+        )
+    if not device:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    return (
+        np.concatenate([a.ravel() for a in device]), np.concatenate([a.ravel() for a in host])
+    )
+
+
+def spread(starts, sizes):
+    """Every address of ranges."""
+    if not len(starts):
+        return np.empty(0, np.int64)
+    return np.concatenate([np.arange(a, a + s) for a, s in zip(starts, sizes, strict=True)])
+
+
+def planned_bytes(result):
+    """Destination and source address of every byte that a plan moves."""
+    plain = [a.astype(np.int64) for a in (result.dsts, result.srcs, result.sizes)]
+    dst, src = [spread(plain[0], plain[2])], [spread(plain[1], plain[2])]
+    for to, to_pitch, of, of_pitch, width, rows in result.strided.astype(np.int64):
+        assert width <= min(to_pitch, of_pitch) and max(to_pitch, of_pitch) < 2**31
+        assert rows > 0 and width > 0
+        row, byte = np.arange(rows)[:, None], np.arange(width)
+        dst.append((to + row * to_pitch + byte).ravel())
+        src.append((of + row * of_pitch + byte).ravel())
+    return np.concatenate(dst), np.concatenate(src)
+
+
+def host_extents(result):
+    """First and last host byte of every operation of a plan."""
+    host = result.dsts if result.direction == "offload" else result.srcs
+    found = [
+        (int(a), int(a + s - np.uint64(1))) for a, s in zip(host, result.sizes, strict=True)
+    ]
+    for op in result.strided.astype(np.int64).tolist():
+        start, pitch = op[0:2] if result.direction == "offload" else op[2:4]
+        found.append((start, start + (op[5] - 1) * pitch + op[4] - 1))
+    return found
+
+
+class TestMovesTheSameBytes:
+    @pytest.mark.parametrize("seed", range(8))
+    def test_random_requests(self, seed):
+        rng = np.random.default_rng(seed)
+        seen = set()
+        for _ in range(500):
+            planes = random_geometry(rng)
+            direction = str(rng.choice(["offload", "load"]))
+            method = str(rng.choice(["auto", "auto", "batch", "strided", "loop"]))
+            device_pages, host_pages = random_pages(rng, planes.device_pages, direction)
+            low = int(planes.host_base.min())
+            high = int((planes.host_base + planes.host_pitch * np.uint64(planes.host_pages)).max())
+            seams = None
+            if rng.random() < 0.4:
+                seams = rng.integers(low - 8, high + 8, int(rng.integers(1, 9))).astype(np.uint64)
+            batch = bool(rng.random() < 0.8)
+            result = plan(
+                planes, device_pages, host_pages, direction, method, random_model(rng), seams,
+                batch=batch,
+            )
+            seen.add(result.method)
+
+            device, host = plain_bytes(planes, device_pages, host_pages)
+            want_dst, want_src = (host, device) if direction == "offload" else (device, host)
+            dst, src = planned_bytes(result)
+            assert len(dst) == len(want_dst) == result.bytes
+            # bit for bit, in memories that hold both sides whole
+            to, of = (HOST, DEVICE) if direction == "offload" else (DEVICE, HOST)
+            size = 1 + max(
+                int((planes.host_base + planes.host_pitch * planes.host_pages).max()) - HOST,
+                int((planes.device_base + planes.device_pitch * planes.device_pages).max())
+                - DEVICE,
+            )
+            source = rng.integers(0, 256, size, dtype=np.uint8)
+            memory = rng.integers(0, 256, size, dtype=np.uint8)
+            want = memory.copy()
+            want[want_dst - to] = source[want_src - of]
+            memory[dst - to] = source[src - of]
+            assert np.array_equal(memory, want)
+            # and byte for byte from the same place, which equal values would hide
+            by_dst, by_want = np.argsort(dst), np.argsort(want_dst)
+            assert np.array_equal(dst[by_dst], want_dst[by_want])
+            assert np.array_equal(src[by_dst], want_src[by_want])
+
+            if seams is not None:
+                ends = np.sort(seams.astype(np.int64))
+                for first, last in host_extents(result):
+                    assert np.searchsorted(ends, first, "right") == np.searchsorted(
+                        ends, last, "right"
+                    )
+            assert result.copies_in == len(device_pages) * len(planes)
+            if method == "strided":
+                assert len(result.dsts) == 0
+            elif method != "auto":
+                assert len(result.strided) == 0 and result.method == method
+            elif not batch:
+                assert "batch" not in result.method
+        assert {"batch", "strided", "loop", "strided+batch"} <= seen
+
+    def test_random_requests_through_the_calls(self, emulated):
+        """Packed piece by piece, and made by the calls themselves in real memory."""
+        rng = np.random.default_rng(99)
+        stream = emulated_runtimes.Stream()
+        for _ in range(1000):
+            planes = random_geometry(rng)
+            direction = str(rng.choice(["offload", "load"]))
+            method = str(rng.choice(["auto", "batch", "strided", "loop"]))
+            device_pages, host_pages = random_pages(rng, planes.device_pages, direction)
+            size = 1 + max(
+                int((planes.host_base + planes.host_pitch * planes.host_pages).max()) - HOST,
+                int((planes.device_base + planes.device_pitch * planes.device_pages).max())
+                - DEVICE,
+            )
+            device = rng.integers(0, 256, size, dtype=np.uint8)
+            host = rng.integers(0, 256, size, dtype=np.uint8)
+            device_at, host_at = plain_bytes(planes, device_pages, host_pages)
+            want_device, want_host = device.copy(), host.copy()
+            if direction == "load":
+                want_device[device_at - DEVICE] = host[host_at - HOST]
+            else:
+                want_host[host_at - HOST] = device[device_at - DEVICE]
+
+            real = replace(
+                planes,
+                device_base=planes.device_base - np.uint64(DEVICE) + np.uint64(device.ctypes.data),
+                host_base=planes.host_base - np.uint64(HOST) + np.uint64(host.ctypes.data),
+            )
+            seams = None
+            if rng.random() < 0.3:
+                seams = (host.ctypes.data + rng.integers(0, size, 4)).astype(np.uint64)
+            ready = prepare(real, random_model(rng), seams)
+            transfer = ready.transfer(device_pages, host_pages, direction, method)
+            for kind, arrays in transfer:
+                if kind == "strided":
+                    _core.copy_strided(arrays, stream.cuda_stream)
+                else:
+                    _core.copy_batch(
+                        *arrays, stream.cuda_stream, path=kind, batch_size=transfer.batch_size
+                    )
+            stream.synchronize()
+            assert np.array_equal(device, want_device)
+            assert np.array_equal(host, want_host)
+
+    @pytest.mark.parametrize("method", ["auto", "batch", "strided"])
+    def test_in_many_pieces(self, method):
+        """More pages than a piece holds, runs and single pages mixed, both sides page-first."""
+        rng = np.random.default_rng(5)
+        pages = 60_000
+        planes = page_first(2, 3, pages)
+        parts = np.array_split(np.arange(pages), 9_000)
+        device_pages = np.concatenate([parts[i] for i in rng.permutation(len(parts))])
+        host_pages = np.roll(device_pages, 17)[: 3 * pages // 4]
+        device_pages = device_pages[: len(host_pages)]
+        ready = prepare(planes, H100)
+        kinds = [kind for kind, _ in ready.transfer(device_pages, host_pages, "load", method)]
+        assert len(kinds) > 2
+        result = plan(ready, device_pages, host_pages, "load", method)
+        dst, src = planned_bytes(result)
+        want_dst, want_src = plain_bytes(planes, device_pages, host_pages)
+        by_dst, by_want = np.argsort(dst), np.argsort(want_dst)
+        assert np.array_equal(dst[by_dst], want_dst[by_want])
+        assert np.array_equal(src[by_dst], want_src[by_want])
+
+    def test_pieces_add_up_to_the_plan(self):
+        rng = np.random.default_rng(3)
+        ready = prepare(page_first(4, 2048, 5000), H100)
+        device_pages, host_pages = rng.permutation(5000), rng.permutation(5000)
+        result = plan(ready, device_pages, host_pages, "offload", "batch")
+        parts = [
+            [array.copy() for array in arrays]
+            for _, arrays in ready.transfer(device_pages, host_pages, "offload", "batch")
+        ]
+        assert np.array_equal(np.concatenate([p[0] for p in parts]), result.dsts)
+        assert np.array_equal(np.concatenate([p[1] for p in parts]), result.srcs)
+        assert all(array.flags.c_contiguous for part in parts for array in part)
+        assert all(array.dtype == np.uint64 for part in parts for array in part)
+
+
+class TestFindsStructure:
+    def test_neighbours_on_both_sides_are_one_copy(self):
+        planes = layer_first(2, 4096, 64, kv=1)
+        result = plan(planes, [3, 4, 5, 6, 20], [40, 41, 42, 43, 9], "load", "batch", H100)
+        assert result.copies_in == 10
+        assert sorted(result.sizes.tolist()) == [4096] * 2 + [4 * 4096] * 2
+        assert result.dsts[0] == DEVICE + 3 * 4096 and result.srcs[0] == HOST + 40 * 4096
+
+    def test_neighbours_downwards_too(self):
+        planes = layer_first(1, 4096, 64, kv=1)
+        result = plan(planes, [9, 8, 7], [33, 32, 31], "offload", "batch", H100)
+        assert result.sizes.tolist() == [3 * 4096]
+        assert result.srcs.tolist() == [DEVICE + 7 * 4096]
+        assert result.dsts.tolist() == [HOST + 31 * 4096]
+
+    def test_up_on_one_side_and_down_on_the_other_is_no_run(self):
+        planes = layer_first(1, 4096, 64, kv=1)
+        result = plan(planes, [7, 8, 9], [33, 32, 31], "offload", "batch", H100)
+        assert result.sizes.tolist() == [4096] * 3
+
+    def test_all_layers_of_a_page_are_one_strided_copy(self):
+        width, pages, layers = 4096, 512, 40
+        result = plan(page_first(layers, width, pages), [7, 100], [5, 2], "load", model=H100)
+        assert result.method == "strided"
+        k, v = HOST, HOST + pages * layers * width
+        page = layers * width
+        pitch = pages * width
+        assert result.strided.tolist() == [
+            [DEVICE + 7 * width, pitch, k + 5 * page, width, width, layers],
+            [DEVICE + 100 * width, pitch, k + 2 * page, width, width, layers],
+            [DEVICE + (layers * pages + 7) * width, pitch, v + 5 * page, width, width, layers],
+            [DEVICE + (layers * pages + 100) * width, pitch, v + 2 * page, width, width, layers],
+        ]
+
+    def test_evenly_spaced_in_parts(self):
+        """A caching allocator may put some layers elsewhere."""
+        device = [DEVICE + i * 10_000 for i in (0, 1, 2, 3, 50, 51, 52, 9)]
+        planes = planes_of(device, 100, [HOST + i * 100 for i in range(8)], 800, 100, 10)
+        assert prepare(planes, H100).plane_groups == [(100, 4), (100, 3), (100, 1)]
+
+    def test_layers_out_of_order_in_memory(self):
+        order = [3, 1, 0, 2]
+        planes = planes_of(
+            [DEVICE + i * 10_000 for i in order], 100, [HOST + i * 100 for i in order], 400, 100, 10
+        )
+        assert prepare(planes, H100).plane_groups == [(100, 4)]
+
+    def test_reversed_on_both_sides_is_one_group(self):
+        planes = planes_of(
+            [DEVICE + i * 10_000 for i in (2, 1, 0)], 100,
+            [HOST + i * 100 for i in (2, 1, 0)], 300, 100, 10,
+        )
+        result = plan(planes, [4], [6], "load", "strided", H100)
+        assert result.strided.tolist() == [[DEVICE + 400, 10_000, HOST + 1800, 100, 100, 3]]
+
+    def test_opposite_orders_are_no_group(self):
+        planes = planes_of(
+            [DEVICE + i * 10_000 for i in range(3)], 100,
+            [HOST + i * 100 for i in (2, 1, 0)], 300, 100, 10,
+        )
+        assert prepare(planes, H100).plane_groups == [(100, 1)] * 3
+
+    def test_pitch_beyond_the_limit_is_no_group(self):
+        near = planes_of([DEVICE, DEVICE + 2**31 - 1], 64, [HOST, HOST + 64], 128, 64, 10)
+        far = planes_of([DEVICE, DEVICE + 2**31], 64, [HOST, HOST + 64], 128, 64, 10)
+        assert prepare(near, H100).plane_groups == [(64, 2)]
+        assert prepare(far, H100).plane_groups == [(64, 1)] * 2
+
+    def test_k_and_v_of_one_layer_are_two_rows(self):
+        planes = page_first(8, 256, 100).select([3])
+        result = plan(planes, [5], [6], "offload", "strided", H100)
+        assert result.strided[:, 4:].tolist() == [[256, 2]]
+
+    def test_run_of_one_layer_is_strided(self):
+        """Neighbouring pages of a layer: rows whose host pitch is the whole page."""
+        width, layers = 2048, 8
+        planes = page_first(layers, width, 500, kv=1).select([2])
+        pages = np.arange(100, 164)
+        result = plan(planes, pages, pages - 50, "load", model=H100)
+        assert result.strided.tolist() == [
+            [DEVICE + 1100 * width, width, HOST + (50 * layers + 2) * width, layers * width,
+             width, 64]
+        ]
+
+    def test_run_with_steps_is_strided(self):
+        planes = layer_first(1, 2048, 500, kv=1)
+        result = plan(planes, np.arange(90, 0, -3), np.arange(180, 120, -2), "load", model=H100)
+        assert result.strided.tolist() == [
+            [DEVICE + 3 * 2048, 3 * 2048, HOST + 122 * 2048, 2 * 2048, 2048, 30]
+        ]
+
+    @pytest.mark.parametrize(("device_pitch", "host_pitch"), [(2**30, 2048), (2048, 2**30)])
+    def test_step_beyond_the_pitch_limit_is_no_run(self, device_pitch, host_pitch):
+        planes = planes_of([DEVICE], device_pitch, [HOST], host_pitch, 2048, 500)
+        near, far = np.arange(90), np.arange(0, 90, 3)
+        assert len(plan(planes, near, near, "load", "strided", H100).strided) == 1
+        result = plan(planes, far, far, "load", "strided", H100)
+        assert result.strided[:, 5].tolist() == [1] * 30
+
+    def test_run_right_after_a_run_of_no_use(self):
+        """Five pages two apart cannot be merged; the last of them begins a run that can."""
+        pages = np.concatenate([np.arange(0, 8, 2), np.arange(8, 41)])
+        result = plan(layer_first(1, 512, 64, kv=1), pages, pages, "load", "batch", H100)
+        assert result.sizes.tolist() == [512] * 4 + [33 * 512]
+
+    def test_merged_run_wider_than_the_distance_of_layers(self):
+        """Sources may overlap; a strided copy may not be wider than its pitch."""
+        width, layers = 64, 40
+        planes = planes_of(
+            [DEVICE + i * 100 * width for i in range(layers)], width,
+            [HOST + i * 2 * width for i in range(layers)], width, width, 100,
+        )
+        short = plan(planes, [4, 5], [7, 8], "load", model=H100)
+        assert short.strided[:, 4:].tolist() == [[2 * width, layers]]
+        long = plan(planes, [4, 5, 6], [7, 8, 9], "load", "strided", H100)
+        assert long.strided[:, 4:].tolist() == [[3 * width, 1]] * layers
+
+    def test_planes_side_by_side_on_both_sides_are_one(self):
+        """Page-first on both sides: the page is one copy, and so is a run of them."""
+        planes = planes_of(
+            [DEVICE + i * 100 for i in range(4)], 400, [HOST + i * 100 for i in range(4)], 400,
+            100, 10,
+        )
+        result = plan(planes, [1, 2, 7], [4, 5, 0], "load", "batch", H100)
+        assert result.copies_in == 12 and result.sizes.tolist() == [800, 400]
+
+    def test_merged_run_of_many_layers_is_strided_over_layers(self):
+        planes = layer_first(64, 512, 100)
+        result = plan(planes, np.arange(4), np.arange(8, 12), "load", model=H100)
+        assert result.strided[:, 4:].tolist() == [[4 * 512, 128]]
+
+    def test_mixture(self):
+        """Evenly spaced layers are strided, the one that lies elsewhere goes into the batch."""
+        device = [DEVICE + i * 10**6 for i in range(32)] + [DEVICE + 123_456_789]
+        planes = planes_of(device, 4096, [HOST + i * 4096 for i in range(33)], 33 * 4096, 4096, 200)
+        rng = np.random.default_rng(0)
+        result = plan(planes, rng.permutation(200), rng.permutation(200), "load", model=H100)
+        assert result.method == "strided+batch"
+        assert len(result.dsts) == 200 and result.strided[:, 5].tolist() == [32] * 200
+        assert [kind for kind, _ in result.pieces()] == ["strided", "batch"]
+
+
+class TestSeams:
+    def test_copy_is_split(self):
+        planes = layer_first(1, 100, 10, kv=1)
+        result = plan(planes, [2, 3], [4, 5], "load", "batch", H100, [HOST + 450, HOST + 520])
+        assert result.srcs.tolist() == [HOST + 400, HOST + 450, HOST + 520]
+        assert result.dsts.tolist() == [DEVICE + 200, DEVICE + 250, DEVICE + 320]
+        assert result.sizes.tolist() == [50, 70, 80]
+
+    def test_seam_between_pages_ends_a_run(self):
+        planes = layer_first(1, 100, 10, kv=1)
+        result = plan(planes, [2, 3], [4, 5], "load", "batch", H100, [HOST + 500])
+        assert result.sizes.tolist() == [100, 100]
+
+    def test_strided_copy_is_broken_at_the_row(self):
+        planes = page_first(8, 256, 10, kv=1)
+        seam = HOST + 8 * 256 * 4 + 3 * 256 + 10
+        result = plan(planes, [1], [4], "load", "strided", H100, [seam])
+        assert result.strided[:, 4:].tolist() == [[256, 3], [10, 1], [246, 1], [256, 4]]
+
+
+class TestChecks:
+    def pages(self, *numbers):
+        return np.array(numbers, np.int64)
+
+    def ready(self):
+        planes = layer_first(1, 8, 100, kv=1)
+        return prepare(replace(planes, host_pages=200), H100)
+
+    def test_codes(self):
+        check = self.ready().check
+        good = self.pages(1, 2, 3)
+        assert check(good, self.pages(199, 0, 0), "load") == (CHECK_OK, -1, -1)
+        assert check(good, self.pages(7, 200, 0), "load") == (CHECK_HOST_RANGE, 1, -1)
+        assert check(self.pages(0, 99, -1), good, "load") == (CHECK_DEVICE_RANGE, 2, -1)
+        assert check(self.pages(0, 100, -1), good, "load") == (CHECK_DEVICE_RANGE, 1, -1)
+        assert check(self.pages(4, 5, 4), good, "load") == (CHECK_REPEATED, 2, 0)
+        assert check(self.pages(4, 5, 4), good, "offload") == (CHECK_OK, -1, -1)
+        assert check(good, self.pages(8, 9, 9), "offload") == (CHECK_REPEATED, 2, 1)
+        assert check(good, self.pages(1), "load") == (CHECK_LENGTHS, -1, -1)
+        assert check(good, good.astype(np.int32), "load") == (CHECK_NOT_PAGES, -1, -1)
+        assert check(good, good.astype(np.float64), "load") == (CHECK_NOT_PAGES, -1, -1)
+        assert check(good.reshape(1, 3), good, "load") == (CHECK_NOT_PAGES, -1, -1)
+        assert check(good, np.arange(6)[::2], "load") == (CHECK_NOT_PAGES, -1, -1)
+        assert check([1, 2, 3], good, "load") == (CHECK_NOT_PAGES, -1, -1)
+        assert check(good[:0], good[:0], "load") == (CHECK_OK, -1, -1)
+
+    def test_many_pages_agree_with_numpy(self):
+        rng = np.random.default_rng(0)
+        check = self.ready().check
+        for _ in range(300):
+            n = int(rng.integers(1, 100))
+            device, host = rng.permutation(100)[:n], rng.permutation(200)[:n]
+            if rng.random() < 0.5:
+                device[rng.integers(n)] = rng.integers(100)
+            code, position, other = check(device, host, "load")
+            _, first = np.unique(device, return_index=True)
+            repeated = sorted(set(range(n)) - set(first.tolist()))
+            if repeated:
+                assert (code, position) == (CHECK_REPEATED, repeated[0])
+                assert device[other] == device[position] and other < position
+            else:
+                assert code == CHECK_OK
+
+    def test_transfer_refuses_what_are_no_pages(self):
+        ready = self.ready()
+        good = self.pages(1, 2)
+        with pytest.raises(ValueError, match="device_pages must be a one-dimensional contiguous"):
+            ready.transfer([1, 2], good, "load")
+        with pytest.raises(ValueError, match="host_pages must be a one-dimensional contiguous"):
+            ready.transfer(good, good.astype(np.int32), "load")
+        with pytest.raises(ValueError, match="has 2 pages and host_pages has 1: they go together"):
+            ready.transfer(good, good[:1], "load")
+        with pytest.raises(ValueError, match="direction is 'up': it is 'offload' or 'load'"):
+            ready.transfer(good, good, "up")
+        with pytest.raises(ValueError, match="method is 'dma': it is 'auto', 'batch'"):
+            ready.transfer(good, good, "load", "dma")
+
+    def test_nothing_to_move(self):
+        ready = self.ready()
+        for method in ("auto", "batch", "strided", "loop"):
+            assert list(ready.transfer(self.pages(), self.pages(), "load", method)) == []
+        assert "0 B in 0 CUDA calls" in str(plan(ready, [], [], "load"))
+
+
+# What one H100 was measured to do (GB/s): random pages, pinned memory. The model must agree.
+BATCH = {
+    "load": {2: (2.3, 2.4), 4: (4.6, 4.5), 16: (24.5, 28), 32: (48.2, 48.8), 64: (52.0, 53.0)},
+    "offload": {4: (9.7, 9.3), 16: (31.0, 32.4), 32: (40.1, 42.9), 64: (48.1, 48.8)},
+}
+ONE_CALL = {"load": {32: 29.1, 64: 39.5}, "offload": {4: 6.8, 16: 18.0, 32: 28.9, 64: 37.9}}
+ROWS = (1, 4, 8, 16, 32, 80)
+STRIDED = {
+    0.25: (0.1, 0.4, 0.7, 1.4, 2.6, 6.0),
+    2: (0.7, 2.6, 5.0, 9.1, 15.6, 26.5),
+    8: (2.6, 9.1, 15.6, 23.7, 33.3, 43.6),
+    16: (5.0, 15.4, 24.3, 33.8, 42.0, 48.2),
+    32: (8.9, 24.3, 33.3, 42.2, 47.1, 51.6),
+}
+LOOP = {2: 0.7, 4: 1.6, 16: 6.0, 32: 9.8, 64: 16.3, 1024: 47.5}
+
+
+def rate(direction, method, width, rows=1, batch_size=1, copies=8192):
+    cell = Cell(method, direction, width, rows, copies, batch_size)
+    return width * rows * copies / predict(H100.costs(direction), cell) / 1e3
+
+
+class TestModelAgreesWithMeasurement:
+    @pytest.mark.parametrize("direction", ["load", "offload"])
+    def test_batch(self, direction):
+        for kib, (at_64, at_256) in BATCH[direction].items():
+            assert rate(direction, "batch", kib * KIB, 1, 64) == pytest.approx(at_64, rel=0.15)
+            assert rate(direction, "batch", kib * KIB, 1, 256) == pytest.approx(at_256, rel=0.15)
+        for kib, one in ONE_CALL[direction].items():
+            assert rate(direction, "batch", kib * KIB, 1, 8192) == pytest.approx(one, rel=0.15)
+
+    def test_strided(self):
+        for kib, row in STRIDED.items():
+            for rows, measured in zip(ROWS, row, strict=True):
+                got = rate("load", "strided", int(kib * KIB), rows)
+                # the table has one digit after the point
+                assert got == pytest.approx(measured, rel=0.1, abs=0.05), (kib, rows)
+
+    def test_loop(self):
+        for kib, measured in LOOP.items():
+            assert rate("load", "loop", kib * KIB) == pytest.approx(measured, rel=0.15)
+
+    @pytest.mark.parametrize("direction", ["load", "offload"])
+    def test_auto_takes_the_measured_winner(self, direction):
+        """In every cell for which both methods were measured; ties within 5 % are ties."""
+        rng = np.random.default_rng(1)
+        pages = 2048
+        for kib in sorted(set(STRIDED) & set(BATCH[direction])):
+            for rows, strided in zip(ROWS, STRIDED[kib], strict=True):
+                planes = page_first(rows, kib * KIB, pages, kv=1)
+                device, host = rng.permutation(pages), rng.permutation(pages)
+                chosen = plan(planes, device, host, direction, model=H100).method
+                batch = max(BATCH[direction][kib])
+                measured = {"strided": strided, "batch": batch, "loop": LOOP[kib]}
+                assert measured[chosen] >= 0.95 * max(measured.values()), (kib, rows, chosen)
+
+    def test_planner_and_model_use_one_formula(self):
+        rng = np.random.default_rng(2)
+        pages = 1000
+        for model in [H100, builtin("something"), *(random_model(rng) for _ in range(20))]:
+            for direction in ("load", "offload"):
+                width, rows = int(rng.integers(1, 60_000)), int(rng.integers(2, 40))
+                ready = prepare(page_first(rows, width, pages, kv=1), model)
+                # far apart, so that nothing is in a run
+                order = rng.permutation(pages // 2)
+                device, host = order * 2, (pages - 1) - order * 2
+                costs = model.costs(direction)
+                for method, cell in {
+                    "strided": Cell("strided", direction, width, rows, len(device), 1),
+                    "loop": Cell("loop", direction, width, 1, len(device) * rows, 1),
+                }.items():
+                    got = ready.transfer(device, host, direction, method).predicted_us
+                    assert got == pytest.approx(predict(costs, cell)), method
+                got = ready.transfer(device, host, direction, "batch")
+                assert got.predicted_us == pytest.approx(min(
+                    predict(costs, Cell("batch", direction, width, 1, len(device) * rows, size))
+                    for size in model.batch_sizes
+                ))
+
+    def test_auto_is_predicted_no_worse_than_any_forced_method(self):
+        rng = np.random.default_rng(7)
+        for _ in range(300):
+            planes = random_geometry(rng)
+            direction = str(rng.choice(["offload", "load"]))
+            ready = prepare(planes, random_model(rng))
+            device, host = random_pages(rng, planes.device_pages, direction)
+            auto = ready.transfer(device, host, direction)
+            assert auto.predicted_us == min(auto.candidates.values())
+            for method in ("batch", "strided", "loop"):
+                forced = ready.transfer(device, host, direction, method)
+                assert auto.predicted_us <= forced.predicted_us * (1 + 1e-12)
+
+    def test_one_copy_is_not_batched(self):
+        result = plan(page_first(1, 32 * KIB, 10, kv=1), [1], [2], "load", model=H100)
+        assert result.method == "loop" and result.calls == 1
+
+    def test_predicted_calls_are_the_calls(self):
+        rng = np.random.default_rng(4)
+        pages = 1700
+        for kib in (2, 64):
+            ready = prepare(page_first(13, kib * KIB, pages), H100)
+            device, host = rng.permutation(pages), rng.permutation(pages)
+            for method in ("auto", "batch", "strided", "loop"):
+                transfer = ready.transfer(device, host, "load", method)
+                calls = 0
+                for kind, arrays in transfer:
+                    size = transfer.batch_size if kind == "batch" else 1
+                    calls += -(-len(arrays if kind == "strided" else arrays[0]) // size)
+                assert calls == transfer.predicted_calls
+                assert calls == plan(ready, device, host, "load", method).calls
+
+
+class TestFit:
+    @pytest.mark.parametrize("submit", [True, False])
+    def test_finds_the_figures_that_made_the_samples(self, submit):
+        rng = np.random.default_rng(0)
+        truth = CostModel(
+            "X", "built in",
+            replace(H100.offload, byte=1 / 24e3, strided_engine=4.5, copy_submit=0.8),
+            replace(H100.load, byte=1 / 22e3, loop_engine=4.0, staged_small=1.6),
+        )
+        samples = []
+        for cell in cells():
+            microseconds = predict(truth.costs(cell.direction), cell) * rng.normal(1, 0.02)
+            host = None
+            if submit:
+                engine = [f.name for f in fields(DirectionCosts) if f.name.endswith("engine")]
+                engine += ["byte", "strided_row", "latency"]
+                bare = replace(truth.costs(cell.direction), **dict.fromkeys(engine, 0.0))
+                host = predict(bare, cell) * 1e-6
+            samples.append(Sample(cell, microseconds * 1e-6, host))
+        model = fit(samples, "X", start=H100)
+        assert model.source == "calibrated" and model.name == "X"
+        assert model.offload.byte == pytest.approx(1 / 24e3, rel=0.05)
+        assert model.load.byte == pytest.approx(1 / 22e3, rel=0.05)
+        for cell in cells():
+            got = predict(model.costs(cell.direction), cell)
+            assert got == pytest.approx(predict(truth.costs(cell.direction), cell), rel=0.12), cell
+
+    def test_no_figure_is_negative(self):
+        rng = np.random.default_rng(1)
+        for _ in range(20):
+            model = fit([Sample(cell, float(10 ** rng.uniform(-6, -2))) for cell in cells()], "X")
+            for side in (model.load, model.offload):
+                assert all(getattr(side, f.name) >= 0 for f in fields(DirectionCosts))
+
+    def test_without_samples_nothing_changes(self):
+        model = fit([], "X", start=H100)
+        assert (model.load, model.offload) == (H100.load, H100.offload)
+
+    def test_refuses_a_time_that_is_none(self):
+        cell = cells()[0]
+        with pytest.raises(ValueError, match="measured 0.0 s, needs a time above 0"):
+            fit([Sample(cell, 0.0)], "X")
+
+    def test_calibrate_measures_every_cell(self):
+        seen = []
+
+        def measure(cell):
+            seen.append(cell)
+            return Sample(cell, predict(H100.costs(cell.direction), cell) * 1e-6)
+
+        model = costs_module.calibrate(measure, "NVIDIA H100 PCIe")
+        assert seen == cells() and model.name == "NVIDIA H100 PCIe"
+        assert sum(cell.copies * cell.rows * cell.width for cell in seen) < 16 << 30
+
+
+class TestStoredCosts:
+    @pytest.fixture(autouse=True)
+    def cache(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        return tmp_path
+
+    def test_known_devices(self):
+        assert builtin("NVIDIA H200").source == "built in"
+        assert builtin("NVIDIA H200").load == H100.load
+        assert builtin("NVIDIA GH1000").source == "default"
+        assert builtin().source == "default"
+        assert costs_module.load("NVIDIA H200") == builtin("NVIDIA H200")
+
+    def test_saved_and_loaded(self, cache):
+        model = CostModel("NVIDIA H200", "calibrated", H100.offload, H100.load, (64, 96))
+        path = costs_module.save(model)
+        assert path == cache / "kvsig" / "costs-nvidia-h200.json"
+        assert costs_module.load("NVIDIA H200") == model
+        assert os.listdir(path.parent) == [path.name]
+        costs_module.save(replace(model, source="default"))
+        assert costs_module.load("NVIDIA H200").source == "default"
+
+    def test_relative_cache_folder_is_ignored(self, monkeypatch):
+        monkeypatch.setenv("XDG_CACHE_HOME", "somewhere")
+        assert costs_module.cache_path("A").parts[-3:] == (".cache", "kvsig", "costs-a.json")
+
+    @pytest.mark.parametrize(
+        ("damage", "why"),
+        [
+            (lambda data: "{", "Expecting property name"),
+            (lambda data: "[]", "not a JSON object"),
+            (lambda data: json.dumps({**data, "format": 99}), "format is 99, this version reads 1"),
+            (lambda data: json.dumps({**data, "batch_sizes": [0]}), r"batch_sizes is \[0\]"),
+            (lambda data: json.dumps({**data, "load": {}}), "load does not hold exactly byte,"),
+            (
+                lambda data: json.dumps({**data, "load": {**data["load"], "byte": -1}}),
+                "load.byte is -1, needs a number of at least 0",
+            ),
+            (
+                lambda data: json.dumps({**data, "offload": {**data["offload"], "byte": None}}),
+                "offload.byte is None",
+            ),
+        ],
+    )
+    def test_damaged_file_is_reported(self, damage, why):
+        path = costs_module.save(replace(H100, name="NVIDIA H200", source="calibrated"))
+        path.write_text(damage(json.loads(path.read_text())))
+        with pytest.warns(RuntimeWarning, match=why) as caught:
+            model = costs_module.load("NVIDIA H200")
+        assert model == builtin("NVIDIA H200")
+        assert "python -m kvsig calibrate" in str(caught[0].message)
+        assert caught[0].filename == __file__
+
+
+class TestPlan:
+    def test_table(self):
+        pages = 4096
+        rng = np.random.default_rng(0)
+        device, host = rng.permutation(pages)[:16], rng.permutation(pages)[:16]
+        text = str(plan(page_first(32, 32 * KIB, pages), device, host, "load", model=H100))
+        assert text.splitlines()[0].startswith("load by strided: 32.0 MiB in 32 CUDA calls, ")
+        assert "asked for        1,024                          32.0 MiB" in text
+        assert "strided             32       1,024        32    32.0 MiB" in text
+        assert "  chosen" in text and "costs: NVIDIA H100 80GB HBM3, built in" in text
+        for method in ("batch", "loop"):
+            assert f"\n{method} " in text
+
+    def test_counts(self):
+        rng = np.random.default_rng(0)
+        planes = page_first(3, 64 * KIB, 500)
+        result = plan(planes, rng.permutation(500), rng.permutation(500), "load", "batch", H100)
+        assert result.copies_in == result.copies_out == len(result.dsts) == 3000
+        assert result.calls == -(-3000 // result.batch_size)
+        assert 64 <= result.batch_size <= 256
+        assert result.bytes == int(result.sizes.sum()) == 3000 * 64 * KIB
+
+    def test_layers(self):
+        planner = Planner(page_first(6, 64, 10), H100)
+        pages = np.arange(4)
+        for layers, count in ((None, 6), (2, 1), (range(1, 5), 4), ([5, 0], 2)):
+            transfer = planner.transfer(pages, pages, "load", layers=layers)
+            assert transfer.copies_in == 4 * 2 * count
+            assert planner.prepared(layers) is planner.prepared(layers)
+
+    def test_abandoned_and_nested_transfers_share_nothing(self):
+        rng = np.random.default_rng(0)
+        ready = prepare(page_first(2, 64, 100), H100)
+        one, two = rng.permutation(100)[:50].copy(), rng.permutation(100)[:50].copy()
+        outer = ready.transfer(one, two, "load", "batch")
+        _, (dsts, _, _) = next(outer)
+        before = dsts.copy()
+        inner = ready.transfer(two, one, "load", "batch")
+        next(inner)
+        del inner
+        for _ in ready.transfer(two, one, "offload", "batch"):
+            pass
+        assert np.array_equal(dsts, before)
+
+    def test_many_threads(self):
+        rng = np.random.default_rng(0)
+        planner = Planner(page_first(4, 64, 3000), H100)
+        work, failures = [], []
+        for _ in range(8):
+            device, host = rng.permutation(3000)[:2000], rng.permutation(3000)[:2000]
+            result = plan(planner.prepared(), device, host, "load", "batch")
+            work.append((device.copy(), host.copy(), result.dsts))
+
+        def move(device, host, want):
+            for _ in range(20):
+                pieces = planner.transfer(device, host, "load", "batch")
+                if not np.array_equal(np.concatenate([p[1][0].copy() for p in pieces]), want):
+                    failures.append("wrong addresses")
+                if planner.prepared().check(device, host, "load")[0] != CHECK_OK:
+                    failures.append("wrong verdict")
+
+        threads = [threading.Thread(target=move, args=item) for item in work]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failures == []
+
+    def test_host_time_per_copy(self):
+        """The best of several runs: 15 ns at most for 100,000 copies, and no more for a million."""
+        rng = np.random.default_rng(0)
+        layers, per_copy = 32, []
+        for copies in (100_000, 1_000_000):
+            pages = copies // layers
+            ready = prepare(page_first(layers, 4096, pages, kv=1), H100)
+            device, host = rng.permutation(pages), rng.permutation(pages)
+            best = min(
+                timeit.repeat(
+                    lambda t=ready.transfer, d=device, h=host: deque(t(d, h, "load", "batch"), 0),
+                    number=1, repeat=7,
+                )
+            )
+            per_copy.append(best / (pages * layers))
+        assert max(per_copy) < 15e-9
+
+    @pytest.mark.parametrize("method", ["auto", "batch", "strided", "loop"])
+    def test_memory_stays_bounded(self, method):
+        """A million copies are packed through buffers of a few thousand."""
+        pages = 1_000_000 // 8
+        rng = np.random.default_rng(0)
+        ready = prepare(page_first(4, 64, pages), H100)
+        device, host = rng.permutation(pages), rng.permutation(pages)
+        tracemalloc.start()
+        copies = strided = 0
+        for kind, arrays in ready.transfer(device, host, "load", method):
+            if kind == "strided":
+                strided += int(arrays[:, 5].sum())
+            else:
+                copies += len(arrays[0])
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert copies + strided == 1_000_000
+        assert peak < 4 << 20
