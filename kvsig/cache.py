@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -60,8 +60,9 @@ class PagedKVCache:
         What copies cost, for the choice between methods. By default the figures that
         ``kvsig calibrate`` has left for the device, else those that come with kvsig.
     host_seams : sequence of int, optional
-        Addresses where separately registered blocks of the host pool meet. CUDA refuses a
-        copy across one, so copies are split there.
+        More addresses where separately registered blocks of the host pool meet. CUDA refuses
+        a copy that has rows on both sides of one, so copies are split there. Where the driver
+        can be asked for the allocations and blocks that the tensors lie in, it has been.
 
     Attributes
     ----------
@@ -142,7 +143,10 @@ class PagedKVCache:
         self._names = tuple(item.name for item in named)
         self._one_device = self.device.type != "cuda" or torch.cuda.device_count() == 1
         self._planes = geometry.join(device_side, host_side, layers)
-        self._seams = None if host_seams is None else np.sort(_addresses(host_seams, "host_seams"))
+        given = [] if host_seams is None else _addresses(host_seams, "host_seams")
+        with _torch.device_guard(self.device):
+            self._device_seams = _seams(named, ())
+            self._host_seams = _seams(host_named, given)
         if model is None:
             model = costs.load(_torch.device_name(self.device))
         self.model = model
@@ -403,6 +407,8 @@ class PagedKVCache:
             try:
                 if piece[0] == "strided":
                     done = _core.copy_strided(piece[1], handle)
+                elif piece[0] == "strided3":
+                    done = _core.copy_strided3(piece[1], handle)
                 else:
                     kind, arrays = piece
                     # Where batches are refused, "auto" makes the same loop and says why.
@@ -426,6 +432,8 @@ class PagedKVCache:
         kind, arrays = piece
         if kind == "strided":
             address = arrays[error.index, 0 if load else 2]
+        elif kind == "strided3":
+            address = arrays[error.index, 0 if load else 3]
         else:
             address = arrays[0 if load else 1][error.index]
         place = selection.planes.locate(int(address))
@@ -440,7 +448,8 @@ class PagedKVCache:
 
     def _select(self, layers: tuple[int, ...]) -> _Selection:
         planes = self._planes.select(layers)
-        return _Selection(layers, planes, planning.prepare(planes, self.model, self._seams))
+        prepared = planning.prepare(planes, self.model, self._host_seams, self._device_seams)
+        return _Selection(layers, planes, prepared)
 
     def _selection(self, layers: int | Sequence[int]) -> _Selection:
         """Return the planes of the layers asked for, made once for each choice of layers."""
@@ -688,6 +697,39 @@ def _check_apart(named: list[_Named]) -> None:
     for (_, end, one), (start, _, other) in zip(spans, spans[1:], strict=False):
         if end > start:
             raise ValueError(f"{one} and {other} overlap in memory by {end - start} bytes")
+
+
+def _seams(named: list[_Named], given: Iterable[int]) -> npt.NDArray[np.uint64]:
+    """Where the allocations and registered blocks that hold tensors begin and end.
+
+    CUDA refuses a copy whose rows lie in two of them. Where the driver cannot be asked about
+    memory of the device, or about page-locked memory, each tensor counts as one of its own.
+    """
+    found = {int(seam) for seam in given}
+    emulated = _core.is_emulated()
+    for _, tensor in named:
+        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        limited = not emulated and (tensor.is_cuda or tensor.is_pinned())
+        found.update(_blocks(start, end, limited))
+    return np.array(sorted(found), dtype=np.uint64)
+
+
+def _blocks(start: int, end: int, limited: bool) -> Iterator[int]:
+    """Bounds of the allocations that a tensor lies in."""
+    if _core.memory_range(start) is None and _core.memory_range(end - 1) is None:
+        if limited:
+            yield from (start, end)
+        return
+    # Pageable memory between registered blocks has no end that could be asked for.
+    step = max(1 << 16, (end - start) >> 16)
+    at = start
+    while at < end:
+        block = _core.memory_range(at)
+        if block is None:
+            at += step
+            continue
+        yield from (block[0], block[0] + block[1])
+        at = max(block[0] + block[1], at + 1)
 
 
 def _page_numbers(values: Any, name: str, limit: int) -> I64:
