@@ -410,6 +410,8 @@ cdef int keep_workspace(Workspace workspace) except -1:
 
 cdef int get_pages(object pages, Py_buffer *view) except -1:
     # 0: a contiguous one-dimensional int64 array is in view; 1: it is something else.
+    if pages is None:
+        return 1
     try:
         PyObject_GetBuffer(pages, view, PyBUF_ND | PyBUF_FORMAT)
     except (TypeError, BufferError, ValueError):
@@ -749,17 +751,55 @@ cdef class Prepared:
         """
         cdef Transfer t = Transfer.__new__(Transfer)
         cdef bint up = offloads(direction)
-        if get_pages(device_pages, &t.device_view):
-            raise ValueError("device_pages must be a one-dimensional contiguous int64 array")
-        t.views = 1
-        if get_pages(host_pages, &t.host_view):
-            raise ValueError("host_pages must be a one-dimensional contiguous int64 array")
-        t.views = 2
+        cdef int wrong = self.view(t, device_pages, host_pages)
+        if wrong:
+            side = "device" if wrong == 1 else "host"
+            raise ValueError(f"{side}_pages must be a one-dimensional contiguous int64 array")
         if t.device_view.shape[0] != t.host_view.shape[0]:
             raise ValueError(
                 f"device_pages has {t.device_view.shape[0]} pages and host_pages has "
                 f"{t.host_view.shape[0]}: they go together one to one"
             )
+        self.start(t, up)
+        t.decide(method, batch)
+        return t
+
+    def begin(self, device_pages, host_pages, bint load):
+        """Check page numbers and view them for a transfer, in one step.
+
+        Parameters
+        ----------
+        device_pages, host_pages : ndarray of int64
+            Page numbers, one to one.
+        load : bool
+            From the host to the device; otherwise back.
+
+        Returns
+        -------
+        Transfer or None
+            To be asked by `decide` how to move them, before its pieces are; None where
+            `check` finds anything wrong.
+        """
+        cdef Transfer t = Transfer.__new__(Transfer)
+        cdef Py_ssize_t position, other
+        if self.view(t, device_pages, host_pages):
+            return None
+        if self.verdict(&t.device_view, &t.host_view, not load, &position, &other) != FINE:
+            return None
+        self.start(t, not load)
+        return t
+
+    cdef int view(self, Transfer t, object device_pages, object host_pages) except -1:
+        # 1 or 2 where the pages of the device or of the host are no page numbers.
+        if get_pages(device_pages, &t.device_view):
+            return 1
+        t.views = 1
+        if get_pages(host_pages, &t.host_view):
+            return 2
+        t.views = 2
+        return 0
+
+    cdef int start(self, Transfer t, bint up) except -1:
         t.prepared = self
         t.p = &self.at
         t.side = 1 if up else 0
@@ -767,8 +807,9 @@ cdef class Prepared:
         t.scan.device = <const int64_t *>t.device_view.buf
         t.scan.host = <const int64_t *>t.host_view.buf
         t.scan.count = t.device_view.shape[0]
-        t.choose(method, batch)
-        return t
+        # Nothing comes out before `decide`.
+        t.ended = True
+        return 0
 
     def check(self, device_pages, host_pages, direction):
         """Look over the page numbers of a transfer, cheaply and without raising.
@@ -792,14 +833,8 @@ cdef class Prepared:
             For a repeated destination its first position, otherwise -1.
         """
         cdef Py_buffer device, host
-        cdef Workspace workspace = None
-        cdef const int64_t *d
-        cdef const int64_t *h
-        cdef const int64_t *to
-        cdef Py_ssize_t n, i, j, first = -1, other = -1
-        cdef int64_t pages
-        cdef Verdict verdict = FINE
-        cdef uint32_t epoch
+        cdef Py_ssize_t position = -1, other = -1
+        cdef int found
         cdef bint up = offloads(direction)
         if get_pages(device_pages, &device):
             return NOT_PAGES, -1, -1
@@ -807,52 +842,61 @@ cdef class Prepared:
             PyBuffer_Release(&device)
             return NOT_PAGES, -1, -1
         try:
-            n = device.shape[0]
-            if host.shape[0] != n:
-                return LENGTHS, -1, -1
-            d = <const int64_t *>device.buf
-            h = <const int64_t *>host.buf
-            to = h if up else d
-            pages = self.at.host_pages if up else self.at.device_pages
-            if n <= FEW:
-                first = out_of_range(d, h, n, self.at.device_pages, self.at.host_pages)
-                if first < 0:
-                    for i in range(1, n):
-                        for j in range(i):
-                            if to[i] == to[j]:
-                                return REPEATED, i, j
-            else:
-                with nogil:
-                    first = out_of_range(d, h, n, self.at.device_pages, self.at.host_pages)
-            if first >= 0:
-                verdict = (
-                    DEVICE_RANGE if d[first] < 0 or d[first] >= self.at.device_pages
-                    else HOST_RANGE
-                )
-                return verdict, first, -1
-            if n <= FEW:
-                return FINE, -1, -1
-            workspace = take_workspace()
-            workspace.grow_marks(pages)
-            workspace.epoch += 1
-            if workspace.epoch == 0:
-                memset(workspace.mark, 0, workspace.mark_room * sizeof(uint32_t))
-                workspace.epoch = 1
-            epoch = workspace.epoch
-            with nogil:
-                first = first_repeated(to, n, workspace.mark, epoch)
-                if first >= 0:
-                    for i in range(first):
-                        if to[i] == to[first]:
-                            other = i
-                            break
-            keep_workspace(workspace)
-            if first >= 0:
-                return REPEATED, first, other
-            return FINE, -1, -1
+            found = self.verdict(&device, &host, up, &position, &other)
         finally:
             PyBuffer_Release(&device)
             PyBuffer_Release(&host)
+        return found, position, other
+
+    cdef int verdict(self, const Py_buffer *device, const Py_buffer *host, bint up,
+                     Py_ssize_t *position, Py_ssize_t *other) except -1:
+        cdef Workspace workspace
+        cdef const int64_t *d = <const int64_t *>device.buf
+        cdef const int64_t *h = <const int64_t *>host.buf
+        cdef const int64_t *to = h if up else d
+        cdef Py_ssize_t n = device.shape[0], i, j, first = -1
+        cdef int64_t pages = self.at.host_pages if up else self.at.device_pages
+        cdef uint32_t epoch
+        position[0] = other[0] = -1
+        if host.shape[0] != n:
+            return LENGTHS
+        if n <= FEW:
+            first = out_of_range(d, h, n, self.at.device_pages, self.at.host_pages)
+            if first < 0:
+                for i in range(1, n):
+                    for j in range(i):
+                        if to[i] == to[j]:
+                            position[0], other[0] = i, j
+                            return REPEATED
+        else:
+            with nogil:
+                first = out_of_range(d, h, n, self.at.device_pages, self.at.host_pages)
+        if first >= 0:
+            position[0] = first
+            if d[first] < 0 or d[first] >= self.at.device_pages:
+                return DEVICE_RANGE
+            return HOST_RANGE
+        if n <= FEW:
+            return FINE
+        workspace = take_workspace()
+        workspace.grow_marks(pages)
+        workspace.epoch += 1
+        if workspace.epoch == 0:
+            memset(workspace.mark, 0, workspace.mark_room * sizeof(uint32_t))
+            workspace.epoch = 1
+        epoch = workspace.epoch
+        with nogil:
+            first = first_repeated(to, n, workspace.mark, epoch)
+            if first >= 0:
+                for i in range(first):
+                    if to[i] == to[first]:
+                        other[0] = i
+                        break
+        keep_workspace(workspace)
+        if first < 0:
+            return FINE
+        position[0] = first
+        return REPEATED
 
 
 cdef Py_ssize_t out_of_range(const int64_t *d, const int64_t *h, Py_ssize_t n,
@@ -957,7 +1001,21 @@ cdef class Transfer:
             found[METHODS[m]] = self.time[m]
         return found
 
-    cdef int choose(self, object method, bint batch) except -1:
+    def decide(self, method, bint batch):
+        """Choose how to move the pages; again, before the first piece, to choose anew.
+
+        Parameters
+        ----------
+        method : {"auto", "batch", "strided", "loop"}
+            ``"auto"`` takes the least predicted time, the others force a method.
+        batch : bool
+            Whether the batch call can be used now; without it ``"auto"`` plans around it.
+
+        Raises
+        ------
+        ValueError
+            If the method is unknown.
+        """
         cdef bint wanted[MODES]
         cdef Py_ssize_t m, best = -1
         for m in range(MODES):
@@ -991,10 +1049,10 @@ cdef class Transfer:
                 best = BATCH if best == STRIDED_BATCH else LOOP
         self.mode = <int>best
         self.batch_size = self.size_of[best]
-        self.begin()
-        return 0
+        self.rewind()
+        self.ended = False
 
-    cdef void begin(self) noexcept nogil:
+    cdef void rewind(self) noexcept nogil:
         # Keep together only the runs that some group makes use of.
         cdef Py_ssize_t k
         cdef Choice *choice
