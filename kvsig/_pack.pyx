@@ -925,9 +925,10 @@ cdef class Transfer:
     Each piece is ``("strided", ops)`` with ``ops`` of shape (m, 6) and type uint64 (dst,
     dpitch, src, spitch, width, height), ``("strided3", ops)`` with shape (m, 9) (dst, dpitch,
     drows, src, spitch, srows, width, height, depth; drows and srows are the rows from one
-    slice to the next), or ``("batch" | "loop", (dsts, srcs, sizes))``. The arrays are buffers that the next piece overwrites: use them before asking for it.
-    Strided copies come before the plain ones of the same pages, because the copy engine can
-    work on them while the host still submits the others.
+    slice to the next), or ``("batch" | "loop", (dsts, srcs, sizes))``. The arrays are buffers
+    that the next piece overwrites: use them before asking for it. Strided copies come before
+    the plain ones of the same pages, because the copy engine can work on them while the host
+    still submits the others.
     """
 
     cdef Prepared prepared          # keeps p alive

@@ -403,8 +403,8 @@ class PagedKVCache:
         self, selection: _Selection, transfer: planning.Transfer, handle: int, path: str, load: bool
     ) -> Report:
         """Queue a checked request, piece by piece."""
-        refused = _core.batch_refusal(handle) is not None
-        transfer.decide(path, path == "batch" or not refused)
+        refused = path == "auto" and _core.batch_refusal(handle) is not None
+        transfer.decide(path, not refused)
         report: Report | None = None
         arrays: Any
         for kind, arrays in transfer:

@@ -1,6 +1,7 @@
 """PagedKVCache: pages between device layers and a host pool, and what it refuses."""
 
 import itertools
+import mmap
 import re
 import threading
 
@@ -1050,6 +1051,106 @@ class TestOnAGpu(RoundTrip):
         setup.cache.load(far, near, stream=stream)
         stream.synchronize()
         assert setup.everything() == setup.expect(before, "device", [1, 2], [7, 9])
+
+    @pytest.mark.parametrize("path", cache_module.PATHS)
+    @pytest.mark.parametrize("apart", [(), ("device",), ("host",), ("device", "host")], ids=str)
+    def test_of_layers_in_allocations_of_their_own(self, apart, path):
+        """torch gives tensors of 10 MiB an allocation each; CUDA refuses rows in two of them."""
+        tokens, layers_, pages = 1 << 14, 3, 1 << 10
+
+        def groups(count, shape, place, pin, several):
+            if several:
+                return [torch.zeros(shape, device=place, pin_memory=pin) for _ in range(count)]
+            return list(torch.zeros((count, *shape), device=place, pin_memory=pin).unbind(0))
+
+        device = groups(2 * layers_, (tokens, 256), "cuda:0", False, "device" in apart)
+        host = groups(2, (pages, layers_, 16, 256), "cpu", True, "host" in apart)
+        cache = kvsig.PagedKVCache((device[:layers_], device[layers_:]), host)
+        stream = torch.cuda.Stream()
+        for tensor in device:
+            tensor.random_(1000)
+        torch.cuda.synchronize()
+        rng = np.random.default_rng(0)
+        near, far = rng.permutation(pages)[:64], rng.permutation(pages)[:64]
+        near[8:24], far[8:24] = np.arange(16) + pages // 2, np.arange(16) + pages // 4
+        far[:8], far[24:] = np.arange(8), np.arange(40) + pages // 2
+        near[:8], near[24:] = np.arange(8)[::-1], np.arange(40)
+        near[:8] += 100
+        for chosen in (None, 1, (0, 2)):
+            planned = cache.plan_offload(near, far, layers=chosen, stream=stream, path=path)
+            if path == "strided" and chosen is None:
+                # a page is one copy, one each of K and V, or one for each plane
+                slices = len(planned.strided3) > 0
+                assert slices == (not apart)
+            cache.offload(near, far, layers=chosen, stream=stream, path=path)
+            stream.synchronize()
+        for group in range(2):
+            for layer in range(layers_):
+                want = device[group * layers_ + layer].view(pages, 16, 256)[near].cpu()
+                assert torch.equal(host[group][torch.from_numpy(far), layer], want)
+        for tensor in device:
+            tensor.zero_()
+        torch.cuda.synchronize()
+        cache.load(far, near, stream=stream, path=path)
+        stream.synchronize()
+        for group in range(2):
+            for layer in range(layers_):
+                got = device[group * layers_ + layer].view(pages, 16, 256)[near].cpu()
+                assert torch.equal(host[group][torch.from_numpy(far), layer], got)
+
+    def test_of_slices_beyond_four_gigabytes(self):
+        """K and V of one allocation so far apart that no 32-bit number holds the distance."""
+        distance, tokens, layers_ = (1 << 32) + (1 << 20), 1 << 10, 2
+        free = torch.cuda.mem_get_info(0)[0]
+        if free < 6 << 30:
+            pytest.skip(f"the GPU has {free >> 20} MiB free, needs 6144")
+        size = distance + layers_ * tokens * 1024
+        near = torch.empty(size, dtype=torch.uint8, device="cuda:0")
+        far = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+        def part(buffer, at, shape):
+            return buffer[at : at + layers_ * tokens * 1024].view(shape)
+
+        device = [list(part(near, at, (layers_, tokens, 1024)).unbind(0)) for at in (0, distance)]
+        host = [part(far, at, (tokens // 16, layers_, 16, 1024)) for at in (0, distance)]
+        for group in device:
+            for tensor in group:
+                tensor.random_(256)
+        cache, stream = kvsig.PagedKVCache(device, host), torch.cuda.Stream()
+        torch.cuda.synchronize()
+        pages = np.random.default_rng(0).permutation(tokens // 16)
+        planned = cache.plan_offload(pages, pages, stream=stream, path="strided")
+        assert len(planned.strided3) == len(pages) and planned.calls == len(pages)
+        cache.offload(pages, pages, stream=stream, path="strided")
+        stream.synchronize()
+        for group, pool in zip(device, host, strict=True):
+            for layer, tensor in enumerate(group):
+                assert torch.equal(pool[:, layer], tensor.view(-1, 16, 1024).cpu())
+
+    def test_of_host_memory_registered_in_blocks(self):
+        layers_, pages, chunk = 4, 64, 1 << 20
+        room = mmap.mmap(-1, 4 * chunk)
+        host = torch.frombuffer(room, dtype=torch.uint8).view(pages, layers_, 16, 1024)
+        runtime = torch.cuda.cudart()
+        torch.zeros(1, device="cuda:0")
+        for block in range(4):
+            assert int(runtime.cudaHostRegister(host.data_ptr() + block * chunk, chunk, 0)) == 0
+        try:
+            device = torch.empty((layers_, pages * 16, 1024), dtype=torch.uint8, device="cuda:0")
+            device.random_(256)
+            cache = kvsig.PagedKVCache(list(device.unbind(0)), host)
+            stream = torch.cuda.Stream()
+            torch.cuda.synchronize()
+            for path in cache_module.PATHS:
+                for pick in (np.arange(pages), np.random.default_rng(0).permutation(pages)):
+                    host.zero_()
+                    cache.offload(pick, pick, stream=stream, path=path)
+                    stream.synchronize()
+                    want = device.view(layers_, pages, 16, 1024).cpu()
+                    assert torch.equal(host, want.transpose(0, 1))
+        finally:
+            for block in range(4):
+                runtime.cudaHostUnregister(host.data_ptr() + block * chunk)
 
     def test_events(self):
         setup, stream = Setup(place="cuda:0", pin=True), torch.cuda.Stream()

@@ -102,7 +102,8 @@ def random_geometry(rng):
                 whole = int(widths[rows].sum())
                 base[rows] = at + np.concatenate([[0], np.cumsum(widths[rows])[:-1]])
                 pitch[rows] = whole
-                at += pages * whole + int(rng.integers(0, 3)) * (16 if rng.random() < 0.5 else whole)
+                gap = 16 if rng.random() < 0.5 else whole
+                at += pages * whole + int(rng.integers(0, 3)) * gap
             return start + base, pitch
         # a region per plane: evenly spaced, unevenly, or in a random order of layers
         pitch = widths + (rng.integers(0, 9, n) if rng.random() < 0.2 else 0)
