@@ -1064,6 +1064,9 @@ class Bench:
             if job.cell.direction == "both" and method in ("torch", "select", "cuda.core"):
                 notes[name] = "not measured in both directions at once"
                 continue
+            if job.cell.section == "million" and method not in ("auto", "batch", "one-copy"):
+                notes[name] = "not measured with a million copies"
+                continue
             try:
                 runner = make_runner(method, job)
             except Unavailable as error:
