@@ -86,8 +86,7 @@ test: build
 
 lint: $(linters)
 	$(py) -m ruff check .
-	$(py) -m ruff format --check .
-	$(VENV)/bin/cython-lint kvsig
+	$(VENV)/bin/cython-lint $(wildcard kvsig/*.pyx kvsig/*.pxd)
 	$(py) -m mypy
 
 build: $(built)

@@ -1192,6 +1192,66 @@ static int do_memcpy_2d_async(struct call *call)
     return submit(arg_stream(call), work);
 }
 
+struct pitched {
+    char *ptr;
+    size_t pitch, xsize, ysize;
+};
+
+struct parameters_3d { /* cudaMemcpy3DParms */
+    void *src_array;
+    size_t src_pos[3];
+    struct pitched src;
+    void *dst_array;
+    size_t dst_pos[3];
+    struct pitched dst;
+    size_t width, height, depth;
+    int kind;
+};
+
+static char *first_byte(const struct pitched *side, const size_t *pos)
+{
+    return side->ptr + (pos[2] * side->ysize + pos[1]) * side->pitch + pos[0];
+}
+
+static int do_memcpy_3d_async(struct call *call)
+{
+    const struct parameters_3d *p = arg_pointer(call, "p");
+    if (!p)
+        return INVALID_VALUE;
+    if (p->src_array || p->dst_array)
+        return NOT_SUPPORTED;
+    if (!p->width || !p->height || !p->depth)
+        return SUCCESS;
+    if (!p->src.ptr || !p->dst.ptr)
+        return INVALID_VALUE;
+    struct rows row = {
+        .dst = first_byte(&p->dst, p->dst_pos),
+        .src = first_byte(&p->src, p->src_pos),
+        .dst_row = p->dst.pitch,
+        .src_row = p->src.pitch,
+        .dst_layer = p->dst.pitch * p->dst.ysize,
+        .src_layer = p->src.pitch * p->src.ysize,
+        .width = p->width,
+        .height = p->height,
+        .depth = p->depth,
+    };
+    if (row.dst_row < row.width || row.src_row < row.width || row.dst_row > INT32_MAX ||
+        row.src_row > INT32_MAX)
+        return INVALID_PITCH;
+    if (row.depth > 1 && (p->dst.ysize < row.height || p->src.ysize < row.height))
+        return INVALID_VALUE;
+    int error = check_direction(p->kind, row.dst, row.src);
+    if (error)
+        return error;
+    size_t last = row.height - 1;
+    if (leaves_block(row.dst, (row.depth - 1) * row.dst_layer + last * row.dst_row + row.width) ||
+        leaves_block(row.src, (row.depth - 1) * row.src_layer + last * row.src_row + row.width))
+        return INVALID_VALUE;
+    struct work *work = work_new(WORK_ROWS, 0, 1);
+    work_rows(work)[0] = row;
+    return submit(arg_stream(call), work);
+}
+
 static int do_memset_async(struct call *call)
 {
     struct work *work;
@@ -2268,6 +2328,7 @@ static const struct handler {
     {"cudaMemPrefetchAsync", do_mem_prefetch_async, 0},
     {"cudaMemcpy", do_memcpy, 0},
     {"cudaMemcpy2DAsync", do_memcpy_2d_async, 0},
+    {"cudaMemcpy3DAsync", do_memcpy_3d_async, 0},
     {"cudaMemcpy3DBatchAsync", do_memcpy_3d_batch_async, BATCH},
     {"cudaMemcpy3DWithAttributesAsync", do_memcpy_3d_with_attributes_async, 0},
     {"cudaMemcpyAsync", do_memcpy_async, 0},

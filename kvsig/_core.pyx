@@ -46,8 +46,10 @@ __all__ = [
     "call",
     "copy_batch",
     "copy_strided",
+    "copy_strided3",
     "info",
     "is_emulated",
+    "memory_range",
     "rebind",
     "runtime_version",
     "driver_version",
@@ -454,14 +456,20 @@ def _warn(bound):
             f' [[function.cudaMemcpyBatchAsync.variant]] with since = "{shown}" to'
             f" {_registry.PATH} and rebuild"
         )
-    others = [p for p in loaded_cudarts() if os.path.realpath(p) != os.path.realpath(bound.path)]
-    if others and not bound.emulated:
-        bound.warnings.append(
-            f"more than one libcudart is loaded: kvsig uses {bound.path}, and beside it there is"
-            f" {', '.join(others)}. Version and functions come from the first alone"
-        )
-    for text in bound.warnings:
+    for text in _warnings(bound):
         warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+def _warnings(bound):
+    """What to warn of now: another libcudart may have been loaded since the last time."""
+    others = [p for p in loaded_cudarts() if os.path.realpath(p) != os.path.realpath(bound.path)]
+    if not others or bound.emulated:
+        return list(bound.warnings)
+    return [
+        *bound.warnings,
+        f"more than one libcudart is loaded: kvsig uses {bound.path}, and beside it there is"
+        f" {', '.join(others)}. Version and functions come from the first alone",
+    ]
 
 
 def bind():
@@ -597,7 +605,7 @@ def info():
         },
         "functions": [bound.rows[name].as_dict() for name in bound.registry.functions],
         "libraries": loaded_cudarts(),
-        "warnings": list(bound.warnings),
+        "warnings": _warnings(bound),
     }
 
 
@@ -1198,6 +1206,128 @@ def copy_strided(const uint64_t[:, ::1] ops not None, uint64_t stream):
         return Report("strided", None, rows, calls, total)
     why = _bound.rows["cudaMemcpy2DAsync"].why
     return Report("loop", f"cudaMemcpy2DAsync is not bound: {why}", rows, calls, total)
+
+
+def copy_strided3(const uint64_t[:, ::1] ops not None, uint64_t stream):
+    """Submit strided copies of several slices of rows to a stream, one call each.
+
+    Parameters
+    ----------
+    ops : ndarray of uint64, shape (n, 9)
+        Columns: dst, dpitch, drows, src, spitch, srows, width, height, depth. A slice begins
+        `drows` (`srows`) rows behind the one before it; pitches and width in bytes, the others
+        in rows and slices.
+    stream : int
+        Handle of the stream.
+
+    Returns
+    -------
+    Report
+        ``copies`` counts the rows.
+
+    Raises
+    ------
+    CudaError
+        If CUDA refuses a copy; ``index`` is its row in `ops`.
+    ValueError
+        If there are not nine columns, a value is 0, a pitch is below the width or slices overlap.
+    """
+    cdef size_t count = ops.shape[0]
+    cdef size_t i, row, slice_, calls = 0, rows = 0
+    cdef uint64_t total = 0
+    cdef const uint64_t *op
+    cdef int code = 0
+    cdef bint native
+    cdef cudaMemcpy3DParms p
+    if ops.shape[1] != 9:
+        raise ValueError(f"{ops.shape[1]} columns; strided copies of slices have 9")
+    _ensure()
+    if count == 0:
+        return Report()
+    for i in range(count):
+        op = &ops[i, 0]
+        if (
+            op[0] == 0 or op[3] == 0 or op[6] == 0 or op[7] == 0 or op[8] == 0
+            or op[1] < op[6] or op[4] < op[6]
+            or (op[8] > 1 and (op[2] < op[7] or op[5] < op[7]))
+        ):
+            raise ValueError(
+                f"strided copy {i} is not possible: dst={op[0]:#x}, dpitch={op[1]},"
+                f" drows={op[2]}, src={op[3]:#x}, spitch={op[4]}, srows={op[5]}, width={op[6]},"
+                f" height={op[7]}, depth={op[8]}; nothing may be 0, pitches not below the width,"
+                " and rows from slice to slice not below the height"
+            )
+    native = slots[SLOT_cudaMemcpy3DAsync].variant >= 0
+    if not native and slots[SLOT_cudaMemcpyAsync].variant < 0:
+        raise BindError(f"no page copies: {_bound.rows['cudaMemcpyAsync'].why}")
+    memset(&p, 0, sizeof(p))
+    p.kind = cudaMemcpyDefault
+    with nogil:
+        for i in range(count):
+            op = &ops[i, 0]
+            if native:
+                p.dstPtr.ptr, p.dstPtr.pitch = <void *>op[0], op[1]
+                p.dstPtr.xsize, p.dstPtr.ysize = op[6], op[2]
+                p.srcPtr.ptr, p.srcPtr.pitch = <void *>op[3], op[4]
+                p.srcPtr.xsize, p.srcPtr.ysize = op[6], op[5]
+                p.extent.width, p.extent.height, p.extent.depth = op[6], op[7], op[8]
+                code = cudaMemcpy3DAsync(p=&p, stream=<void *>stream)
+                calls += 1
+            else:
+                for slice_ in range(op[8]):
+                    for row in range(op[7]):
+                        code = cudaMemcpyAsync(
+                            dst=<void *>(op[0] + (slice_ * op[2] + row) * op[1]),
+                            src=<const void *>(op[3] + (slice_ * op[5] + row) * op[4]),
+                            count=op[6], stream=<void *>stream,
+                        )
+                        calls += 1
+                        if code != 0:
+                            break
+                    if code != 0:
+                        break
+            if code != 0:
+                break
+            rows += op[7] * op[8]
+            total += op[6] * op[7] * op[8]
+    if code != 0:
+        raise _error(code, "cudaMemcpy3DAsync" if native else "cudaMemcpyAsync", i)
+    if native:
+        return Report("strided", None, rows, calls, total)
+    why = _bound.rows["cudaMemcpy3DAsync"].why
+    return Report("loop", f"cudaMemcpy3DAsync is not bound: {why}", rows, calls, total)
+
+
+def memory_range(uint64_t address):
+    """The allocation, or the registered block, that an address lies in.
+
+    A copy must not leave it: CUDA refuses one whose rows lie in two, on either side.
+
+    Parameters
+    ----------
+    address : int
+
+    Returns
+    -------
+    tuple of int or None
+        Its first address and its size in bytes; None where the driver knows none, as for
+        pageable host memory, or where there is no driver to ask.
+    """
+    cdef uint64_t start = 0
+    cdef size_t size = 0
+    _ensure()
+    if slots[SLOT_cuPointerGetAttribute].variant < 0:
+        return None
+    # The driver's calls leave no last error in the runtime.
+    if cuPointerGetAttribute(
+        data=&start, attribute=CU_POINTER_ATTRIBUTE_RANGE_START_ADDR, ptr=address
+    ) != CUDA_SUCCESS:
+        return None
+    if cuPointerGetAttribute(
+        data=&size, attribute=CU_POINTER_ATTRIBUTE_RANGE_SIZE, ptr=address
+    ) != CUDA_SUCCESS or size == 0:
+        return None
+    return start, size
 
 
 # --- Any function, by name --------------------------------------------------------------------

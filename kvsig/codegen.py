@@ -335,11 +335,15 @@ def emulated_glue(registry: Registry, version: int, without: Collection[str] = (
     exported: set[str] = set(without)
     traps: list[str] = []
     for function in registry.functions.values():
-        # What is not libcudart's lies in the same file here, in its newest form: the driver
-        # keeps old entry points, and its version is set apart from the runtime's.
-        variant = (
-            function.select(version) if function.library == "cudart" else function.variants[-1]
-        )
+        if function.library != "cudart":
+            # What is the driver's lies in the same file here, in every form: a driver keeps its
+            # old entry points, and its version is set apart from the runtime's.
+            for form in reversed(function.variants):
+                if form.symbol not in exported:
+                    exported.add(form.symbol)
+                    lines += _write_exported(function, form)
+            continue
+        variant = function.select(version)
         if variant is not None:
             if variant.symbol not in exported:
                 exported.add(variant.symbol)

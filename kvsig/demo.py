@@ -168,6 +168,7 @@ class Cache:
         self.device_count = 2 * self.pages + spare
         self.device_spare = spare
         self.host_count = self.pages + spare
+        self.check_memory()
         rng = np.random.default_rng(seed)
         order = rng.permutation(self.device_count)
         self.sources: npt.NDArray[np.int64] = order[: self.pages]

@@ -495,7 +495,7 @@ def _function(header: Header, function: Function, entry: _Entry) -> Iterator[_Li
     yield _Line(
         entry,
         f"_Static_assert(_Generic(&{function.name},"
-        f" {function.prototype(variant, '(*)')}: 1, default: 0), \"kvsig\");",
+        f' {function.prototype(variant, "(*)")}: 1, default: 0), "kvsig");',
         "the types of the two prototypes differ",
     )
 
@@ -563,7 +563,7 @@ def _struct(header: Header, struct: Struct, entry: _Entry, registry: Registry) -
     entry.registry = f"{spelled}: {struct.size} bytes"
     yield _Line(
         entry,
-        f'_Static_assert(sizeof({spelled}) {"<=" if struct.grows else "=="} {struct.size},'
+        f"_Static_assert(sizeof({spelled}) {'<=' if struct.grows else '=='} {struct.size},"
         ' "kvsig");',
         f"the registry says {struct.size} bytes, the header {{}}",
         f"sizeof({spelled})",

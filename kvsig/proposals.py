@@ -106,9 +106,7 @@ class Proposal:
     def blocks(self) -> list[str]:
         """New entries, as TOML that can be added at the end of the file."""
         old, new = self.before, self.after
-        texts = [
-            registry_text.enum_text(e) for e in new.enums.values() if e.name not in old.enums
-        ]
+        texts = [registry_text.enum_text(e) for e in new.enums.values() if e.name not in old.enums]
         texts += [
             registry_text.struct_text(s) for s in new.structs.values() if s.name not in old.structs
         ]
@@ -287,8 +285,8 @@ class _Work:
                     raise _Unwritable(f"struct {ctype.name} goes by value, but is opaque")
             return
         word = ctype.base.partition(" ")[0]
-        tokens = (word, ctype.name) if word in ("struct", "enum") else (
-            self.header.resolve(ctype.name)
+        tokens = (
+            (word, ctype.name) if word in ("struct", "enum") else (self.header.resolve(ctype.name))
         )
         if tokens[0] == "enum" and len(tokens) == 2:
             constants = self.header.enums.get(tokens[1], ())
@@ -445,9 +443,7 @@ def _earliest(original: Registry, table: Registry, ordered: Sequence[Header]) ->
     return table
 
 
-def propose(
-    registry: Registry, found: Iterable[Header], names: Sequence[str] = ()
-) -> Proposal:
+def propose(registry: Registry, found: Iterable[Header], names: Sequence[str] = ()) -> Proposal:
     """Write what a registry lacks to agree with headers.
 
     Parameters

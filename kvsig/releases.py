@@ -140,9 +140,7 @@ def fetch(release: str) -> Path:
     return _fetch(package(release), release, release, "include/cuda_runtime_api.h")
 
 
-def ensure(
-    releases: Iterable[str], done: Callable[[str], object] | None = None
-) -> dict[str, Path]:
+def ensure(releases: Iterable[str], done: Callable[[str], object] | None = None) -> dict[str, Path]:
     """Fetch releases that are not in the cache, several at a time.
 
     Parameters

@@ -68,9 +68,10 @@ class TestReleases:
         captured = capsys.readouterr()
         assert re.search(r"^cudaMemcpyBatchAsync +12\.8 +13\.0$", captured.out, re.MULTILINE)
         assert "2 releases checked: the registry agrees" in captured.out
-        assert sorted(captured.err.splitlines()) == [
-            "1/2 read CUDA 12.9.79", "2/2 read CUDA 13.0.96"
-        ] or len(captured.err.splitlines()) == 2
+        assert (
+            sorted(captured.err.splitlines()) == ["1/2 read CUDA 12.9.79", "2/2 read CUDA 13.0.96"]
+            or len(captured.err.splitlines()) == 2
+        )
         wanted = [(release, command.expected(REGISTRY, release)) for release in chosen]
         assert page.read_text() == command.markdown(wanted)
 
@@ -92,11 +93,15 @@ TEXT_MUTATIONS = [
     ),
     (
         "function.cudaStreamGetCaptureInfo",
-        'symbol = "cudaStreamGetCaptureInfo_v2"\n', "", "12.6.77",
+        'symbol = "cudaStreamGetCaptureInfo_v2"\n',
+        "",
+        "12.6.77",
     ),
     (
         "function.cuGetProcAddress",
-        'symbol = "cuGetProcAddress_v2"', 'symbol = "cuGetProcAddress_v3"', "13.0.96",
+        'symbol = "cuGetProcAddress_v2"',
+        'symbol = "cuGetProcAddress_v3"',
+        "13.0.96",
     ),
     ("function.cudaGetErrorName", '"const char *"', '"char *"', "13.0.96"),
     ("function.cudaMemsetAsync", '"int value"', '"unsigned value"', "13.0.96"),
@@ -411,9 +416,13 @@ class TestSmallHeaders:
         assert absent == {"Late", "cudaNothing"}
         assert {r.status for r in found.values()} == {"agrees", "absent"}
         assert found["cudaBatch"].since == 12080
-        assert found["cudaBatch"].header == found["cudaBatch"].registry == (
-            "int cudaBatch(void **dsts, size_t count, enum Color color, struct Pair pair,"
-            " cudaStream_t s)"
+        assert (
+            found["cudaBatch"].header
+            == found["cudaBatch"].registry
+            == (
+                "int cudaBatch(void **dsts, size_t count, enum Color color, struct Pair pair,"
+                " cudaStream_t s)"
+            )
         )
 
     def test_pinned_function_is_not_compared_after_its_major(self, small: Checker) -> None:
@@ -426,36 +435,44 @@ class TestSmallHeaders:
     def test_library_without_header_is_not_checked(self, small: Checker) -> None:
         found = small(driver=False)
         assert {r.name for r in found.values() if r.status == "unchecked"} == {
-            "cuDriverGetVersion", "cuGetProcAddress", "cuBatch"
+            "cuDriverGetVersion",
+            "cuGetProcAddress",
+            "cuBatch",
         }
 
     @pytest.mark.parametrize(
         ("name", "changes", "problems"),
         [
             (
-                "cudaBatch", ("void **dsts", "void *const *dsts"),
+                "cudaBatch",
+                ("void **dsts", "void *const *dsts"),
                 ["the types of the two prototypes differ"],
             ),
             (
-                "cudaBatch", ("size_t count, enum", "size_t number, enum"),
+                "cudaBatch",
+                ("size_t count, enum", "size_t number, enum"),
                 ["parameter 1 is named count in the registry, number in the header"],
             ),
             (
-                "cudaBatch", (", cudaStream_t s)", ")"),
+                "cudaBatch",
+                (", cudaStream_t s)", ")"),
                 [
                     "the registry has 5 parameters, the header 4",
                     "the types of the two prototypes differ",
                 ],
             ),
             (
-                "cudaBatch", ("static inline", "#define cudaBatch cudaBatch_ptsz\nstatic inline"),
+                "cudaBatch",
+                ("static inline", "#define cudaBatch cudaBatch_ptsz\nstatic inline"),
                 ["the header does not declare the function"],
             ),
             (
                 "cudaBatch",
                 ("extern __host__ int cudaBatch", "#define cudaBatch cudaBatch_v2\nint cudaBatch"),
-                ["the registry takes the symbol cudaBatch, but the header maps cudaBatch to"
-                 " cudaBatch_v2"],
+                [
+                    "the registry takes the symbol cudaBatch, but the header maps cudaBatch to"
+                    " cudaBatch_v2"
+                ],
             ),
             (
                 "cudaNothing",
@@ -463,53 +480,64 @@ class TestSmallHeaders:
                 ["the registry has no variant for 12.8, but the header declares the function"],
             ),
             (
-                "cuGetProcAddress", ("int cuGetProcAddress(const char *symbol);", ""),
+                "cuGetProcAddress",
+                ("int cuGetProcAddress(const char *symbol);", ""),
                 ["the header does not declare the function"],
             ),
             (
-                "Color", ("GREEN = RED + 1", "GREEN = RED + 2"),
+                "Color",
+                ("GREEN = RED + 1", "GREEN = RED + 2"),
                 ["GREEN is 2 in the registry, 3 in the header"],
             ),
             (
-                "Color", ("GREEN = RED + 1, BLUE", "BLUE = 3"),
+                "Color",
+                ("GREEN = RED + 1, BLUE", "BLUE = 3"),
                 ["the header's enum has no constant GREEN"],
             ),
             (
-                "Late", ("struct Hidden;", "enum Late { LATE = 7 };"),
+                "Late",
+                ("struct Hidden;", "enum Late { LATE = 7 };"),
                 ["the registry says that the enum begins with 13.0, but the header of 12.8 has it"],
             ),
             (
-                "Pair", ("{ int first; void *second; }", "{ void *second; int first; }"),
+                "Pair",
+                ("{ int first; void *second; }", "{ void *second; int first; }"),
                 [
                     "field first is at another offset in the header, which has first at byte 8",
                     "field second is at another offset in the header, which has second at byte 0",
                 ],
             ),
             (
-                "Pair", ("int first;", "unsigned first;"),
+                "Pair",
+                ("int first;", "unsigned first;"),
                 ["field first: 'int first' is not the type that the header gives first"],
             ),
             (
-                "Nested", ("char tail[4]", "char tail[12]"),
+                "Nested",
+                ("char tail[4]", "char tail[12]"),
                 [
                     "the registry says 24 bytes, the header 32",
                     "field tail: 'char tail[4]' is not the type that the header gives tail",
                 ],
             ),
             (
-                "Nested", ("int id;", "int ident;"),
+                "Nested",
+                ("int id;", "int ident;"),
                 ["field id: the header has no u.id"],
             ),
             (
-                "Grown", ("{ void *base; }", "{ void *base; long room[3]; }"),
+                "Grown",
+                ("{ void *base; }", "{ void *base; long room[3]; }"),
                 ["the registry says 24 bytes, the header 32"],
             ),
             (
-                "Hidden", ("struct Hidden;", "", "struct Hidden { int x; };", ""),
+                "Hidden",
+                ("struct Hidden;", "", "struct Hidden { int x; };", ""),
                 ["the header has no such struct"],
             ),
             (
-                "handle_t", ("typedef unsigned long", "typedef long"),
+                "handle_t",
+                ("typedef unsigned long", "typedef long"),
                 ["the registry says unsigned long, the header long"],
             ),
         ],
@@ -693,4 +721,3 @@ class TestReleasesFolder:
             f" lib into {tmp_path / '13.0.96'}"
         )
         assert list(tmp_path.iterdir()) == []
-

@@ -124,8 +124,16 @@ class TestInfo:
         done = kvsig_command("info", cudart=f"emulated:{registry.format_version(newest)}")
         assert done.returncode == 0, done.stderr
         assert "page copies   loop: " in done.stdout
+        assert "\nwarning: " in done.stdout
+        assert done.stderr == ""
         row = next(line for line in done.stdout.splitlines() if line.startswith(demo.BATCH + " "))
         assert not row.endswith("bound")
+
+    def test_functions_that_are_not_bound_are_listed_by_reason(self):
+        registered = registry.load().functions.values()
+        newer = [f.name for f in registered if f.variants[0].since == 13020]
+        text = " ".join(kvsig_command("info").stdout.split())
+        assert f"not bound: 12.9 is older than 13.2: {', '.join(newer)}" in text
 
     def test_symbol_is_named_where_it_differs(self):
         rows = info_command.function_table(
@@ -139,9 +147,7 @@ class TestInfo:
                 }
             ]
         )
-        assert rows[-1] == (
-            "cudaEventElapsedTime  13.0 to before 14.0  0x10     bound as ..._v2"
-        )
+        assert rows[-1] == ("cudaEventElapsedTime  13.0 to before 14.0  0x10     bound as ..._v2")
 
 
 class TestErrors:
@@ -281,6 +287,15 @@ class TestDemo:
             assert report["bytes"] == 64 * shape.token_bytes
             assert "gb_per_s" not in report
         assert (answer["model"], answer["layout"]) == (model, layout)
+
+    def test_runtime_newer_than_every_range(self):
+        newest = max(v.before for v in registry.load().functions[demo.BATCH].variants)
+        cudart = f"emulated:{registry.format_version(newest)}"
+        done = kvsig_command("demo", *SMALL, cudart=cudart)
+        assert done.returncode == 0
+        assert "too new" in done.stdout
+        assert done.stderr.startswith("kvsig: warning: libcudart ")
+        assert done.stderr.count("\n") == 1
 
     @pytest.mark.parametrize("path", ["batch", "loop"])
     def test_path(self, answer_of, path):

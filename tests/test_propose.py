@@ -108,9 +108,9 @@ class TestSteps:
         assert [(v.since, v.before, v.symbol) for v in batch.variants] == [
             (v.since, v.before, v.symbol) for v in real.variants
         ]
-        assert [
-            [(p.declaration, p.type) for p in v.params] for v in batch.variants
-        ] == [[(p.declaration, p.type) for p in v.params] for v in real.variants]
+        assert [[(p.declaration, p.type) for p in v.params] for v in batch.variants] == [
+            [(p.declaration, p.type) for p in v.params] for v in real.variants
+        ]
 
     def test_all_releases_at_once(self) -> None:
         text, lost = cut(REGISTRY.verified[0])
@@ -144,12 +144,14 @@ class TestSteps:
         name = "cudaGraphKernelNodeGetParams"
         proposal = proposals.propose(REGISTRY, [header("12.8.90"), header("13.0.96")], [name])
         assert [block.partition("\n")[0] for block in proposal.blocks] == [
-            "[struct.dim3]", "[struct.cudaKernelNodeParams]", f"[function.{name}]"
+            "[struct.dim3]",
+            "[struct.cudaKernelNodeParams]",
+            f"[function.{name}]",
         ]
         text = paste(registry.PATH.read_text(), proposal.text)
         table = agrees(text, "12.8.90", "12.9.79", "13.0.96")
         assert table.structs["cudaKernelNodeParams"].size == 56
-        (variant, ) = table.functions[name].variants
+        (variant,) = table.functions[name].variants
         assert variant.label == "12.8 to before 14.0"
 
     def test_the_newest_release_needs_nothing(self, capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,7 +170,9 @@ class TestSmallHeaders:
         assert str(caught.value) == f"no function nope, never in the headers of {tmp_path}"
 
     def test_a_new_function_with_all_that_it_needs(
-        self, small: Checker, tmp_path: Path  # noqa: F811
+        self,
+        small: Checker,
+        tmp_path: Path,  # noqa: F811
     ) -> None:
         small(
             "static inline",
@@ -187,7 +191,8 @@ class TestSmallHeaders:
         found = headers.read(tmp_path, table, fresh=True)
         proposal = proposals.propose(table, [found], ["cudaOdd"])
         assert proposal.edits == [
-            'In [alias], add: hook_t = "void *"', 'In [alias], add: word_t = "unsigned long"',
+            'In [alias], add: hook_t = "void *"',
+            'In [alias], add: word_t = "unsigned long"',
         ]
         assert proposal.notes == (
             f"in verified, add the release of {tmp_path}, in three numbers, once it is checked",
@@ -219,40 +224,64 @@ class TestSmallHeaders:
         [
             # Removed in the middle of a range.
             (
-                ("CUDART_VERSION 12080", "CUDART_VERSION 12090", "extern __host__ int cudaBatch",
-                 "static int cudaGone"),
-                ['In [[function.cudaBatch.variant]] since 12.8: before = "12.9"'], [],
+                (
+                    "CUDART_VERSION 12080",
+                    "CUDART_VERSION 12090",
+                    "extern __host__ int cudaBatch",
+                    "static int cudaGone",
+                ),
+                ['In [[function.cudaBatch.variant]] since 12.8: before = "12.9"'],
+                [],
             ),
             # Open, and yet changed.
             (
-                ("CUDA_VERSION 12080", "CUDA_VERSION 14000",
-                 "GetProcAddress(const char *symbol)", "GetProcAddress(const char *symbol, int f)"),
-                ['In [[function.cuGetProcAddress.variant]] since 11.0: before = "14.0" in place of'
-                 " open"],
-                ["cuGetProcAddress has a new parameter f: give it a value to pass where no caller"
-                 ' knows it, as { declaration = "int f", value = 0 }'],
+                (
+                    "CUDA_VERSION 12080",
+                    "CUDA_VERSION 14000",
+                    "GetProcAddress(const char *symbol)",
+                    "GetProcAddress(const char *symbol, int f)",
+                ),
+                [
+                    'In [[function.cuGetProcAddress.variant]] since 11.0: before = "14.0" in place of'
+                    " open"
+                ],
+                [
+                    "cuGetProcAddress has a new parameter f: give it a value to pass where no caller"
+                    ' knows it, as { declaration = "int f", value = 0 }'
+                ],
             ),
             # What the registry says of this very version is wrong.
             (
                 ("size_t count, enum", "size_t number, enum"),
-                ["In [[function.cudaBatch.variant]] since 12.8: drop it, the header of this version"
-                 " differs"],
-                ["cudaBatch has a new parameter number: give it a value to pass where no caller"
-                 ' knows it, as { declaration = "size_t number", value = 0 }'],
+                [
+                    "In [[function.cudaBatch.variant]] since 12.8: drop it, the header of this version"
+                    " differs"
+                ],
+                [
+                    "cudaBatch has a new parameter number: give it a value to pass where no caller"
+                    ' knows it, as { declaration = "size_t number", value = 0 }'
+                ],
             ),
             # A type that is there already is not changed behind your back.
             (
-                ("GREEN = RED + 1", "GREEN = 5"), [],
+                ("GREEN = RED + 1", "GREEN = 5"),
+                [],
                 ["enum Color in CUDA 12.8: GREEN is 2 in the registry, 5 in the header"],
             ),
             # No form in the registry.
             (
-                ("CUDART_VERSION 12080", "CUDART_VERSION 12090",
-                 "struct Pair pair, cudaStream_t s)", "struct Pair pair, int (*f)(int))"),
+                (
+                    "CUDART_VERSION 12080",
+                    "CUDART_VERSION 12090",
+                    "struct Pair pair, cudaStream_t s)",
+                    "struct Pair pair, int (*f)(int))",
+                ),
                 [],
-                ["cudaBatch in CUDA 12.9: parameter 4, int (*f)(int), is a pointer to a function,"
-                 " which only an alias can stand for",
-                 "function cudaBatch in CUDA 12.9: the types of the two prototypes differ"],
+                [
+                    "cudaBatch in CUDA 12.9: parameter 4, int (*f)(int), is a pointer to a function,"
+                    " which only an alias can stand for",
+                    "function cudaBatch in CUDA 12.9: the types of the two prototypes differ",
+                ],
             ),
         ],
     )

@@ -514,7 +514,7 @@ class TestErrors:
             "  struct.Pair.size: must be a number of bytes, not 'big'",
             f"  function.f.sumary: unknown key; use one of: {FUNCTION_KEYS}",
             "  function.f.summary: missing key; add it",
-            f"  {V0}.since: version '12' is not \"MAJOR.MINOR\", such as \"12.8\"",
+            f'  {V0}.since: version \'12\' is not "MAJOR.MINOR", such as "12.8"',
             f"  {P0}: 'int' has no name; give the header's, such as \"size_t count\"",
             f"  {V0}.params[1]: type 'cudaEvent_t' is not known; use a C type, or declare it under"
             " [struct], [enum] or [alias]",
@@ -592,7 +592,9 @@ class TestContents:
             ("void const *x", CType("void", True, (False,)), "const void *"),
             ("void *const *x", CType("void", False, (True, False)), "void *const *"),
             (
-                "const void *const *x", CType("void", True, (True, False)), "const void *const *",
+                "const void *const *x",
+                CType("void", True, (True, False)),
+                "const void *const *",
             ),
             ("const void **x", CType("void", True, (False, False)), "const void **"),
             ("struct Pair *x", CType("struct Pair", False, (False,)), "struct Pair *"),

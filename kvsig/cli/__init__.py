@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import textwrap
+import warnings
 from collections.abc import Sequence
 
 import kvsig
@@ -50,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        code: int = args.run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = show_warning
+            code: int = args.run(args)
         sys.stdout.flush()
         return code
     except ImportError as error:
@@ -73,6 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.traceback:
             raise
         return fail(args, error)
+
+
+def show_warning(message: Warning | str, *_: object) -> None:
+    """Print a warning without the line of source that it comes from."""
+    print(f"kvsig: warning: {message}", file=sys.stderr)
 
 
 def fail(args: argparse.Namespace, what: object) -> int:

@@ -244,8 +244,10 @@ def expected(table: registry.Registry, release: str) -> list[headers.Result]:
     for function in table.functions.values():
         variant = function.select(version)
         status = "agrees" if variant else "absent"
-        if variant and variant.pinned and not (
-            variant.pinned <= version < headers.next_major(variant.pinned)
+        if (
+            variant
+            and variant.pinned
+            and not (variant.pinned <= version < headers.next_major(variant.pinned))
         ):
             status = "pinned"
         since = variant.since if variant else None
@@ -257,9 +259,7 @@ def expected(table: registry.Registry, release: str) -> list[headers.Result]:
     for item in types:
         kind = "struct" if item.name in table.structs else "enum"
         status = "agrees" if item.since <= version else "absent"
-        results.append(
-            headers.Result(kind, item.name, item.library, version, status, item.since)
-        )
+        results.append(headers.Result(kind, item.name, item.library, version, status, item.since))
     return results
 
 

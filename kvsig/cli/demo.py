@@ -148,7 +148,6 @@ def run_one(
         seed=args.seed,
         emulated=runtime["emulated"],
     )
-    cache.check_memory()
     say_before(cache, runtime, say)
     with demo.Progress() as progress:
         job = demo.Job(cache, path=args.path, runs=args.runs, progress=progress)

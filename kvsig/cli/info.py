@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import warnings
 from typing import Any
 
 import kvsig
@@ -35,7 +36,9 @@ def run(args: argparse.Namespace) -> int:
         0, or 1 where no CUDA runtime can be used.
     """
     try:
-        info = kvsig.info()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they are a part of what is printed
+            info = kvsig.info()
     except kvsig.BindError as error:
         if not args.json:
             raise
@@ -57,7 +60,7 @@ def describe(info: dict[str, Any]) -> str:
         ("CUDA runtime", runtime),
         ("library", info["library"]),
         ("found", info["found"]),
-        ("driver", format_version(info["driver_version"])),
+        ("driver", format_version(info["driver_version"]) if info["driver_version"] else "none"),
         ("page copies", f"{batch['path']}: {batch['why']}"),
         ("functions", f"{bound} of {len(functions)} bound"),
     ]
@@ -66,10 +69,13 @@ def describe(info: dict[str, Any]) -> str:
     margin = max(len(label) for label, _ in rows) + 2
     lines = [wrap(f"{label:<{margin}}{text}", " " * margin) for label, text in rows]
     lines += ["", *function_table(functions)]
-    notes = [function for function in functions if function["status"] != "bound"]
+    notes: dict[str, list[str]] = {}
+    for function in functions:
+        if function["status"] != "bound":
+            notes.setdefault(function["why"], []).append(function["name"])
     if notes:
-        lines += [""]
-        lines += [wrap(f"{note['name']}: {note['why']}", "    ") for note in notes]
+        lines += ["", "not bound:"]
+        lines += [wrap(f"  {why}: {', '.join(names)}", "    ") for why, names in notes.items()]
     if info["warnings"]:
         lines += [""]
         lines += [wrap(f"warning: {warning}", "    ") for warning in info["warnings"]]

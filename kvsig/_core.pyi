@@ -1,0 +1,80 @@
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from ._errors import BindError as BindError
+from ._errors import CudaError as CudaError
+
+__all__ = [
+    "BindError",
+    "CudaError",
+    "Report",
+    "batch_refusal",
+    "bind",
+    "call",
+    "copy_batch",
+    "copy_strided",
+    "copy_strided3",
+    "driver_version",
+    "info",
+    "is_emulated",
+    "memory_range",
+    "rebind",
+    "runtime_version",
+]
+
+_Words: TypeAlias = npt.NDArray[np.uint64]
+
+DIGEST: str
+DRIVER_WITH_BATCH: int
+FUNCTIONS: tuple[str, ...]
+STRUCT_SIZES: dict[str, int]
+TORCH_CUDA: Sequence[str]
+
+class Report:
+    @property
+    def path(self) -> str: ...
+    @property
+    def reason(self) -> str | None: ...
+    @property
+    def copies(self) -> int: ...
+    @property
+    def calls(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    def __init__(
+        self,
+        path: str = "none",
+        reason: str | None = None,
+        copies: int = 0,
+        calls: int = 0,
+        bytes: int = 0,
+    ) -> None: ...
+    def __add__(self, other: Report) -> Report: ...
+    def __eq__(self, other: object) -> bool: ...
+    def __hash__(self) -> int: ...
+
+def address_file(address: int) -> str: ...
+def batch_refusal(stream: int) -> str | None: ...
+def bind() -> None: ...
+def call(function: str, /, **arguments: Any) -> Any: ...
+def copy_batch(
+    dsts: _Words,
+    srcs: _Words,
+    sizes: _Words | int,
+    stream: int,
+    path: str = "auto",
+    batch_size: int = 256,
+) -> Report: ...
+def copy_strided(ops: _Words, stream: int) -> Report: ...
+def copy_strided3(ops: _Words, stream: int) -> Report: ...
+def driver_version() -> int: ...
+def info() -> dict[str, Any]: ...
+def is_emulated() -> bool: ...
+def loaded_cudarts() -> list[str]: ...
+def loaded_libraries() -> list[str]: ...
+def memory_range(address: int) -> tuple[int, int] | None: ...
+def rebind(spec: str | None = None) -> None: ...
+def runtime_version() -> int: ...

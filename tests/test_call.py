@@ -1,0 +1,351 @@
+"""kvsig.call: every function and variant of the registry gets each argument in its place."""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+import pytest
+
+from kvsig import _core, emulated, registry
+
+REGISTRY = registry.load()
+NEWEST = "13.5"
+
+
+def versions(function, variant):
+    """Versions of runtime and driver at which a variant is called: its first, and its last."""
+    if function.library != "cudart":
+        last = NEWEST if variant.open else registry.format_version(variant.before - 1000 + 90)
+        return [f"13.0/{registry.format_version(variant.since)}", f"12.6/{last}"]
+    first = registry.format_version(variant.since)
+    if variant.open:
+        return [first, NEWEST]
+    last = variant.before - 1000 + 90 if variant.before % 1000 == 0 else variant.before - 10
+    return list(dict.fromkeys([first, registry.format_version(last)]))
+
+
+CASES = [
+    pytest.param(function, variant, spec, id=f"{function.name}-{spec}")
+    for function in REGISTRY.functions.values()
+    for variant in function.variants
+    for spec in versions(function, variant)
+]
+
+
+@pytest.fixture
+def bind():
+    """Bind kvsig to an emulated runtime, and return its Control."""
+    bound = []
+
+    def go(spec):
+        _core.rebind(f"emulated:{spec}")
+        control = emulated.Control(_core.info()["library"])
+        control.reset()
+        bound.append(control)
+        return control
+
+    yield go
+    for control in bound:
+        control.reset()
+    _core.rebind(None)
+
+
+def distinct(param, position):
+    """A value that no other argument has, as Python gives it and as the recorder shows it."""
+    ctype = REGISTRY.resolve(param.type)
+    if ctype.pointers:
+        value = 0x7F00_0000_1000 + position * 0x1000
+    elif ctype.name in REGISTRY.structs:
+        assert [field.declaration for field in REGISTRY.structs[ctype.name].fields] == [
+            "enum cudaMemLocationType type", "int id",
+        ]  # fmt: skip
+        fields = {"type": 70 + position, "id": -7 - position}
+        return fields, {"bytes": struct.pack("=ii", fields["type"], fields["id"]).hex()}
+    elif ctype.name in REGISTRY.enums:
+        value = 300 + position
+    elif ctype.base == "int":
+        value = -40 - position
+    elif ctype.base == "unsigned int":
+        value = 0xF000_0000 + position
+    else:
+        assert ctype.base in ("size_t", "unsigned long long", "unsigned long"), param.declaration
+        value = 2**63 + position
+    return value, {"value": value}
+
+
+@pytest.mark.parametrize(("function", "variant", "spec"), CASES)
+class TestEveryVariant:
+    def called(self, control, function, arguments):
+        control.stub()
+        control.record()
+        result = _core.call(function.name, **arguments)
+        (call,) = control.calls(function.name)
+        return result, call
+
+    def test_each_argument_arrives_in_its_place(self, bind, function, variant, spec):
+        control = bind(spec)
+        arguments, expected = {}, []
+        for position, param in enumerate(variant.params):
+            arguments[param.name], shown = distinct(param, position)
+            expected.append({"name": param.name, "type": str(param.type), **shown})
+        _, call = self.called(control, function, arguments)
+        assert call["symbol"] == variant.symbol
+        assert call["variant"] == variant.label
+        assert call["arguments"] == expected
+
+    def test_what_nobody_gives_comes_from_the_registry(self, bind, function, variant, spec):
+        control = bind(spec)
+        arguments = {
+            param.name: distinct(param, position)[0]
+            for position, param in enumerate(variant.params)
+            if param.value is None and not param.out
+        }
+        result, call = self.called(control, function, arguments)
+        outs = [param for param in variant.params if param.out]
+        places = [a["value"] for a, p in zip(call["arguments"], variant.params, strict=True)
+                  if p.out]  # fmt: skip
+        assert len(set(places)) == len(outs) and 0 not in places
+        for argument, param in zip(call["arguments"], variant.params, strict=True):
+            if param.value is not None and param.name not in arguments:
+                assert argument["value"] == constant(param.value)
+        if len(outs) > 1:
+            assert list(result) == [param.name for param in outs]
+        elif outs:
+            # The stub writes nothing, so the value is what the buffer began with.
+            empty = REGISTRY.resolve(outs[0].type).name == "cudaPointerAttributes"
+            assert result["device"] == 0 if empty else result == 0
+        elif function.result:
+            assert result == 0
+        elif REGISTRY.resolve(function.returns).pointers:
+            assert isinstance(result, str)
+        else:
+            assert result is None
+
+
+def constant(value):
+    if isinstance(value, int):
+        return value
+    return next(e.constants[value] for e in REGISTRY.enums.values() if value in e.constants)
+
+
+class TestTraps:
+    @pytest.mark.parametrize("spec", ["12.0", "12.6", "12.8", "12.9"])
+    def test_capture_info_of_12_never_takes_the_plain_symbol(self, bind, spec):
+        """The plain symbol of 12.x has the three parameters of 11.x; the emulated one aborts."""
+        control = bind(spec)
+        with emulated.Stream(control) as stream:
+            control.record()
+            found = _core.call("cudaStreamGetCaptureInfo", stream=stream.cuda_stream)
+        (call,) = control.calls("cudaStreamGetCaptureInfo")
+        assert call["symbol"] == "cudaStreamGetCaptureInfo_v2"
+        assert found["captureStatus_out"] == 0
+        plain = _core.info()["library"]
+        row = rows()["cudaStreamGetCaptureInfo"]
+        assert row["symbol"] == "cudaStreamGetCaptureInfo_v2"
+        assert emulated.Control(plain).library.cudaStreamGetCaptureInfo is not None
+
+    @pytest.mark.parametrize("spec", ["11.8", "13.0"])
+    def test_capture_info_elsewhere_takes_it(self, bind, spec):
+        control = bind(spec)
+        control.record()
+        _core.call("cudaStreamGetCaptureInfo", stream=2)
+        assert control.calls("cudaStreamGetCaptureInfo")[0]["symbol"] == "cudaStreamGetCaptureInfo"
+
+    @pytest.mark.parametrize(("spec", "order"), [("12.9", ("hSrc", "hDst")),
+                                                ("13.0", ("hDst", "hSrc"))])  # fmt: skip
+    def test_swapped_parameters_follow_their_names(self, bind, spec, order):
+        control = bind(spec)
+        control.stub()
+        control.record()
+        _core.call("cudaGraphKernelNodeCopyAttributes", hSrc=0x1000, hDst=0x2000)
+        (call,) = control.calls("cudaGraphKernelNodeCopyAttributes")
+        values = {"hSrc": 0x1000, "hDst": 0x2000}
+        assert [(a["name"], a["value"]) for a in call["arguments"]] == [
+            (name, values[name]) for name in order
+        ]
+
+
+def rows():
+    return {row["name"]: row for row in _core.info()["functions"]}
+
+
+PREFETCH = {
+    "devPtr": 0x10000, "count": 64, "dstDevice": 0, "location": {"type": 1, "id": 0}, "stream": 2,
+}  # fmt: skip
+ADVISE = {
+    "devPtr": 0x10000, "count": 64, "advice": "cudaMemAdviseSetReadMostly", "device": 0,
+    "location": (1, 0),
+}  # fmt: skip
+
+
+class TestOneLineForBothMajors:
+    @pytest.mark.parametrize("spec", ["11.8", "12.9", "13.0", "13.5"])
+    def test_what_only_another_variant_has_is_dropped(self, bind, spec):
+        control = bind(spec)
+        control.stub()
+        control.record()
+        assert _core.call("cudaMemPrefetchAsync", **PREFETCH) is None
+        assert _core.call("cudaMemAdvise", **ADVISE) is None
+        prefetch, advise = control.calls()
+        old = spec < "13"
+        names = [argument["name"] for argument in prefetch["arguments"]]
+        assert ("dstDevice" in names) == old and ("location" in names) != old
+        assert advise["arguments"][2]["value"] == 1
+        if not old:
+            assert advise["arguments"][3]["bytes"] == "0100000000000000"
+
+    def test_managed_memory_for_real(self, bind):
+        for spec in ("12.9", "13.0"):
+            bind(spec)
+            pointer = _core.call("cudaMallocManaged", size=1 << 16)
+            _core.call("cudaMemAdvise", **{**ADVISE, "devPtr": pointer})
+            _core.call("cudaMemPrefetchAsync", **{**PREFETCH, "devPtr": pointer})
+            assert _core.call("cudaFree", devPtr=pointer) is None
+
+
+class TestResults:
+    def test_one_several_none_and_text(self, bind):
+        bind("12.9/13.0")
+        assert _core.call("cudaRuntimeGetVersion") == 12090
+        assert _core.call("cudaDriverGetVersion") == 13000
+        assert set(_core.call("cudaMemGetInfo")) == {"free", "total"}
+        assert _core.call("cudaDeviceSynchronize") is None
+        assert _core.call("cudaGetErrorName", error=801) == "cudaErrorNotSupported"
+        assert _core.call("cudaGetErrorString", error=801) == "operation not supported"
+
+    def test_a_code_that_is_the_answer_raises_nothing(self, bind):
+        bind("13.0")
+        with pytest.raises(_core.CudaError):
+            _core.call("cudaSetDevice", device=99)
+        assert _core.call("cudaPeekAtLastError") == 0
+
+    def test_struct_as_result(self, bind):
+        bind("13.0")
+        buffer = np.zeros(16, np.uint8)
+        found = _core.call("cudaPointerGetAttributes", ptr=buffer)
+        assert found["type"] == 0 and len(found["reserved"]) == 8
+        device = _core.call("cudaMalloc", size=64)
+        assert _core.call("cudaPointerGetAttributes", ptr=device)["type"] == 2
+        _core.call("cudaFree", devPtr=device)
+
+    def test_none_is_null_and_arrays_are_their_address(self, bind):
+        control = bind("13.0")
+        control.stub()
+        control.record()
+        array = np.zeros(4, np.uint8)
+        _core.call("cudaMemcpyAsync", dst=None, src=array, count=4, stream=None)
+        values = [a["value"] for a in control.calls()[0]["arguments"]]
+        assert values == [0, array.ctypes.data, 4, 4, 0]
+
+    def test_a_struct_behind_a_pointer(self, bind):
+        control = bind("13.0")
+        with emulated.Stream(control) as stream:
+            source, target = np.arange(8, dtype=np.uint8), np.zeros(8, np.uint8)
+            lists = [np.array([a], np.uint64) for a in
+                     (target.ctypes.data, source.ctypes.data, 8, 0)]  # fmt: skip
+            control.record()
+            _core.call(
+                "cudaMemcpyBatchAsync", dsts=lists[0], srcs=lists[1], sizes=lists[2], count=1,
+                attrs={"srcAccessOrder": "cudaMemcpySrcAccessOrderStream", "dstLocHint": (1, 3),
+                       "flags": 1},
+                attrsIdxs=lists[3], numAttrs=1, stream=stream,
+            )  # fmt: skip
+            stream.synchronize()
+        (call,) = control.calls("cudaMemcpyBatchAsync")
+        raw = struct.pack("=i2i2iI", 1, 0, 0, 1, 3, 1).hex()
+        assert call["observed"]["attributes"][0]["bytes"] == raw
+        assert (target == source).all()
+
+
+def refuses(kind, text, function, **arguments):
+    with pytest.raises(kind) as caught:
+        _core.call(function, **arguments)
+    assert str(caught.value) == text
+
+
+class TestRefusals:
+    @pytest.fixture(autouse=True)
+    def bound(self, bind):
+        self.control = bind("13.0")
+        self.control.record()
+        yield
+        # Whatever was refused never reached the library.
+        assert self.control.calls() == []
+
+    def test_unknown_function(self):
+        path = REGISTRY.path
+        refuses(
+            ValueError,
+            f"'cudaMemPrefetchAsinc' is not in {path}; did you mean cudaMemPrefetchAsync?",
+            "cudaMemPrefetchAsinc",
+        )
+        refuses(ValueError, f"'xyz' is not in {path}", "xyz")
+
+    def test_missing_arguments_lists_what_the_variant_needs(self):
+        refuses(
+            TypeError,
+            "cudaMemPrefetchAsync of 13.0 to before 14.0 needs 'size_t count',"
+            " 'struct cudaMemLocation location'; all that it needs: const void *devPtr;"
+            " size_t count; struct cudaMemLocation location; cudaStream_t stream",
+            "cudaMemPrefetchAsync", devPtr=1, dstDevice=0, stream=2,
+        )  # fmt: skip
+
+    def test_unknown_argument(self):
+        refuses(
+            TypeError,
+            "cudaMemPrefetchAsync has no parameter 'dstDevise'; 13.0 to before 14.0 takes:"
+            " devPtr, count, location, flags, stream",
+            "cudaMemPrefetchAsync", **PREFETCH, dstDevise=0,
+        )  # fmt: skip
+        refuses(
+            TypeError, "cudaGetLastError has no parameter 'x'; 11.0 and later takes: nothing",
+            "cudaGetLastError", x=1,
+        )  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("change", "kind", "text"),
+        [
+            ({"count": 1.5}, TypeError, "(count)=1.5 is no integer, which size_t needs"),
+            ({"count": -1}, ValueError, "(count)=-1 does not fit into size_t"),
+            ({"count": 2**64}, ValueError, f"(count)={2**64} does not fit into size_t"),
+            ({"count": "many"}, ValueError,
+             "(count)='many' is no constant of the registry; give its number"),
+            ({"devPtr": -1}, ValueError, "(devPtr)=-1 is no address: it must be in [0, 2**64)"),
+            ({"devPtr": "abc"}, TypeError,
+             "(devPtr)='abc' is no address; give an int, None, an array, a tensor, a stream or an"
+             " event"),
+            ({"location": 3}, TypeError,
+             "(location)=3 is no struct cudaMemLocation; give a dict or a tuple of type, id"),
+            ({"location": (1, 2, 3)}, ValueError,
+             "(location) has 3 values; struct cudaMemLocation has 2: type, id"),
+            ({"location": {"kind": 1}}, ValueError,
+             "(location) has no field 'kind'; struct cudaMemLocation has type, id"),
+            ({"location": (1, 2**31)}, ValueError,
+             f"(location).id={2**31} does not fit into int"),
+            ({"location": {"type": "cudaMemLocationTypeMoon"}}, ValueError,
+             "(location).type='cudaMemLocationTypeMoon' is no constant of the registry; give its"
+             " number"),
+        ],
+    )  # fmt: skip
+    def test_wrong_types_ranges_and_structs(self, change, kind, text):
+        refuses(kind, "cudaMemPrefetchAsync" + text, "cudaMemPrefetchAsync",
+                **{**PREFETCH, **change})  # fmt: skip
+
+    def test_not_bound(self):
+        refuses(
+            _core.BindError,
+            "cudaMemcpyWithAttributesAsync is not bound: 13.0 is older than 13.2",
+            "cudaMemcpyWithAttributesAsync", dst=1, src=1, size=1, attr=None, stream=2,
+        )  # fmt: skip
+
+
+def test_newer_than_every_range_is_not_bound(bind):
+    with pytest.warns(RuntimeWarning, match="newer than every prototype"):
+        bind("14.0")
+    refuses(
+        _core.BindError,
+        "cudaMemAdvise is not bound: 14.0 is newer than every range; the last is 13.0 to before"
+        " 14.0",
+        "cudaMemAdvise", **ADVISE,
+    )  # fmt: skip
