@@ -15,6 +15,7 @@ import datetime
 import gc
 import itertools
 import json
+import math
 import os
 import platform
 import statistics
@@ -93,6 +94,8 @@ EMULATED_BYTES, EMULATED_COPIES = MIB, 2048
 #: Methods that cost microseconds of Python per copy move only so many copies of a cell.
 PYTHON_COPIES = 4096
 MOST_BYTES = 2 * GIB
+#: Rows and columns of the matrices of --compute.
+PRODUCT = 8192
 
 SECTIONS = {
     "sizes": "page sizes, all layers in one call",
@@ -448,8 +451,9 @@ def page_numbers(cell: Cell, rng: np.random.Generator) -> tuple[I64, I64]:
         order = np.arange(total)[::-1]
         # Descending inside each half as well.
         return order[count:].copy(), order[:count].copy()
-    elif cell.order == "runs8" and total % 8 == 0 and count % 8 == 0:
-        order = (rng.permutation(total // 8)[:, None] * 8 + np.arange(8)).ravel()
+    elif cell.order == "runs8":
+        run = math.gcd(8, count)  # shorter ones where the pages are not a multiple of 8
+        order = (rng.permutation(total // run)[:, None] * run + np.arange(run)).ravel()
     else:
         order = rng.permutation(total)
     order = order.astype(np.int64)
@@ -1472,7 +1476,7 @@ def compute(
     device = target()
     if device.type != "cuda":
         raise ValueError("--compute needs a GPU: the runtime in use is the emulated one")
-    size, products = 8192, 16
+    size, products = PRODUCT, 16
     generator = torch.Generator(device).manual_seed(seed)
     left, right = (
         torch.randn((size, size), device=device, generator=generator).to(torch.bfloat16)
