@@ -797,6 +797,9 @@ class TestThreads:
         end = time.perf_counter()
         stop.set()
         thread.join()
+        # The copies are still queued: their memory has to outlive them.
+        on.release()
+        on.synchronize()
         third = (end - start) / 3
         inside = [t for t in ticks if start + third < t < end - third]
         assert inside, f"no other thread ran in the middle of {end - start:.3f} s"
