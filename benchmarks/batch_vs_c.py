@@ -220,9 +220,7 @@ def calls(
                 f"{way:>8} {pages:>4} pages of {width // KIB:>3} KiB {path:>6}"
                 f" {row['us']['median']:>9.2f} {row['beyond_us']:>9.2f}   by {plan.method}"
             )
-            report.add(
-                what="call", direction=way, pages=pages, page_bytes=width, path=path, **row
-            )
+            report.add(what="call", direction=way, pages=pages, page_bytes=width, path=path, **row)
 
 
 def verdict(report: Report) -> None:
