@@ -317,11 +317,12 @@ cdef _fill(object row):
 
 def _select(bound, function):
     """The row of a function: its variant by its own library's version, its address from there."""
-    name, library = function.name, function.library
+    library = function.library
     handle, version = bound.handles.get(library, 0), bound.versions.get(library, 0)
     file = bound.files.get(library, "")
     if not handle:
-        return _Row(function, "no library", f"{bound.registry.libraries[library].soname} is not there")
+        soname = bound.registry.libraries[library].soname
+        return _Row(function, "no library", f"{soname} is not there")
     variant = function.select(version)
     if version <= 0:
         # The version query failed: only what is the same in every release may be called.
