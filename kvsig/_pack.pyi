@@ -9,7 +9,7 @@ from kvsig.geometry import Planes
 
 _Copies = tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64], npt.NDArray[np.uint64]]
 _Piece = (
-    tuple[Literal["strided"], npt.NDArray[np.uint64]] | tuple[Literal["batch", "loop"], _Copies]
+    tuple[Literal["strided", "strided3"], npt.NDArray[np.uint64]] | tuple[Literal["batch", "loop"], _Copies]
 )
 
 CHECK_OK: int
@@ -27,11 +27,14 @@ class Prepared:
         planes: Planes,
         model: CostModel,
         host_seams: npt.NDArray[np.uint64] | None = None,
+        device_seams: npt.NDArray[np.uint64] | None = None,
     ) -> None: ...
     @property
     def model(self) -> CostModel: ...
     @property
     def plane_groups(self) -> list[tuple[int, int]]: ...
+    @property
+    def plane_slices(self) -> list[int]: ...
     def transfer(
         self,
         device_pages: Any,
@@ -41,6 +44,7 @@ class Prepared:
         *,
         batch: bool = True,
     ) -> Transfer: ...
+    def begin(self, device_pages: Any, host_pages: Any, load: bool) -> Transfer | None: ...
     def check(
         self, device_pages: Any, host_pages: Any, direction: str
     ) -> tuple[int, int, int]: ...
@@ -64,4 +68,5 @@ class Transfer(Iterator[_Piece]):
     def predicted_us(self) -> float: ...
     @property
     def submit_us(self) -> float: ...
+    def decide(self, method: str, batch: bool) -> None: ...
     def __next__(self) -> _Piece: ...

@@ -14,12 +14,16 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memmove, memset
 
+from bisect import bisect_right
+
 import numpy as np
 
 # cudaDevAttrMaxPitch of every device so far: a strided copy takes no longer pitch.
 cdef uint64_t LONGEST_PITCH = 0x7FFFFFFF
 # Forced strided copies of one row need a pitch as well, so wider rows are cut.
 cdef uint64_t LONGEST_LINE = 0x40000000
+# A smaller number of copies per batch call must promise this much to be taken.
+cdef double SMALLER_CALLS = 0.97
 # Runs are cut here, so that one run never fills a buffer without bound.
 cdef Py_ssize_t LONGEST_RUN = 1 << 16
 # Below this many copies the loops take less time than giving the GIL away and back.
@@ -37,7 +41,7 @@ cdef Py_ssize_t FEW = 24
 
 cdef enum Form:
     PLAIN = 0       # a plain copy per plane
-    STACK = 1       # a strided copy whose rows are the planes of a group
+    STACK = 1       # a strided copy whose rows are the planes of a group, slice by slice
     LINES = 2       # a strided copy of one row per plane (only where strided is forced)
 
 cdef enum:
@@ -83,33 +87,40 @@ cdef struct Costs:
 
 
 cdef struct Kind:
-    # Groups that cost the same: planes, bytes of a page, and whether runs merge.
-    Py_ssize_t planes
+    # Groups that cost the same.
+    Py_ssize_t planes, depth
     uint64_t width
-    bint merges
-    bint rows
+    bint merges             # neighbouring pages are one wider page
+    bint rows               # a run of pages can be the rows of a strided copy
+    bint slabs              # and the planes of a slice its slices
     Py_ssize_t groups
 
 
 cdef struct Group:
-    Py_ssize_t first, planes, kind
+    # Planes are in order of slices; a slice is `planes // depth` evenly spaced planes.
+    Py_ssize_t first, planes, depth, kind
     uint64_t width
     uint64_t device_pitch, host_pitch       # from page to page
-    uint64_t device_step, host_step         # from plane to plane
+    uint64_t device_step, host_step         # from plane to plane of a slice
+    uint64_t device_rows, host_rows         # from slice to slice, in such steps
+    bint seamed                             # some copy of it may meet a seam
 
 
 cdef struct Choice:
     Form form               # of a page that is in no run
     int64_t shortest        # pages from which a run of a plane is a strided copy
+    int64_t slab            # pages from which a run of a slice is one
 
 
 cdef struct Layout:
     # What a transfer reads of a `Prepared`, in one place, so that no object is touched
     # without the GIL. Sides: 0 is load, 1 is offload.
-    Py_ssize_t planes_in, planes, groups, kinds, sizes, seams
+    Py_ssize_t planes_in, planes, groups, kinds, sizes
     uint64_t *device_base
     uint64_t *host_base
-    uint64_t *seam
+    uint64_t *device_seam
+    uint64_t *host_seam
+    Py_ssize_t device_seams, host_seams
     Group *group
     Kind *kind
     Choice *choice                  # [side][mode][kind], see choice_of
@@ -175,11 +186,18 @@ cdef Form form_of(const Costs *c, const Kind *kind, int mode, double size) noexc
     return PLAIN
 
 
+cdef inline int64_t shortest_run(double calls, double gain) noexcept nogil:
+    # Pages at which a run saves more than the calls that it takes.
+    if gain <= 0 or calls / gain >= 1e9:
+        return 0x7FFFFFFFFFFFFFFF
+    return <int64_t>larger(2, <double>(<int64_t>(calls / gain) + 1))
+
+
 cdef Choice choose(const Costs *c, const Kind *kind, int mode) noexcept nogil:
     cdef Choice choice
     cdef double page, gain
     choice.form = form_of(c, kind, mode, <double>kind.width)
-    choice.shortest = 0x7FFFFFFFFFFFFFFF
+    choice.shortest = choice.slab = 0x7FFFFFFFFFFFFFFF
     if not kind.rows or mode == BATCH or mode == LOOP:
         return choice
     if choice.form == PLAIN:
@@ -189,10 +207,9 @@ cdef Choice choose(const Costs *c, const Kind *kind, int mode) noexcept nogil:
     else:
         page = kind.planes * strided_cost(c, 1, <double>kind.width)
     gain = page - kind.planes * (c.strided_row + kind.width * c.byte)
-    if gain > 0 and kind.planes * c.strided_engine / gain < 1e9:
-        choice.shortest = <int64_t>(kind.planes * c.strided_engine / gain) + 1
-        if choice.shortest < 2:
-            choice.shortest = 2
+    choice.shortest = shortest_run(kind.planes * c.strided_engine, gain)
+    if kind.slabs:
+        choice.slab = shortest_run(kind.depth * c.strided_engine, gain)
     return choice
 
 
@@ -214,9 +231,9 @@ cdef void count_page(Tally *t, const Costs *c, const Kind *kind, int mode, Form 
         t.engine += many * (c.strided_engine + c.strided_row + size * c.byte)
 
 
-cdef void count_rows(Tally *t, const Costs *c, const Kind *kind, double runs,
-                     double pages) noexcept nogil:
-    cdef double many = runs * kind.groups * kind.planes
+cdef void count_rows(Tally *t, const Costs *c, const Kind *kind, double runs, double pages,
+                     bint slabs) noexcept nogil:
+    cdef double many = runs * kind.groups * (kind.depth if slabs else kind.planes)
     t.strided += many
     t.submit += many * c.strided_submit
     t.engine += many * c.strided_engine
@@ -282,13 +299,14 @@ cdef inline int bucket_of(Py_ssize_t pages) noexcept nogil:
 cdef class Workspace:
     # Buffers of one transfer at a time. They are NumPy arrays, so that a piece that a caller
     # keeps stays valid memory when a buffer grows.
-    cdef object dsts, srcs, sizes, ops, marks
+    cdef object dsts, srcs, sizes, ops, cubes, marks
     cdef uint64_t *dst
     cdef uint64_t *src
     cdef uint64_t *size
     cdef uint64_t *op
+    cdef uint64_t *cube
     cdef uint32_t *mark
-    cdef Py_ssize_t copies, copy_room, strided, strided_room, mark_room
+    cdef Py_ssize_t copies, copy_room, strided, strided_room, cubic, cubic_room, mark_room
     cdef uint32_t epoch
     # runs of the block at hand: lowest page on each side, pages, and distance of pages
     cdef int64_t *run_device
@@ -306,7 +324,8 @@ cdef class Workspace:
         self.run_pages = self.run_host + BLOCK_RUNS
         self.run_device_step = self.run_pages + BLOCK_RUNS
         self.run_host_step = self.run_device_step + BLOCK_RUNS
-        self.copies = self.copy_room = self.strided = self.strided_room = self.mark_room = 0
+        self.copies = self.copy_room = self.strided = self.strided_room = 0
+        self.cubic = self.cubic_room = self.mark_room = 0
         self.grow_copies(256)
         self.grow_strided(64)
 
@@ -347,6 +366,20 @@ cdef class Workspace:
         self.strided_room = room
         return 0
 
+    cdef int grow_cubes(self, Py_ssize_t more) except -1 with gil:
+        cdef uint64_t[:, ::1] view
+        cdef Py_ssize_t room = self.cubic + more
+        if room < 2 * self.cubic_room:
+            room = 2 * self.cubic_room
+        cubes = np.empty((room, 9), np.uint64)
+        if self.cubic:
+            cubes[: self.cubic] = self.cubes[: self.cubic]
+        view = cubes
+        self.cube = &view[0, 0]
+        self.cubes = cubes
+        self.cubic_room = room
+        return 0
+
     cdef int grow_marks(self, Py_ssize_t pages) except -1:
         cdef uint32_t[::1] view
         if pages > self.mark_room:
@@ -377,6 +410,8 @@ cdef int keep_workspace(Workspace workspace) except -1:
 
 cdef int get_pages(object pages, Py_buffer *view) except -1:
     # 0: a contiguous one-dimensional int64 array is in view; 1: it is something else.
+    if pages is None:
+        return 1
     try:
         PyObject_GetBuffer(pages, view, PyBUF_ND | PyBUF_FORMAT)
     except (TypeError, BufferError, ValueError):
@@ -419,6 +454,54 @@ cdef inline bint offloads(object direction) except? -1:
     raise ValueError(f"direction is {direction!r}: it is 'offload' or 'load'")
 
 
+cdef object sorted_seams(object seams):
+    return np.unique(np.asarray(() if seams is None else seams, dtype=np.uint64))
+
+
+cdef uint64_t *seam_array(const uint64_t[::1] seams, Py_ssize_t *count) except? NULL:
+    cdef Py_ssize_t i
+    cdef uint64_t *array
+    if seams.shape[0] == 0:
+        return NULL
+    array = <uint64_t *>malloc(seams.shape[0] * sizeof(uint64_t))
+    if array == NULL:
+        raise MemoryError("no memory for the seams")
+    for i in range(seams.shape[0]):
+        array[i] = seams[i]
+    count[0] = seams.shape[0]
+    return array
+
+
+class Apart:
+    # What seams keep apart, whatever the page numbers are. Planes are rows of `Prepared`.
+
+    def __init__(self, device, host, device_pages, host_pages):
+        self.sides = ((0, device, device_pages - 1), (1, host, host_pages - 1))
+
+    def always(self, low, high):
+        # A seam that lies between the two planes at every page.
+        return any(
+            self._within(seams, low[side] + last * low[2 + side], high[side] + high[4])
+            for side, seams, last in self.sides
+        )
+
+    def anywhere(self, members):
+        # A seam that some page, or some run of pages, may meet.
+        return any(
+            self._within(
+                seams,
+                min(row[side] for row in members),
+                max(row[side] + last * row[2 + side] + row[4] for row in members),
+            )
+            for side, seams, last in self.sides
+        )
+
+    @staticmethod
+    def _within(seams, start, end):
+        index = bisect_right(seams, start)
+        return index < len(seams) and seams[index] < end
+
+
 cdef class Prepared:
     """A geometry with everything worked out that does not depend on page numbers.
 
@@ -428,9 +511,9 @@ cdef class Prepared:
         Places of every layer's K and V on both sides.
     model : CostModel
         What each way of copying costs, in microseconds.
-    host_seams : ndarray of uint64, optional
-        Sorted host addresses that no single copy may cross: where blocks of host memory
-        that were registered one by one meet.
+    host_seams, device_seams : ndarray of uint64, optional
+        Addresses that no single copy may have on both sides of it: where an allocation, or
+        a block of host memory that was registered by itself, begins or ends.
 
     Notes
     -----
@@ -441,13 +524,12 @@ cdef class Prepared:
     cdef readonly object model
     """The cost model that it was made with."""
 
-    def __cinit__(self, planes, model, host_seams=None):
+    def __cinit__(self, planes, model, host_seams=None, device_seams=None):
         cdef const uint64_t[::1] device_base = planes.device_base
         cdef const uint64_t[::1] device_pitch = planes.device_pitch
         cdef const uint64_t[::1] host_base = planes.host_base
         cdef const uint64_t[::1] host_pitch = planes.host_pitch
         cdef const uint64_t[::1] width = planes.width
-        cdef const uint64_t[::1] seams
         cdef Py_ssize_t i, n = width.shape[0]
         if not (
             device_base.shape[0] == device_pitch.shape[0] == host_base.shape[0]
@@ -459,20 +541,15 @@ cdef class Prepared:
         self.at.host_pages = planes.host_pages
         read_costs(&self.at.cost[0], model.load)
         read_costs(&self.at.cost[1], model.offload)
-        sizes = [int(size) for size in model.batch_sizes][:8]
+        sizes = sorted({int(size) for size in model.batch_sizes})[:8]
         if not sizes or min(sizes) < 1:
             raise ValueError(f"batch_sizes is {model.batch_sizes!r}: needs positive sizes")
         self.at.sizes = len(sizes)
         for i in range(self.at.sizes):
             self.at.batch_size[i] = sizes[i]
-        if host_seams is not None and len(host_seams):
-            seams = np.unique(np.asarray(host_seams, dtype=np.uint64))
-            self.at.seam = <uint64_t *>malloc(seams.shape[0] * sizeof(uint64_t))
-            if self.at.seam == NULL:
-                raise MemoryError("no memory for the seams")
-            for i in range(seams.shape[0]):
-                self.at.seam[i] = seams[i]
-            self.at.seams = seams.shape[0]
+        near, far = sorted_seams(device_seams), sorted_seams(host_seams)
+        self.at.device_seam = seam_array(near, &self.at.device_seams)
+        self.at.host_seam = seam_array(far, &self.at.host_seams)
         self.at.planes_in = n
         for i in range(n):
             self.at.page_bytes += width[i]
@@ -482,11 +559,12 @@ cdef class Prepared:
         ])
         # K of each layer in turn is the usual order of one array; a list of tensors may lie
         # in memory in any order.
-        order = self._split(table)
-        other = self._split(sorted(table))
+        apart = Apart(near, far, self.at.device_pages, self.at.host_pages)
+        order = self._stack(self._split(table, apart), apart)
+        other = self._stack(self._split(sorted(table), apart), apart)
         if len(other) < len(order):
             order = other
-        self._store(order)
+        self._store(order, apart)
 
     def __dealloc__(self):
         free(self.at.device_base)
@@ -494,7 +572,8 @@ cdef class Prepared:
         free(self.at.group)
         free(self.at.kind)
         free(self.at.choice)
-        free(self.at.seam)
+        free(self.at.device_seam)
+        free(self.at.host_seam)
 
     @staticmethod
     def _fuse(list table):
@@ -514,7 +593,7 @@ cdef class Prepared:
         return result
 
     @staticmethod
-    def _split(list table):
+    def _split(list table, apart):
         # The fewest groups of planes, each evenly spaced on both sides in the same sense,
         # so that its planes can be the rows of a strided copy.
         groups = []
@@ -529,6 +608,8 @@ cdef class Prepared:
                     break
                 if (found[0] > 0) != (found[1] > 0):
                     break
+                if apart.always(last, row):
+                    break
                 if not all(row[4] <= abs(step) <= LONGEST_PITCH for step in found):
                     break
                 steps = found
@@ -537,13 +618,48 @@ cdef class Prepared:
             groups.append(members if steps is None or steps[0] > 0 else members[::-1])
         return groups
 
-    def _store(self, list groups):
+    @staticmethod
+    def _stack(list groups, apart):
+        # Groups that are alike become the slices of one, where their distance is a whole
+        # number of its steps on both sides: K and V of all layers, mostly.
+        found = []
+        at = 0
+        while at < len(groups):
+            slices = [groups[at]]
+            distance = None
+            for members in groups[at + 1:]:
+                last = slices[len(slices) - 1]
+                if len(members) != len(last) or len(last) < 2 or members[0][2:] != last[0][2:]:
+                    break
+                step = [last[1][side] - last[0][side] for side in range(2)]
+                if step != [members[1][side] - members[0][side] for side in range(2)]:
+                    break
+                way = [members[0][side] - last[0][side] for side in range(2)]
+                if distance is not None and way != distance:
+                    break
+                if (way[0] > 0) != (way[1] > 0):
+                    break
+                if any(
+                    abs(way[side]) % step[side] or abs(way[side]) < len(last) * step[side]
+                    for side in range(2)
+                ):
+                    break
+                low, high = (last, members) if way[0] > 0 else (members, last)
+                if apart.always(low[0], high[len(high) - 1]):
+                    break
+                distance = way
+                slices.append(members)
+            at += len(slices)
+            found.append(slices if distance is None or distance[0] > 0 else slices[::-1])
+        return found
+
+    def _store(self, list groups, apart):
         cdef Py_ssize_t g, k, at = 0, mode, side
         cdef Group *group
         cdef Kind *kind
         cdef Choice *choice
         self.at.groups = len(groups)
-        self.at.planes = sum(len(members) for members in groups)
+        self.at.planes = sum(len(slices) * len(slices[0]) for slices in groups)
         # calloc of one more: an empty geometry is no error here
         self.at.device_base = <uint64_t *>calloc(self.at.planes + 1, sizeof(uint64_t))
         self.at.host_base = <uint64_t *>calloc(self.at.planes + 1, sizeof(uint64_t))
@@ -556,25 +672,36 @@ cdef class Prepared:
         ):
             raise MemoryError("no memory for the planes")
         kinds = {}
-        for g, members in enumerate(groups):
+        for g, slices in enumerate(groups):
             group = &self.at.group[g]
+            members = [row for part in slices for row in part]
             group.first = at
             group.planes = len(members)
+            group.depth = len(slices)
             _, _, group.device_pitch, group.host_pitch, group.width = members[0]
-            if group.planes > 1:
+            if len(slices[0]) > 1:
                 group.device_step = members[1][0] - members[0][0]
                 group.host_step = members[1][1] - members[0][1]
+            if group.depth > 1:
+                group.device_rows = (slices[1][0][0] - slices[0][0][0]) // group.device_step
+                group.host_rows = (slices[1][0][1] - slices[0][0][1]) // group.host_step
             for device, host, _, _, _ in members:
                 self.at.device_base[at] = device
                 self.at.host_base[at] = host
                 at += 1
+            group.seamed = apart.anywhere(members)
             merges = group.width == group.device_pitch == group.host_pitch
             rows = group.device_pitch >= group.width and group.host_pitch >= group.width
-            key = (group.planes, group.width, merges, rows)
+            slabs = (
+                rows and len(slices[0]) > 1
+                and group.device_step % group.device_pitch == 0
+                and group.host_step % group.host_pitch == 0
+            )
+            key = (group.planes, group.depth, group.width, merges, rows, slabs)
             k = kinds.setdefault(key, len(kinds))
             group.kind = k
             kind = &self.at.kind[k]
-            kind.planes, kind.width, kind.merges, kind.rows = key
+            kind.planes, kind.depth, kind.width, kind.merges, kind.rows, kind.slabs = key
             kind.groups += 1
             self.at.any_merges = self.at.any_merges or merges
         self.at.kinds = len(kinds)
@@ -592,6 +719,11 @@ cdef class Prepared:
     def plane_groups(self):
         """Bytes of a page and number of planes of each group that moves together."""
         return [(self.at.group[g].width, self.at.group[g].planes) for g in range(self.at.groups)]
+
+    @property
+    def plane_slices(self):
+        """Number of slices of each group; its planes are shared out among them."""
+        return [self.at.group[g].depth for g in range(self.at.groups)]
 
     def transfer(self, device_pages, host_pages, direction, method="auto", *, batch=True):
         """Plan one transfer; nothing is packed before its pieces are asked for.
@@ -619,17 +751,55 @@ cdef class Prepared:
         """
         cdef Transfer t = Transfer.__new__(Transfer)
         cdef bint up = offloads(direction)
-        if get_pages(device_pages, &t.device_view):
-            raise ValueError("device_pages must be a one-dimensional contiguous int64 array")
-        t.views = 1
-        if get_pages(host_pages, &t.host_view):
-            raise ValueError("host_pages must be a one-dimensional contiguous int64 array")
-        t.views = 2
+        cdef int wrong = self.view(t, device_pages, host_pages)
+        if wrong:
+            side = "device" if wrong == 1 else "host"
+            raise ValueError(f"{side}_pages must be a one-dimensional contiguous int64 array")
         if t.device_view.shape[0] != t.host_view.shape[0]:
             raise ValueError(
                 f"device_pages has {t.device_view.shape[0]} pages and host_pages has "
                 f"{t.host_view.shape[0]}: they go together one to one"
             )
+        self.start(t, up)
+        t.decide(method, batch)
+        return t
+
+    def begin(self, device_pages, host_pages, bint load):
+        """Check page numbers and view them for a transfer, in one step.
+
+        Parameters
+        ----------
+        device_pages, host_pages : ndarray of int64
+            Page numbers, one to one.
+        load : bool
+            From the host to the device; otherwise back.
+
+        Returns
+        -------
+        Transfer or None
+            To be asked by `decide` how to move them, before its pieces are; None where
+            `check` finds anything wrong.
+        """
+        cdef Transfer t = Transfer.__new__(Transfer)
+        cdef Py_ssize_t position, other
+        if self.view(t, device_pages, host_pages):
+            return None
+        if self.verdict(&t.device_view, &t.host_view, not load, &position, &other) != FINE:
+            return None
+        self.start(t, not load)
+        return t
+
+    cdef int view(self, Transfer t, object device_pages, object host_pages) except -1:
+        # 1 or 2 where the pages of the device or of the host are no page numbers.
+        if get_pages(device_pages, &t.device_view):
+            return 1
+        t.views = 1
+        if get_pages(host_pages, &t.host_view):
+            return 2
+        t.views = 2
+        return 0
+
+    cdef int start(self, Transfer t, bint up) except -1:
         t.prepared = self
         t.p = &self.at
         t.side = 1 if up else 0
@@ -637,8 +807,9 @@ cdef class Prepared:
         t.scan.device = <const int64_t *>t.device_view.buf
         t.scan.host = <const int64_t *>t.host_view.buf
         t.scan.count = t.device_view.shape[0]
-        t.choose(method, batch)
-        return t
+        # Nothing comes out before `decide`.
+        t.ended = True
+        return 0
 
     def check(self, device_pages, host_pages, direction):
         """Look over the page numbers of a transfer, cheaply and without raising.
@@ -662,14 +833,8 @@ cdef class Prepared:
             For a repeated destination its first position, otherwise -1.
         """
         cdef Py_buffer device, host
-        cdef Workspace workspace = None
-        cdef const int64_t *d
-        cdef const int64_t *h
-        cdef const int64_t *to
-        cdef Py_ssize_t n, i, j, first = -1, other = -1
-        cdef int64_t pages
-        cdef Verdict verdict = FINE
-        cdef uint32_t epoch
+        cdef Py_ssize_t position = -1, other = -1
+        cdef int found
         cdef bint up = offloads(direction)
         if get_pages(device_pages, &device):
             return NOT_PAGES, -1, -1
@@ -677,52 +842,61 @@ cdef class Prepared:
             PyBuffer_Release(&device)
             return NOT_PAGES, -1, -1
         try:
-            n = device.shape[0]
-            if host.shape[0] != n:
-                return LENGTHS, -1, -1
-            d = <const int64_t *>device.buf
-            h = <const int64_t *>host.buf
-            to = h if up else d
-            pages = self.at.host_pages if up else self.at.device_pages
-            if n <= FEW:
-                first = out_of_range(d, h, n, self.at.device_pages, self.at.host_pages)
-                if first < 0:
-                    for i in range(1, n):
-                        for j in range(i):
-                            if to[i] == to[j]:
-                                return REPEATED, i, j
-            else:
-                with nogil:
-                    first = out_of_range(d, h, n, self.at.device_pages, self.at.host_pages)
-            if first >= 0:
-                verdict = (
-                    DEVICE_RANGE if d[first] < 0 or d[first] >= self.at.device_pages
-                    else HOST_RANGE
-                )
-                return verdict, first, -1
-            if n <= FEW:
-                return FINE, -1, -1
-            workspace = take_workspace()
-            workspace.grow_marks(pages)
-            workspace.epoch += 1
-            if workspace.epoch == 0:
-                memset(workspace.mark, 0, workspace.mark_room * sizeof(uint32_t))
-                workspace.epoch = 1
-            epoch = workspace.epoch
-            with nogil:
-                first = first_repeated(to, n, workspace.mark, epoch)
-                if first >= 0:
-                    for i in range(first):
-                        if to[i] == to[first]:
-                            other = i
-                            break
-            keep_workspace(workspace)
-            if first >= 0:
-                return REPEATED, first, other
-            return FINE, -1, -1
+            found = self.verdict(&device, &host, up, &position, &other)
         finally:
             PyBuffer_Release(&device)
             PyBuffer_Release(&host)
+        return found, position, other
+
+    cdef int verdict(self, const Py_buffer *device, const Py_buffer *host, bint up,
+                     Py_ssize_t *position, Py_ssize_t *other) except -1:
+        cdef Workspace workspace
+        cdef const int64_t *d = <const int64_t *>device.buf
+        cdef const int64_t *h = <const int64_t *>host.buf
+        cdef const int64_t *to = h if up else d
+        cdef Py_ssize_t n = device.shape[0], i, j, first = -1
+        cdef int64_t pages = self.at.host_pages if up else self.at.device_pages
+        cdef uint32_t epoch
+        position[0] = other[0] = -1
+        if host.shape[0] != n:
+            return LENGTHS
+        if n <= FEW:
+            first = out_of_range(d, h, n, self.at.device_pages, self.at.host_pages)
+            if first < 0:
+                for i in range(1, n):
+                    for j in range(i):
+                        if to[i] == to[j]:
+                            position[0], other[0] = i, j
+                            return REPEATED
+        else:
+            with nogil:
+                first = out_of_range(d, h, n, self.at.device_pages, self.at.host_pages)
+        if first >= 0:
+            position[0] = first
+            if d[first] < 0 or d[first] >= self.at.device_pages:
+                return DEVICE_RANGE
+            return HOST_RANGE
+        if n <= FEW:
+            return FINE
+        workspace = take_workspace()
+        workspace.grow_marks(pages)
+        workspace.epoch += 1
+        if workspace.epoch == 0:
+            memset(workspace.mark, 0, workspace.mark_room * sizeof(uint32_t))
+            workspace.epoch = 1
+        epoch = workspace.epoch
+        with nogil:
+            first = first_repeated(to, n, workspace.mark, epoch)
+            if first >= 0:
+                for i in range(first):
+                    if to[i] == to[first]:
+                        other[0] = i
+                        break
+        keep_workspace(workspace)
+        if first < 0:
+            return FINE
+        position[0] = first
+        return REPEATED
 
 
 cdef Py_ssize_t out_of_range(const int64_t *d, const int64_t *h, Py_ssize_t n,
@@ -749,8 +923,9 @@ cdef class Transfer:
     """One planned transfer, and an iterator over its packed pieces.
 
     Each piece is ``("strided", ops)`` with ``ops`` of shape (m, 6) and type uint64 (dst,
-    dpitch, src, spitch, width, height), or ``("batch" | "loop", (dsts, srcs, sizes))``.
-    The arrays are buffers that the next piece overwrites: use them before asking for it.
+    dpitch, src, spitch, width, height), ``("strided3", ops)`` with shape (m, 9) (dst, dpitch,
+    drows, src, spitch, srows, width, height, depth; drows and srows are the rows from one
+    slice to the next), or ``("batch" | "loop", (dsts, srcs, sizes))``. The arrays are buffers that the next piece overwrites: use them before asking for it.
     Strided copies come before the plain ones of the same pages, because the copy engine can
     work on them while the host still submits the others.
     """
@@ -763,7 +938,7 @@ cdef class Transfer:
     cdef Scan scan
     cdef Py_ssize_t side, piece, given
     cdef int mode
-    cdef bint plain_waits, ended
+    cdef bint cubes_wait, plain_waits, ended
     cdef double time[MODES]
     cdef Py_ssize_t size_of[MODES]
     cdef Tally tally[MODES]
@@ -826,7 +1001,21 @@ cdef class Transfer:
             found[METHODS[m]] = self.time[m]
         return found
 
-    cdef int choose(self, object method, bint batch) except -1:
+    def decide(self, method, bint batch):
+        """Choose how to move the pages; again, before the first piece, to choose anew.
+
+        Parameters
+        ----------
+        method : {"auto", "batch", "strided", "loop"}
+            ``"auto"`` takes the least predicted time, the others force a method.
+        batch : bool
+            Whether the batch call can be used now; without it ``"auto"`` plans around it.
+
+        Raises
+        ------
+        ValueError
+            If the method is unknown.
+        """
         cdef bint wanted[MODES]
         cdef Py_ssize_t m, best = -1
         for m in range(MODES):
@@ -860,10 +1049,10 @@ cdef class Transfer:
                 best = BATCH if best == STRIDED_BATCH else LOOP
         self.mode = <int>best
         self.batch_size = self.size_of[best]
-        self.begin()
-        return 0
+        self.rewind()
+        self.ended = False
 
-    cdef void begin(self) noexcept nogil:
+    cdef void rewind(self) noexcept nogil:
         # Keep together only the runs that some group makes use of.
         cdef Py_ssize_t k
         cdef Choice *choice
@@ -872,6 +1061,8 @@ cdef class Transfer:
             choice = choice_of(self.p, self.side, self.mode, k)
             if choice.shortest < shortest:
                 shortest = choice.shortest
+            if choice.slab < shortest:
+                shortest = choice.slab
         self.scan.at = self.scan.known = 0
         self.scan.unit = 2 if self.p.any_merges else shortest
         # Steps of one pair occur by chance among random pages.
@@ -931,8 +1122,10 @@ cdef class Transfer:
                                 form_of(c, kind, <int>m, length * kind.width),
                                 runs[unit][q], length * kind.width,
                             )
+                        elif unit and length >= choice.slab:
+                            count_rows(t, c, kind, runs[unit][q], pages[unit][q], True)
                         elif length >= choice.shortest:
-                            count_rows(t, c, kind, runs[unit][q], pages[unit][q])
+                            count_rows(t, c, kind, runs[unit][q], pages[unit][q], False)
                         else:
                             count_page(
                                 t, c, kind, <int>m, choice.form, pages[unit][q],
@@ -947,7 +1140,8 @@ cdef class Transfer:
         cdef double calls, submit, engine, time, low
         cdef double best_submit = 0, best_engine = 0
         cdef Py_ssize_t i
-        for i in range(self.p.sizes):
+        # Longest calls first: shorter ones cost the host more, and it may be a slow one.
+        for i in range(self.p.sizes - 1, -1, -1):
             calls = calls_of(t.copies, mode, self.p.batch_size[i])
             submit, engine = t.submit, t.engine
             if mode == BATCH or mode == STRIDED_BATCH:
@@ -957,7 +1151,7 @@ cdef class Transfer:
             time = larger(submit, engine) + c.latency
             if calls + t.strided > 0:
                 time += low / (calls + t.strided)
-            if time < self.time[mode]:
+            if time < self.time[mode] * SMALLER_CALLS:
                 self.time[mode] = time
                 self.size_of[mode] = self.p.batch_size[i]
                 best_submit = submit
@@ -977,21 +1171,27 @@ cdef class Transfer:
             self.workspace.copies = 0
         w = self.workspace
         self.settle(w)
+        if self.cubes_wait:
+            self.cubes_wait = False
+            return "strided3", w.cubes[: w.cubic]
         if self.plain_waits:
             self.plain_waits = False
             piece = self._plain(w)
             if piece is not None:
                 return piece
         while self.scan.at < self.scan.count:
-            w.strided = 0
+            w.strided = w.cubic = 0
             if self.scan.count * self.p.weight[self.side][self.mode] < KEEP_GIL:
                 self.fill(w)
             else:
                 with nogil:
                     self.fill(w)
             self.piece = DEFAULT_PIECE
-            if w.strided:
+            if w.strided or w.cubic:
                 self.plain_waits = w.copies > 0
+                if not w.strided:
+                    return "strided3", w.cubes[: w.cubic]
+                self.cubes_wait = w.cubic > 0
                 return "strided", w.ops[: w.strided]
             piece = self._plain(w)
             if piece is not None:
@@ -1083,7 +1283,7 @@ cdef class Transfer:
         for j in range(p.groups):
             g = &p.group[j]
             form = choice_of(p, self.side, self.mode, g.kind).form
-            if p.seams or (form == LINES and g.width > LONGEST_LINE):
+            if g.seamed or (form == LINES and g.width > LONGEST_LINE):
                 for i in range(n):
                     self.put(w, g, form, device[i], host[i], g.width)
                 continue
@@ -1101,6 +1301,17 @@ cdef class Transfer:
                         to[i] = host_base + <uint64_t>host[i] * host_pitch
                         size[i] = width
                     w.copies += n
+                continue
+            if form == STACK and g.depth > 1:
+                if w.cubic + n > w.cubic_room:
+                    w.grow_cubes(n)
+                device_base, host_base = p.device_base[g.first], p.host_base[g.first]
+                for i in range(n):
+                    self.push_cube(
+                        w, device_base + <uint64_t>device[i] * device_pitch, g.device_step,
+                        g.device_rows, host_base + <uint64_t>host[i] * host_pitch, g.host_step,
+                        g.host_rows, width, g.planes // g.depth, g.depth,
+                    )
                 continue
             if w.strided + n * g.planes > w.strided_room:
                 w.grow_strided(n * g.planes)
@@ -1150,13 +1361,19 @@ cdef class Transfer:
                     )
                     continue
                 if (
+                    <int64_t>pages >= choice.slab
+                    and self.put_slabs(w, g, w.run_device[i], device_step, w.run_host[i],
+                                       host_step, pages)
+                ):
+                    continue
+                if (
                     <int64_t>pages >= choice.shortest
                     and device_step <= LONGEST_PITCH // g.device_pitch
                     and host_step <= LONGEST_PITCH // g.host_pitch
                 ):
                     for q in range(g.first, g.first + g.planes):
                         self.put_rows(
-                            w,
+                            w, g.seamed,
                             p.device_base[q] + w.run_device[i] * g.device_pitch,
                             device_step * g.device_pitch,
                             p.host_base[q] + w.run_host[i] * g.host_pitch,
@@ -1177,36 +1394,83 @@ cdef class Transfer:
         cdef const Layout *p = self.p
         cdef uint64_t device_at = <uint64_t>device * g.device_pitch
         cdef uint64_t host_at = <uint64_t>host * g.host_pitch
-        cdef Py_ssize_t q
+        cdef Py_ssize_t q, part, each = g.planes // g.depth
         if form == STACK and size <= g.device_step and size <= g.host_step:
-            return self.put_rows(
-                w, p.device_base[g.first] + device_at, g.device_step,
-                p.host_base[g.first] + host_at, g.host_step, size, g.planes,
-            )
+            if g.depth > 1 and not self.meets_seam(
+                g, p.device_base[g.first] + device_at, p.host_base[g.first] + host_at,
+                (g.depth - 1) * g.device_rows * g.device_step + (each - 1) * g.device_step + size,
+                (g.depth - 1) * g.host_rows * g.host_step + (each - 1) * g.host_step + size,
+            ):
+                return self.push_cube(
+                    w, p.device_base[g.first] + device_at, g.device_step, g.device_rows,
+                    p.host_base[g.first] + host_at, g.host_step, g.host_rows, size, each, g.depth,
+                )
+            for part in range(g.depth):
+                q = g.first + part * each
+                self.put_rows(
+                    w, g.seamed, p.device_base[q] + device_at, g.device_step,
+                    p.host_base[q] + host_at, g.host_step, size, each,
+                )
+            return 0
         for q in range(g.first, g.first + g.planes):
-            self.put_copy(w, p.device_base[q] + device_at, p.host_base[q] + host_at, size)
+            self.put_copy(w, g.seamed, p.device_base[q] + device_at, p.host_base[q] + host_at, size)
         return 0
 
-    cdef uint64_t seam_after(self, uint64_t address) noexcept nogil:
-        # The first seam above an address.
+    cdef int put_slabs(self, Workspace w, const Group *g, int64_t device, uint64_t device_step,
+                       int64_t host, uint64_t host_step, uint64_t pages) except -1 nogil:
+        # A run of pages: the pages are the rows, and the planes of a slice the slices. 1 if it
+        # was put, 0 if it cannot be.
         cdef const Layout *p = self.p
-        cdef Py_ssize_t low = 0, high = p.seams, middle
-        while low < high:
-            middle = (low + high) >> 1
-            if p.seam[middle] > address:
-                high = middle
-            else:
-                low = middle + 1
-        return p.seam[low] if low < p.seams else <uint64_t>-1
+        cdef uint64_t device_pitch, host_pitch, device_rows, host_rows, each = g.planes // g.depth
+        cdef Py_ssize_t q, part
+        if device_step > LONGEST_PITCH // g.device_pitch:
+            return 0
+        if host_step > LONGEST_PITCH // g.host_pitch:
+            return 0
+        device_pitch = device_step * g.device_pitch
+        host_pitch = host_step * g.host_pitch
+        device_rows = g.device_step // device_pitch
+        host_rows = g.host_step // host_pitch
+        if (
+            g.device_step % device_pitch or g.host_step % host_pitch
+            or device_rows < pages or host_rows < pages
+        ):
+            return 0
+        for part in range(g.depth):
+            q = g.first + part * each
+            if self.meets_seam(
+                g, p.device_base[q] + device * g.device_pitch, p.host_base[q] + host * g.host_pitch,
+                (each - 1) * g.device_step + (pages - 1) * device_pitch + g.width,
+                (each - 1) * g.host_step + (pages - 1) * host_pitch + g.width,
+            ):
+                return 0
+        for part in range(g.depth):
+            q = g.first + part * each
+            self.push_cube(
+                w, p.device_base[q] + device * g.device_pitch, device_pitch, device_rows,
+                p.host_base[q] + host * g.host_pitch, host_pitch, host_rows, g.width, pages, each,
+            )
+        return 1
 
-    cdef int put_copy(self, Workspace w, uint64_t device, uint64_t host,
+    cdef bint meets_seam(self, const Group *g, uint64_t device, uint64_t host,
+                         uint64_t device_extent, uint64_t host_extent) noexcept nogil:
+        return g.seamed and (
+            seam_after(self.p.device_seam, self.p.device_seams, device) - device < device_extent
+            or seam_after(self.p.host_seam, self.p.host_seams, host) - host < host_extent
+        )
+
+    cdef int put_copy(self, Workspace w, bint seamed, uint64_t device, uint64_t host,
                       uint64_t size) except -1 nogil:
-        cdef uint64_t part
+        cdef uint64_t part, room
         while size:
             part = size
-            if self.p.seams:
-                if part > self.seam_after(host) - host:
-                    part = self.seam_after(host) - host
+            if seamed:
+                room = seam_after(self.p.device_seam, self.p.device_seams, device) - device
+                if part > room:
+                    part = room
+                room = seam_after(self.p.host_seam, self.p.host_seams, host) - host
+                if part > room:
+                    part = room
             if self.mode == STRIDED:
                 if part > LONGEST_LINE:
                     part = LONGEST_LINE
@@ -1223,27 +1487,53 @@ cdef class Transfer:
             size -= part
         return 0
 
-    cdef int put_rows(self, Workspace w, uint64_t device, uint64_t device_pitch, uint64_t host,
-                      uint64_t host_pitch, uint64_t width, uint64_t rows) except -1 nogil:
-        cdef uint64_t seam, fit
-        if not self.p.seams:
+    cdef int put_rows(self, Workspace w, bint seamed, uint64_t device, uint64_t device_pitch,
+                      uint64_t host, uint64_t host_pitch, uint64_t width,
+                      uint64_t rows) except -1 nogil:
+        cdef uint64_t fit, other
+        if not seamed:
             return self.push_rows(w, device, device_pitch, host, host_pitch, width, rows)
         while rows:
-            seam = self.seam_after(host)
-            fit = 0
-            if seam - host >= width:
-                fit = (seam - host - width) // host_pitch + 1
-                if fit > rows:
-                    fit = rows
+            fit = rows_before(
+                seam_after(self.p.device_seam, self.p.device_seams, device) - device,
+                device_pitch, width,
+            )
+            other = rows_before(
+                seam_after(self.p.host_seam, self.p.host_seams, host) - host, host_pitch, width
+            )
+            if fit > other:
+                fit = other
+            if fit > rows:
+                fit = rows
             if fit > 1:
                 self.push_rows(w, device, device_pitch, host, host_pitch, width, fit)
             else:
                 # A row across the seam, or alone before it.
                 fit = 1
-                self.put_copy(w, device, host, width)
+                self.put_copy(w, True, device, host, width)
             device += fit * device_pitch
             host += fit * host_pitch
             rows -= fit
+        return 0
+
+    cdef int push_cube(self, Workspace w, uint64_t device, uint64_t device_pitch,
+                       uint64_t device_rows, uint64_t host, uint64_t host_pitch,
+                       uint64_t host_rows, uint64_t width, uint64_t height,
+                       uint64_t depth) except -1 nogil:
+        cdef uint64_t *op
+        if w.cubic == w.cubic_room:
+            w.grow_cubes(1)
+        op = w.cube + 9 * w.cubic
+        op[0] = host if self.side else device
+        op[1] = host_pitch if self.side else device_pitch
+        op[2] = host_rows if self.side else device_rows
+        op[3] = device if self.side else host
+        op[4] = device_pitch if self.side else host_pitch
+        op[5] = device_rows if self.side else host_rows
+        op[6] = width
+        op[7] = height
+        op[8] = depth
+        w.cubic += 1
         return 0
 
     cdef int push_rows(self, Workspace w, uint64_t device, uint64_t device_pitch, uint64_t host,
@@ -1260,6 +1550,23 @@ cdef class Transfer:
         op[5] = rows
         w.strided += 1
         return 0
+
+
+cdef inline uint64_t seam_after(const uint64_t *seam, Py_ssize_t seams,
+                                uint64_t address) noexcept nogil:
+    # The first seam above an address.
+    cdef Py_ssize_t low = 0, high = seams, middle
+    while low < high:
+        middle = (low + high) >> 1
+        if seam[middle] > address:
+            high = middle
+        else:
+            low = middle + 1
+    return seam[low] if low < seams else <uint64_t>-1
+
+
+cdef inline uint64_t rows_before(uint64_t room, uint64_t pitch, uint64_t width) noexcept nogil:
+    return (room - width) // pitch + 1 if room >= width else 0
 
 
 cdef inline double calls_of(double copies, int mode, Py_ssize_t size) noexcept nogil:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -60,8 +60,9 @@ class PagedKVCache:
         What copies cost, for the choice between methods. By default the figures that
         ``kvsig calibrate`` has left for the device, else those that come with kvsig.
     host_seams : sequence of int, optional
-        Addresses where separately registered blocks of the host pool meet. CUDA refuses a
-        copy across one, so copies are split there.
+        More addresses where separately registered blocks of the host pool meet. CUDA refuses
+        a copy that has rows on both sides of one, so copies are split there. Where the driver
+        can be asked for the allocations and blocks that the tensors lie in, it has been.
 
     Attributes
     ----------
@@ -142,7 +143,10 @@ class PagedKVCache:
         self._names = tuple(item.name for item in named)
         self._one_device = self.device.type != "cuda" or torch.cuda.device_count() == 1
         self._planes = geometry.join(device_side, host_side, layers)
-        self._seams = None if host_seams is None else np.sort(_addresses(host_seams, "host_seams"))
+        given: Iterable[int] = () if host_seams is None else _addresses(host_seams, "host_seams")
+        with _torch.device_guard(self.device):
+            self._device_seams = _seams(named, ())
+            self._host_seams = _seams(host_named, given)
         if model is None:
             model = costs.load(_torch.device_name(self.device))
         self.model = model
@@ -304,7 +308,9 @@ class PagedKVCache:
         path: str,
         direction: str,
     ) -> Plan:
-        device, host, selection = self._request(device_pages, host_pages, layers, direction, path)
+        selection = self._chosen(layers, path)
+        device, host = self._converted_pages(device_pages, host_pages)
+        self._converted(selection, device, host, direction == "load")
         handle = _torch.stream_handle(stream, self.device)
         batch = path == "batch" or _core.batch_refusal(handle) is None
         return planning.plan(selection.prepared, device, host, direction, path, batch=batch)
@@ -319,29 +325,60 @@ class PagedKVCache:
         load: bool,
         events: Iterable[Any] | None,
     ) -> Report:
-        direction = "load" if load else "offload"
-        device, host, selection = self._request(device_pages, host_pages, layers, direction, path)
+        selection = self._chosen(layers, path)
+        transfer = selection.prepared.begin(_simple(device_pages), _simple(host_pages), load)
+        if transfer is None:
+            transfer = self._converted(selection, device_pages, host_pages, load)
         if events is not None:
             events = _checked_events(events, len(selection.layers))
-        handle = _torch.stream_handle(stream, self.device)
-        if self._one_device:
-            return self._submit(selection, device, host, stream, handle, path, direction, events)
+        # What callers in a hurry give.
+        if type(stream) is int and 0 <= stream < 1 << 64:
+            handle = stream
+        else:
+            handle = _torch.stream_handle(stream, self.device)
+        if self._one_device and events is None:
+            return self._execute(selection, transfer, handle, path, load)
         with _torch.device_guard(self.device):
-            return self._submit(selection, device, host, stream, handle, path, direction, events)
+            if events is None:
+                return self._execute(selection, transfer, handle, path, load)
+            recorder = _torch.event_stream(stream, handle, self.device)
+            report = Report()
+            pages = self._converted_pages(device_pages, host_pages)
+            for layer, event in zip(selection.layers, events, strict=True):
+                one = self._selection(layer)
+                transfer = self._converted(one, *pages, load)
+                report += self._execute(one, transfer, handle, path, load)
+                event.record(recorder)
+            return report
 
-    def _request(
-        self, device_pages: Pages, host_pages: Pages, layers: Layers, direction: str, path: str
-    ) -> tuple[I64, I64, _Selection]:
-        """Check a whole request."""
+    def _chosen(self, layers: Layers, path: str) -> _Selection:
         if path not in PATHS:
             raise ValueError(f"path must be 'auto', 'batch', 'strided' or 'loop', not {path!r}")
-        device = _page_numbers(device_pages, "device_pages", self.device_pages)
-        host = _page_numbers(host_pages, "host_pages", self.host_pages)
-        selection = self._all if layers is None else self._selection(layers)
-        code, position, other = selection.prepared.check(device, host, direction)
-        if code != planning.CHECK_OK:
-            raise self._trouble(code, position, other, device, host, direction)
-        return device, host, selection
+        if layers is None:
+            return self._all
+        if type(layers) is int:
+            found = self._selections.get(layers)
+            if found is not None:
+                return found
+        return self._selection(layers)
+
+    def _converted_pages(self, device_pages: Pages, host_pages: Pages) -> tuple[I64, I64]:
+        return (
+            _page_numbers(device_pages, "device_pages", self.device_pages),
+            _page_numbers(host_pages, "host_pages", self.host_pages),
+        )
+
+    def _converted(
+        self, selection: _Selection, device_pages: Pages, host_pages: Pages, load: bool
+    ) -> planning.Transfer:
+        """Begin with page numbers of any form; raise for what is wrong with them."""
+        device, host = self._converted_pages(device_pages, host_pages)
+        transfer = selection.prepared.begin(device, host, load)
+        if transfer is None:
+            direction = "load" if load else "offload"
+            found = selection.prepared.check(device, host, direction)
+            raise self._trouble(*found, device, host, direction)
+        return transfer
 
     def _trouble(
         self, code: int, position: int, other: int, device: I64, host: I64, direction: str
@@ -362,70 +399,43 @@ class PagedKVCache:
             return _out_of_range("device_pages", position, device[position], self.device_pages)
         return _out_of_range("host_pages", position, host[position], self.host_pages)
 
-    def _submit(
-        self,
-        selection: _Selection,
-        device: I64,
-        host: I64,
-        stream: _torch.Stream,
-        handle: int,
-        path: str,
-        direction: str,
-        events: list[Any] | None,
-    ) -> Report:
-        """Queue a checked request, layer by layer if there are events to record."""
-        if events is None:
-            return self._execute(selection, device, host, handle, path, direction)
-        recorder = _torch.event_stream(stream, handle, self.device)
-        report = Report()
-        for layer, event in zip(selection.layers, events, strict=True):
-            one = self._selection(layer)
-            report += self._execute(one, device, host, handle, path, direction)
-            event.record(recorder)
-        return report
-
     def _execute(
-        self,
-        selection: _Selection,
-        device: I64,
-        host: I64,
-        handle: int,
-        path: str,
-        direction: str,
+        self, selection: _Selection, transfer: planning.Transfer, handle: int, path: str, load: bool
     ) -> Report:
-        """Plan a checked request and queue it, piece by piece."""
+        """Queue a checked request, piece by piece."""
         refused = _core.batch_refusal(handle) is not None
-        transfer = selection.prepared.transfer(
-            device, host, direction, path, batch=path == "batch" or not refused
-        )
+        transfer.decide(path, path == "batch" or not refused)
         report: Report | None = None
-        for piece in transfer:
+        arrays: Any
+        for kind, arrays in transfer:
             try:
-                if piece[0] == "strided":
-                    done = _core.copy_strided(piece[1], handle)
+                if kind == "strided":
+                    done = _core.copy_strided(arrays, handle)
+                elif kind == "strided3":
+                    done = _core.copy_strided3(arrays, handle)
                 else:
-                    kind, arrays = piece
                     # Where batches are refused, "auto" makes the same loop and says why.
                     plain = path if path != "strided" else "auto"
                     if plain == "auto" and kind == "loop" and not refused:
                         plain = "loop"
-                    done = _core.copy_batch(*arrays, handle, plain, transfer.batch_size)
+                    dsts, srcs, sizes = arrays
+                    done = _core.copy_batch(dsts, srcs, sizes, handle, plain, transfer.batch_size)
             except _core.CudaError as error:
-                self._explain(error, selection, piece, direction)
+                self._explain(error, selection, kind, arrays, load)
                 raise
             report = done if report is None else report + done
         return Report() if report is None else report
 
     def _explain(
-        self, error: _core.CudaError, selection: _Selection, piece: tuple[str, Any], direction: str
+        self, error: _core.CudaError, selection: _Selection, kind: str, arrays: Any, load: bool
     ) -> None:
         """Add to an error of CUDA which page of which tensor it is about."""
         if error.index is None:
             return
-        load = direction == "load"
-        kind, arrays = piece
         if kind == "strided":
             address = arrays[error.index, 0 if load else 2]
+        elif kind == "strided3":
+            address = arrays[error.index, 0 if load else 3]
         else:
             address = arrays[0 if load else 1][error.index]
         place = selection.planes.locate(int(address))
@@ -440,7 +450,8 @@ class PagedKVCache:
 
     def _select(self, layers: tuple[int, ...]) -> _Selection:
         planes = self._planes.select(layers)
-        return _Selection(layers, planes, planning.prepare(planes, self.model, self._seams))
+        prepared = planning.prepare(planes, self.model, self._host_seams, self._device_seams)
+        return _Selection(layers, planes, prepared)
 
     def _selection(self, layers: int | Sequence[int]) -> _Selection:
         """Return the planes of the layers asked for, made once for each choice of layers."""
@@ -690,9 +701,54 @@ def _check_apart(named: list[_Named]) -> None:
             raise ValueError(f"{one} and {other} overlap in memory by {end - start} bytes")
 
 
+def _seams(named: list[_Named], given: Iterable[int]) -> npt.NDArray[np.uint64]:
+    """Where the allocations and registered blocks that hold tensors begin and end.
+
+    CUDA refuses a copy whose rows lie in two of them. Where the driver cannot be asked about
+    memory of the device, or about page-locked memory, each tensor counts as one of its own.
+    """
+    found = {int(seam) for seam in given}
+    emulated = _core.is_emulated()
+    for _, tensor in named:
+        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        limited = not emulated and (tensor.is_cuda or tensor.is_pinned())
+        found.update(_blocks(start, end, limited))
+    return np.array(sorted(found), dtype=np.uint64)
+
+
+def _blocks(start: int, end: int, limited: bool) -> Iterator[int]:
+    """Bounds of the allocations that a tensor lies in."""
+    if _core.memory_range(start) is None and _core.memory_range(end - 1) is None:
+        if limited:
+            yield from (start, end)
+        return
+    # Pageable memory between registered blocks has no end that could be asked for.
+    step = max(1 << 16, (end - start) >> 16)
+    at = start
+    while at < end:
+        block = _core.memory_range(at)
+        if block is None:
+            at += step
+            continue
+        yield from (block[0], block[0] + block[1])
+        at = max(block[0] + block[1], at + 1)
+
+
+def _simple(values: Any) -> Any:
+    """Return what callers mostly give as an array, unchecked; anything else as it is."""
+    kind = type(values)
+    if kind is np.ndarray:
+        return values
+    if kind is torch.Tensor and values.dtype is torch.int64 and values.is_cpu:
+        return values.numpy()
+    return np.array(values) if kind is list else None
+
+
 def _page_numbers(values: Any, name: str, limit: int) -> I64:
     """Return page numbers as one-dimensional contiguous int64."""
     if type(values) is np.ndarray:
+        if values.dtype == np.int64 and values.ndim == 1:
+            return np.ascontiguousarray(values)
         array: npt.NDArray[Any] = values
     elif isinstance(values, torch.Tensor):
         array = _torch.integers(values, name)

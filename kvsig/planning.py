@@ -50,7 +50,10 @@ _KEPT = 1024
 
 
 def prepare(
-    planes: Planes, model: CostModel | None = None, host_seams: npt.ArrayLike | None = None
+    planes: Planes,
+    model: CostModel | None = None,
+    host_seams: npt.ArrayLike | None = None,
+    device_seams: npt.ArrayLike | None = None,
 ) -> Prepared:
     """Work out what does not depend on page numbers, once per geometry.
 
@@ -60,17 +63,21 @@ def prepare(
         Places of every layer's K and V on both sides.
     model : CostModel, optional
         What copies cost; the careful default if not given.
-    host_seams : array_like of uint64, optional
-        Host addresses that no single copy may cross, because separately registered blocks of
-        host memory meet there.
+    host_seams, device_seams : array_like of uint64, optional
+        Addresses where an allocation, or a block of host memory that was registered by
+        itself, begins or ends: CUDA refuses a copy that has rows on both sides of one.
 
     Returns
     -------
     Prepared
         Its ``transfer`` plans, its ``check`` looks over page numbers.
     """
-    seams = None if host_seams is None else np.asarray(host_seams, dtype=np.uint64)
-    return Prepared(planes, builtin() if model is None else model, seams)
+    chosen = builtin() if model is None else model
+    return Prepared(planes, chosen, _seams(host_seams), _seams(device_seams))
+
+
+def _seams(addresses: npt.ArrayLike | None) -> _U64 | None:
+    return None if addresses is None else np.asarray(addresses, dtype=np.uint64)
 
 
 class Planner:
@@ -82,8 +89,8 @@ class Planner:
         Places of every layer's K and V on both sides.
     model : CostModel, optional
         What copies cost; the careful default if not given.
-    host_seams : array_like of uint64, optional
-        Host addresses that no single copy may cross.
+    host_seams, device_seams : array_like of uint64, optional
+        Addresses that no single copy may have on both sides of it.
 
     Notes
     -----
@@ -97,11 +104,12 @@ class Planner:
         planes: Planes,
         model: CostModel | None = None,
         host_seams: npt.ArrayLike | None = None,
+        device_seams: npt.ArrayLike | None = None,
     ) -> None:
         self.planes = planes
         self.model = builtin() if model is None else model
-        self._seams = None if host_seams is None else np.asarray(host_seams, dtype=np.uint64)
-        self._all = Prepared(planes, self.model, self._seams)
+        self._seams = _seams(host_seams), _seams(device_seams)
+        self._all = Prepared(planes, self.model, *self._seams)
         self._ready: dict[Sequence[int], Prepared] = {}
 
     def prepared(self, layers: int | Sequence[int] | None = None) -> Prepared:
@@ -121,7 +129,7 @@ class Planner:
             chosen = layers if isinstance(layers, range) else tuple(layers)
         ready = self._ready.get(chosen)
         if ready is None:
-            ready = Prepared(self.planes.select(chosen), self.model, self._seams)
+            ready = Prepared(self.planes.select(chosen), self.model, *self._seams)
             if len(self._ready) >= _KEPT:
                 self._ready.clear()
             self._ready[chosen] = ready
@@ -197,6 +205,9 @@ class Plan:
         Plain copies.
     strided : ndarray of uint64, shape (m, 6)
         Strided copies: dst, dpitch, src, spitch, width, height.
+    strided3 : ndarray of uint64, shape (k, 9)
+        Strided copies of several slices: dst, dpitch, drows, src, spitch, srows, width,
+        height, depth; a slice begins drows (srows) rows behind the one before it.
     batch_size : int
         Plain copies per batch call.
     bytes : int
@@ -218,6 +229,7 @@ class Plan:
     srcs: _U64 = field(repr=False)
     sizes: _U64 = field(repr=False)
     strided: _U64 = field(repr=False)
+    strided3: _U64 = field(repr=False)
     batch_size: int
     bytes: int
     predicted_us: float
@@ -233,12 +245,12 @@ class Plan:
     @property
     def copies_out(self) -> int:
         """Operations that the copy engine gets: plain copies and strided ones."""
-        return len(self.dsts) + len(self.strided)
+        return len(self.dsts) + len(self.strided) + len(self.strided3)
 
     @property
     def rows(self) -> int:
         """Rows of all strided copies."""
-        return int(self.strided[:, 5].sum())
+        return int(self.strided[:, 5].sum() + (self.strided3[:, 7] * self.strided3[:, 8]).sum())
 
     @property
     def calls(self) -> int:
@@ -246,40 +258,44 @@ class Plan:
         plain = len(self.dsts)
         if self.plain_path == "batch":
             plain = -(-plain // self.batch_size)
-        return plain + len(self.strided)
+        return plain + len(self.strided) + len(self.strided3)
 
     def pieces(self) -> Iterator[tuple[str, Any]]:
         """Iterate over what to submit, in order, as `Transfer` gives it."""
         if len(self.strided):
             yield "strided", self.strided
+        if len(self.strided3):
+            yield "strided3", self.strided3
         if len(self.dsts):
             yield self.plain_path, (self.dsts, self.srcs, self.sizes)
 
     def __str__(self) -> str:
         """Readable table of the plan and of the methods that were considered."""
-        plain, strided = len(self.dsts), len(self.strided)
-        plain_bytes = int(self.sizes.sum())
-        strided_bytes = int((self.strided[:, 4] * self.strided[:, 5]).sum())
+        plain, flat, cubes = len(self.dsts), self.strided, self.strided3
+        # name, copies, rows, calls, bytes of each kind
+        kinds = [
+            ("strided", len(flat), flat[:, 5], len(flat), flat[:, 4] * flat[:, 5]),
+            ("strided 3-D", len(cubes), cubes[:, 7] * cubes[:, 8], len(cubes),
+             cubes[:, 6] * cubes[:, 7] * cubes[:, 8]),
+            (self.plain_path, plain, None, self.calls - len(flat) - len(cubes), self.sizes),
+        ]  # fmt: skip
         lines = [
             f"{self.direction} by {self.method}: {_bytes(self.bytes)} in {_count(self.calls)} "
             f"CUDA {'call' if self.calls == 1 else 'calls'}, predicted "
             f"{_time(self.predicted_us)} ({self._rate(self.predicted_us)}), of which the host "
             f"submits {_time(self.submit_us)}",
             "",
-            f"{'':<10}{'copies':>12}{'rows':>12}{'calls':>10}{'bytes':>12}",
-            f"{'asked for':<10}{_count(self.copies_in):>12}{'':>12}{'':>10}"
+            f"{'':<12}{'copies':>12}{'rows':>12}{'calls':>10}{'bytes':>12}",
+            f"{'asked for':<12}{_count(self.copies_in):>12}{'':>12}{'':>10}"
             f"{_bytes(self.bytes):>12}",
         ]
-        if strided:
-            lines.append(
-                f"{'strided':<10}{_count(strided):>12}{_count(self.rows):>12}"
-                f"{_count(strided):>10}{_bytes(strided_bytes):>12}"
-            )
-        if plain:
-            lines.append(
-                f"{self.plain_path:<10}{_count(plain):>12}{'':>12}"
-                f"{_count(self.calls - strided):>10}{_bytes(plain_bytes):>12}"
-            )
+        for name, copies, rows, calls, sizes in kinds:
+            if copies:
+                shown = "" if rows is None else _count(int(rows.sum()))
+                lines.append(
+                    f"{name:<12}{_count(copies):>12}{shown:>12}{_count(calls):>10}"
+                    f"{_bytes(int(sizes.sum())):>12}"
+                )
         lines += ["", f"{'method':<16}{'predicted':>12}{'':>14}"]
         for name, time in sorted(self.candidates.items(), key=lambda item: item[1]):
             mark = "  chosen" if name == self.method else ""
@@ -303,6 +319,7 @@ def plan(
     method: str = "auto",
     model: CostModel | None = None,
     host_seams: npt.ArrayLike | None = None,
+    device_seams: npt.ArrayLike | None = None,
     *,
     batch: bool = True,
 ) -> Plan:
@@ -320,8 +337,8 @@ def plan(
         ``"auto"`` takes the least predicted time, the others force a method.
     model : CostModel, optional
         What copies cost; the careful default if not given.
-    host_seams : array_like of uint64, optional
-        Host addresses that no single copy may cross.
+    host_seams, device_seams : array_like of uint64, optional
+        Addresses that no single copy may have on both sides of it.
     batch : bool
         Whether the batch call can be used.
 
@@ -330,7 +347,11 @@ def plan(
     Plan
         With arrays of its own; printed, it is a table.
     """
-    ready = planes if isinstance(planes, Prepared) else prepare(planes, model, host_seams)
+    ready = (
+        planes
+        if isinstance(planes, Prepared)
+        else prepare(planes, model, host_seams, device_seams)
+    )
     transfer = ready.transfer(
         np.ascontiguousarray(device_pages, dtype=np.int64),
         np.ascontiguousarray(host_pages, dtype=np.int64),
@@ -340,10 +361,13 @@ def plan(
     )
     plain: tuple[list[_U64], list[_U64], list[_U64]] = ([], [], [])
     strided: list[_U64] = []
+    strided3: list[_U64] = []
     # The buffers of a piece are used again by the next one.
     for piece in transfer:
         if piece[0] == "strided":
             strided.append(piece[1].copy())
+        elif piece[0] == "strided3":
+            strided3.append(piece[1].copy())
         else:
             for parts, array in zip(plain, piece[1], strict=True):
                 parts.append(array.copy())
@@ -356,6 +380,7 @@ def plan(
         srcs=_joined(plain[1], none),
         sizes=_joined(plain[2], none),
         strided=_joined(strided, np.empty((0, 6), np.uint64)),
+        strided3=_joined(strided3, np.empty((0, 9), np.uint64)),
         batch_size=transfer.batch_size,
         bytes=transfer.bytes,
         predicted_us=transfer.predicted_us,

@@ -75,8 +75,20 @@ def random_geometry(rng):
     if rng.random() < 0.15:
         widths = rng.integers(1, 33, n)
 
+    regular = rng.random() < 0.3
+    if regular:
+        widths = np.repeat(widths[0], n)
+
     def side(start):
         kind = rng.integers(5)
+        if regular and rng.random() < 0.5:
+            # K and V pools, one behind the other, of layers whose distances are regular
+            step = int(widths[0]) * pages
+            gap = step * int(rng.integers(0, 3))
+            base = [i * step + (i >= layers) * gap for i in range(n)]
+            return start + np.array(base), widths
+        if regular:
+            kind = 1
         if kind == 0:
             # all planes of a page side by side
             starts = np.concatenate([[0], np.cumsum(widths)[:-1]])
@@ -90,7 +102,7 @@ def random_geometry(rng):
                 whole = int(widths[rows].sum())
                 base[rows] = at + np.concatenate([[0], np.cumsum(widths[rows])[:-1]])
                 pitch[rows] = whole
-                at += pages * whole + int(rng.integers(0, 3)) * 16
+                at += pages * whole + int(rng.integers(0, 3)) * (16 if rng.random() < 0.5 else whole)
             return start + base, pitch
         # a region per plane: evenly spaced, unevenly, or in a random order of layers
         pitch = widths + (rng.integers(0, 9, n) if rng.random() < 0.2 else 0)
@@ -144,6 +156,23 @@ def random_pages(rng, pages, direction):
     return np.ascontiguousarray(device, np.int64), np.ascontiguousarray(host, np.int64)
 
 
+def random_seams(rng, planes, device):
+    """Mostly none; else anywhere, or where the planes of each layer begin and end."""
+    base, pitch, pages = (
+        (planes.device_base, planes.device_pitch, planes.device_pages)
+        if device
+        else (planes.host_base, planes.host_pitch, planes.host_pages)
+    )
+    kind = rng.random()
+    if kind < 0.6:
+        return None
+    if kind < 0.8:
+        low, high = int(base.min()), int((base + pitch * np.uint64(pages)).max())
+        return rng.integers(low - 8, high + 8, int(rng.integers(1, 9))).astype(np.uint64)
+    ends = np.concatenate([base, base + pitch * np.uint64(pages)])
+    return ends[rng.random(len(ends)) < rng.choice([0.1, 0.5, 1])]
+
+
 def random_model(rng):
     """Costs at which any form can be the cheapest."""
 
@@ -192,18 +221,30 @@ def planned_bytes(result):
         row, byte = np.arange(rows)[:, None], np.arange(width)
         dst.append((to + row * to_pitch + byte).ravel())
         src.append((of + row * of_pitch + byte).ravel())
+    for op in result.strided3.astype(np.int64):
+        to, to_pitch, to_rows, of, of_pitch, of_rows, width, rows, depth = op
+        assert width <= min(to_pitch, of_pitch) and max(to_pitch, of_pitch) < 2**31
+        assert rows > 1 and depth > 1 and width > 0 and min(to_rows, of_rows) >= rows
+        part, row, byte = np.ogrid[:depth, :rows, :width]
+        dst.append((to + (part * to_rows + row) * to_pitch + byte).ravel())
+        src.append((of + (part * of_rows + row) * of_pitch + byte).ravel())
     return np.concatenate(dst), np.concatenate(src)
 
 
-def host_extents(result):
-    """First and last host byte of every operation of a plan."""
-    host = result.dsts if result.direction == "offload" else result.srcs
+def extents(result, device):
+    """First and last byte of every operation of a plan, on the device or on the host."""
+    first = (result.direction == "offload") != device
+    plain = result.dsts if first else result.srcs
     found = [
-        (int(a), int(a + s - np.uint64(1))) for a, s in zip(host, result.sizes, strict=True)
+        (int(a), int(a + s - np.uint64(1))) for a, s in zip(plain, result.sizes, strict=True)
     ]
     for op in result.strided.astype(np.int64).tolist():
-        start, pitch = op[0:2] if result.direction == "offload" else op[2:4]
+        start, pitch = op[0:2] if first else op[2:4]
         found.append((start, start + (op[5] - 1) * pitch + op[4] - 1))
+    for op in result.strided3.astype(np.int64).tolist():
+        start, pitch, rows = op[0:3] if first else op[3:6]
+        last = (op[8] - 1) * rows + op[7] - 1
+        found.append((start, start + last * pitch + op[6] - 1))
     return found
 
 
@@ -217,17 +258,14 @@ class TestMovesTheSameBytes:
             direction = str(rng.choice(["offload", "load"]))
             method = str(rng.choice(["auto", "auto", "batch", "strided", "loop"]))
             device_pages, host_pages = random_pages(rng, planes.device_pages, direction)
-            low = int(planes.host_base.min())
-            high = int((planes.host_base + planes.host_pitch * np.uint64(planes.host_pages)).max())
-            seams = None
-            if rng.random() < 0.4:
-                seams = rng.integers(low - 8, high + 8, int(rng.integers(1, 9))).astype(np.uint64)
+            seams = [random_seams(rng, planes, device) for device in (False, True)]
             batch = bool(rng.random() < 0.8)
             result = plan(
-                planes, device_pages, host_pages, direction, method, random_model(rng), seams,
+                planes, device_pages, host_pages, direction, method, random_model(rng), *seams,
                 batch=batch,
             )
             seen.add(result.method)
+            seen |= {"in slices"} if len(result.strided3) else set()
 
             device, host = plain_bytes(planes, device_pages, host_pages)
             want_dst, want_src = (host, device) if direction == "offload" else (device, host)
@@ -251,20 +289,23 @@ class TestMovesTheSameBytes:
             assert np.array_equal(dst[by_dst], want_dst[by_want])
             assert np.array_equal(src[by_dst], want_src[by_want])
 
-            if seams is not None:
-                ends = np.sort(seams.astype(np.int64))
-                for first, last in host_extents(result):
-                    assert np.searchsorted(ends, first, "right") == np.searchsorted(
-                        ends, last, "right"
-                    )
+            for ends, of_device in zip(seams, (False, True), strict=True):
+                if ends is None:
+                    continue
+                ends = np.sort(ends.astype(np.int64))
+                low, high = np.array(extents(result, of_device) or [(0, 0)]).T
+                assert np.array_equal(
+                    np.searchsorted(ends, low, "right"), np.searchsorted(ends, high, "right")
+                )
             assert result.copies_in == len(device_pages) * len(planes)
             if method == "strided":
                 assert len(result.dsts) == 0
             elif method != "auto":
-                assert len(result.strided) == 0 and result.method == method
+                assert len(result.strided) == len(result.strided3) == 0
+                assert result.method == method
             elif not batch:
                 assert "batch" not in result.method
-        assert {"batch", "strided", "loop", "strided+batch"} <= seen
+        assert {"batch", "strided", "loop", "strided+batch", "in slices"} <= seen
 
     def test_random_requests_through_the_calls(self, emulated):
         """Packed piece by piece, and made by the calls themselves in real memory."""
@@ -294,14 +335,14 @@ class TestMovesTheSameBytes:
                 device_base=planes.device_base - np.uint64(DEVICE) + np.uint64(device.ctypes.data),
                 host_base=planes.host_base - np.uint64(HOST) + np.uint64(host.ctypes.data),
             )
-            seams = None
-            if rng.random() < 0.3:
-                seams = (host.ctypes.data + rng.integers(0, size, 4)).astype(np.uint64)
-            ready = prepare(real, random_model(rng), seams)
+            seams = [random_seams(rng, real, device_side) for device_side in (False, True)]
+            ready = prepare(real, random_model(rng), *seams)
             transfer = ready.transfer(device_pages, host_pages, direction, method)
             for kind, arrays in transfer:
                 if kind == "strided":
                     _core.copy_strided(arrays, stream.cuda_stream)
+                elif kind == "strided3":
+                    _core.copy_strided3(arrays, stream.cuda_stream)
                 else:
                     _core.copy_batch(
                         *arrays, stream.cuda_stream, path=kind, batch_size=transfer.batch_size
@@ -369,15 +410,69 @@ class TestFindsStructure:
         width, pages, layers = 4096, 512, 40
         result = plan(page_first(layers, width, pages), [7, 100], [5, 2], "load", model=H100)
         assert result.method == "strided"
-        k, v = HOST, HOST + pages * layers * width
-        page = layers * width
-        pitch = pages * width
-        assert result.strided.tolist() == [
-            [DEVICE + 7 * width, pitch, k + 5 * page, width, width, layers],
-            [DEVICE + 100 * width, pitch, k + 2 * page, width, width, layers],
-            [DEVICE + (layers * pages + 7) * width, pitch, v + 5 * page, width, width, layers],
-            [DEVICE + (layers * pages + 100) * width, pitch, v + 2 * page, width, width, layers],
+        page, pitch = layers * width, pages * width
+        # K and V are two slices; from one to the other are as many rows as there are layers on
+        # the device, and as many as there are layers of all pages on the host.
+        slices = [width, layers, 2]
+        assert result.strided3.tolist() == [
+            [DEVICE + d * width, pitch, layers, HOST + h * page, width, pages * layers, *slices]
+            for d, h in ((7, 5), (100, 2))
         ]
+        assert len(result.strided) == len(result.dsts) == 0
+        assert (result.calls, result.rows, result.copies_in) == (2, 160, 160)
+        back = plan(page_first(layers, width, pages), [7], [5], "offload", model=H100)
+        assert back.strided3.tolist() == [
+            [HOST + 5 * page, width, pages * layers, DEVICE + 7 * width, pitch, layers, *slices]
+        ]
+
+    def test_all_layers_of_one_pool_are_one_strided_copy(self):
+        width, pages, layers = 4096, 512, 40
+        result = plan(page_first(layers, width, pages, kv=1), [7, 100], [5, 2], "load", model=H100)
+        assert result.method == "strided"
+        assert result.strided.tolist() == [
+            [DEVICE + d * width, pages * width, HOST + h * layers * width, width, width, layers]
+            for d, h in ((7, 5), (100, 2))
+        ]
+
+    @pytest.mark.parametrize("gap", [1, 4096])
+    def test_pools_at_a_distance_of_no_whole_number_of_rows(self, gap):
+        """The distance from slice to slice is a number of rows: others take a copy each."""
+        width, pages, layers = 4096, 64, 40
+        planes = page_first(layers, width, pages)
+        planes.host_base[layers:] += np.uint64(gap)
+        result = plan(planes, [7, 9], [5, 2], "load", "strided", H100)
+        assert len(result.strided) == (4 if gap == 1 else 0)
+        assert len(result.strided3) == (0 if gap == 1 else 2)
+        planes.device_base[layers:] += np.uint64(gap)
+        result = plan(planes, [7, 9], [5, 2], "load", "strided", H100)
+        assert len(result.strided) == 4 and len(result.strided3) == 0
+
+    def test_k_and_v_the_other_way_round(self):
+        width, pages, layers = 64, 10, 3
+        planes = page_first(layers, width, pages)
+        swapped = planes_of(
+            np.roll(planes.device_base, layers), width, np.roll(planes.host_base, layers),
+            layers * width, width, pages, layers,
+        )
+        result = plan(swapped, [4], [6], "load", "strided", H100)
+        assert result.strided3.tolist() == plan(
+            planes, [4], [6], "load", "strided", H100
+        ).strided3.tolist()
+        # K in front of V on one side only: no slices
+        planes.host_base[:] = np.roll(planes.host_base, layers)
+        assert len(plan(planes, [4], [6], "load", "strided", H100).strided) == 2
+
+    def test_run_of_one_layer_of_k_and_v_is_one_copy(self):
+        """Rows are the pages; K and V are the slices."""
+        width, layers, pages = 2048, 8, 500
+        planes = page_first(layers, width, pages).select([2])
+        run = np.arange(100, 164)
+        result = plan(planes, run, run - 50, "load", model=H100)
+        assert result.strided3.tolist() == [
+            [DEVICE + (2 * pages + 100) * width, width, layers * pages,
+             HOST + (50 * layers + 2) * width, layers * width, pages, width, 64, 2]
+        ]
+        assert result.calls == 1 and result.method == "strided"
 
     def test_evenly_spaced_in_parts(self):
         """A caching allocator may put some layers elsewhere."""
@@ -488,6 +583,67 @@ class TestFindsStructure:
 
 
 class TestSeams:
+    def separate(self, layers, width, pages):
+        """Bounds of layers that are allocations of their own."""
+        return DEVICE + np.arange(layers + 1) * pages * width
+
+    def test_layers_in_allocations_of_their_own_are_no_rows(self):
+        width, pages, layers = 4096, 512, 40
+        planes = page_first(layers, width, pages, kv=1)
+        seams = self.separate(layers, width, pages)
+        assert prepare(planes, H100, None, seams).plane_groups == [(width, 1)] * layers
+        result = plan(planes, [7, 100], [5, 2], "load", "auto", H100, None, seams)
+        assert result.method in ("batch", "loop") and len(result.dsts) == 80
+        runs = np.arange(64)
+        result = plan(planes, runs, runs, "load", "strided", H100, None, seams)
+        assert result.strided[:, 5].tolist() == [64] * layers
+
+    def test_layers_of_one_segment_are_rows(self):
+        width, pages = 4096, 512
+        planes = page_first(8, width, pages, kv=1)
+        seams = self.separate(8, width, pages)[[0, 3, 8]]
+        assert prepare(planes, H100, None, seams).plane_groups == [(width, 3), (width, 5)]
+
+    @pytest.mark.parametrize("side", ["host", "device"])
+    def test_pools_of_k_and_v_in_two_allocations_are_no_slices(self, side):
+        width, pages, layers = 4096, 64, 8
+        planes = page_first(layers, width, pages)
+        seam = (HOST if side == "host" else DEVICE) + layers * pages * width
+        seams = {f"{side}_seams": [seam]}
+        result = plan(planes, [7], [5], "load", "strided", H100, **seams)
+        assert len(result.strided3) == 0 and result.strided[:, 4:].tolist() == [[width, 8]] * 2
+        assert prepare(planes, H100, **seams).plane_slices == [1, 1]
+        # nor are they two rows of one layer
+        one = plan(planes.select([3]), [7], [5], "load", "strided", H100, **seams)
+        assert one.strided[:, 4:].tolist() == [[width, 1]] * 2
+
+    def test_seam_within_a_pool_splits_only_what_meets_it(self):
+        width, pages, layers = 4096, 64, 8
+        planes = page_first(layers, width, pages)
+        seam = HOST + 20 * layers * width
+        result = plan(planes, [7, 8], [19, 20], "load", "strided", H100, [seam])
+        # page 20 of K and of V lie behind the seam, page 19 of K does not
+        assert result.strided3[:, 3].tolist() == [seam]
+        assert result.strided[:, 5].tolist() == [layers] * 2
+
+    def test_seams_beside_the_tensors_change_nothing(self):
+        width, pages, layers = 4096, 64, 8
+        planes = page_first(layers, width, pages)
+        host = [HOST, HOST + 2 * pages * layers * width]
+        device = [DEVICE - 5000, DEVICE, DEVICE + 2 * pages * layers * width]
+        with_seams = plan(planes, [7], [5], "load", "strided", H100, host, device)
+        without = plan(planes, [7], [5], "load", "strided", H100)
+        assert with_seams.strided3.tolist() == without.strided3.tolist()
+
+    def test_many_seams(self):
+        """Registered chunk by chunk: as quick as without seams, but for those that are met."""
+        width, pages, layers = 4096, 4096, 8
+        planes = page_first(layers, width, pages, kv=1)
+        seams = HOST + np.arange(1, pages // 2) * 2 * layers * width
+        order = np.random.default_rng(0).permutation(pages)
+        result = plan(planes, order, order, "load", "strided", H100, seams)
+        assert result.strided[:, 5].tolist() == [layers] * pages
+
     def test_copy_is_split(self):
         planes = layer_first(1, 100, 10, kv=1)
         result = plan(planes, [2, 3], [4, 5], "load", "batch", H100, [HOST + 450, HOST + 520])
@@ -597,7 +753,8 @@ class TestModelAgreesWithMeasurement:
     @pytest.mark.parametrize("direction", ["load", "offload"])
     def test_batch(self, direction):
         for kib, (at_64, at_256) in BATCH[direction].items():
-            assert rate(direction, "batch", kib * KIB, 1, 64) == pytest.approx(at_64, rel=0.15)
+            # Short calls cost more on the slower CPU, which the model takes into account.
+            assert rate(direction, "batch", kib * KIB, 1, 64) == pytest.approx(at_64, rel=0.22)
             assert rate(direction, "batch", kib * KIB, 1, 256) == pytest.approx(at_256, rel=0.15)
         for kib, one in ONE_CALL[direction].items():
             assert rate(direction, "batch", kib * KIB, 1, 8192) == pytest.approx(one, rel=0.15)
@@ -645,10 +802,13 @@ class TestModelAgreesWithMeasurement:
                     got = ready.transfer(device, host, direction, method).predicted_us
                     assert got == pytest.approx(predict(costs, cell)), method
                 got = ready.transfer(device, host, direction, "batch")
-                assert got.predicted_us == pytest.approx(min(
-                    predict(costs, Cell("batch", direction, width, 1, len(device) * rows, size))
-                    for size in model.batch_sizes
-                ))
+                chosen = None
+                for size in sorted(model.batch_sizes, reverse=True):
+                    cell = Cell("batch", direction, width, 1, len(device) * rows, size)
+                    if chosen is None or predict(costs, cell) < 0.97 * chosen[0]:
+                        chosen = predict(costs, cell), size
+                assert got.predicted_us == pytest.approx(chosen[0])
+                assert got.batch_size == chosen[1]
 
     def test_auto_is_predicted_no_worse_than_any_forced_method(self):
         rng = np.random.default_rng(7)
@@ -678,7 +838,7 @@ class TestModelAgreesWithMeasurement:
                 calls = 0
                 for kind, arrays in transfer:
                     size = transfer.batch_size if kind == "batch" else 1
-                    calls += -(-len(arrays if kind == "strided" else arrays[0]) // size)
+                    calls += -(-len(arrays[0] if kind in ("batch", "loop") else arrays) // size)
                 assert calls == transfer.predicted_calls
                 assert calls == plan(ready, device, host, "load", method).calls
 
@@ -798,9 +958,9 @@ class TestPlan:
         rng = np.random.default_rng(0)
         device, host = rng.permutation(pages)[:16], rng.permutation(pages)[:16]
         text = str(plan(page_first(32, 32 * KIB, pages), device, host, "load", model=H100))
-        assert text.splitlines()[0].startswith("load by strided: 32.0 MiB in 32 CUDA calls, ")
-        assert "asked for        1,024                          32.0 MiB" in text
-        assert "strided             32       1,024        32    32.0 MiB" in text
+        assert text.splitlines()[0].startswith("load by strided: 32.0 MiB in 16 CUDA calls, ")
+        assert "asked for          1,024                          32.0 MiB" in text
+        assert "strided 3-D           16       1,024        16    32.0 MiB" in text
         assert "  chosen" in text and "costs: NVIDIA H100 80GB HBM3, built in" in text
         for method in ("batch", "loop"):
             assert f"\n{method} " in text
@@ -889,6 +1049,8 @@ class TestPlan:
         for kind, arrays in ready.transfer(device, host, "load", method):
             if kind == "strided":
                 strided += int(arrays[:, 5].sum())
+            elif kind == "strided3":
+                strided += int((arrays[:, 7] * arrays[:, 8]).sum())
             else:
                 copies += len(arrays[0])
         peak = tracemalloc.get_traced_memory()[1]
