@@ -10,6 +10,7 @@ import torch
 
 import kvsig
 from kvsig import _core, emulated
+from kvsig import cache as cache_module
 
 
 @pytest.fixture(params=["12.6", "12.9", "13.0"])
@@ -863,6 +864,102 @@ class TestHostSeams:
         stream.synchronize()
         assert torch.equal(device, host)
         assert report.copies == 3
+
+    def views(self, count, tokens=40, width=16):
+        """Layers of one buffer, side by side, and where each begins and ends."""
+        buffer = torch.zeros(count * tokens * width, dtype=torch.uint8)
+        parts = list(buffer.view(count, tokens, width).unbind(0))
+        ends = [part.data_ptr() for part in parts]
+        return parts, [*ends, ends[-1] + tokens * width]
+
+    def asked(self, monkeypatch, *bounds):
+        """A driver that knows the memory between these addresses, pair by pair."""
+
+        def memory_range(address):
+            for ends in bounds:
+                for start, end in itertools.pairwise(ends):
+                    if start <= address < end:
+                        return start, end - start
+            return None
+
+        monkeypatch.setattr(_core, "memory_range", memory_range)
+
+    def test_of_allocations_that_the_driver_knows(self, runtime, monkeypatch):
+        parts, ends = self.views(8)
+        (k_pool, v_pool), pools = self.views(2, tokens=40 * 4)
+        device = (parts[:4], parts[4:])
+        host = [pool.view(10, 4, 4, 16) for pool in (k_pool, v_pool)]
+
+        def rows():
+            cache = kvsig.PagedKVCache(device, host, page_size=4)
+            planned = cache.plan_load([1, 3], [4, 2], path="strided")
+            return planned.strided[:, 5].tolist(), planned.strided3[:, 7:].tolist()
+
+        # pageable memory, as far as can be told: no limits
+        assert rows() == ([], [[4, 2]] * 2)
+        # one allocation on each side
+        self.asked(monkeypatch, [ends[0] - 512, ends[-1]], [pools[0], pools[-1] + 512])
+        assert rows() == ([], [[4, 2]] * 2)
+        # K and V pools apart, on either side
+        self.asked(monkeypatch, [ends[0], ends[-1]], pools)
+        assert rows() == ([4] * 4, [])
+        self.asked(monkeypatch, [ends[0], ends[4], ends[-1]], [pools[0], pools[-1]])
+        assert rows() == ([4] * 4, [])
+        # a tensor per allocation
+        self.asked(monkeypatch, ends, pools)
+        assert rows() == ([1] * 16, [])
+        # two segments of layers that are not those of K and V
+        self.asked(monkeypatch, [ends[0], ends[2], ends[-1]], [pools[0], pools[-1]])
+        assert sorted(rows()[0]) == [2] * 4 + [4] * 2
+        # blocks of host memory registered by themselves, and pageable memory in front of them
+        third = pools[1] + 4 * 4 * 4 * 16
+        self.asked(monkeypatch, [ends[0], ends[-1]], [pools[1], third, pools[2]])
+        assert rows() == ([4] * 4, [])
+
+    def test_of_more_than_the_driver_knows(self, runtime, monkeypatch):
+        (device,), ends = self.views(1)
+        (host,), pool = self.views(1)
+        self.asked(monkeypatch, ends, pool)
+        cache = kvsig.PagedKVCache(
+            [device], [host], "layer_first", 4, host_seams=[pool[0] + 2 * 64 + 10]
+        )
+        planned = cache.plan_load([1, 2, 3], [4, 5, 6], path="batch")
+        assert planned.sizes.tolist() == [64 + 10, 54 + 64]
+
+    def test_where_nobody_can_be_asked(self, runtime, monkeypatch):
+        """Without the driver each tensor of the device, and each locked one, is one of its own."""
+
+        class Tensor:
+            def __init__(self, address, is_cuda, pinned):
+                self.address, self.is_cuda, self.pinned, self.nbytes = address, is_cuda, pinned, 64
+
+            def data_ptr(self):
+                return self.address
+
+            def is_pinned(self):
+                return self.pinned
+
+        monkeypatch.setattr(_core, "is_emulated", lambda: False)
+        monkeypatch.setattr(_core, "memory_range", lambda address: None)
+
+        def seams(*args):
+            tensors = [(str(at), Tensor(at, *args)) for at in (1024, 1088, 4096)]
+            return cache_module._seams(tensors, ()).tolist()
+
+        assert seams(True, False) == [1024, 1088, 1152, 4096, 4160]
+        assert seams(False, True) == [1024, 1088, 1152, 4096, 4160]
+        assert seams(False, False) == []
+
+    def test_of_registered_blocks_with_pageable_memory_between(self, runtime, monkeypatch):
+        blocks = {0x100000: 0x40000, 0x180000: 0x80000}
+
+        def memory_range(address):
+            found = [(a, n) for a, n in blocks.items() if a <= address < a + n]
+            return found[0] if found else None
+
+        monkeypatch.setattr(_core, "memory_range", memory_range)
+        found = list(cache_module._blocks(0x100000, 0x200000, True))
+        assert found == [0x100000, 0x140000, 0x180000, 0x200000]
 
     @pytest.mark.parametrize("seams", [[-1], [1.5], [[1]]])
     def test_that_are_no_addresses(self, runtime, seams):
