@@ -1025,6 +1025,7 @@ cdef int _run_team(
     cdef Share own
     cdef Share *share
     cdef int i, code = 0, tied = 0
+    memset(&own, 0, sizeof(own))
     for i in range(helpers):
         code = _tie(stream, forks[3 * i], forks[3 * i + 1])
         if code != 0:
