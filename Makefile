@@ -1,8 +1,9 @@
-# make demo    the main job: a KV cache goes to host pages and back, compared bit for bit
-# make test    the test suite
-# make lint    ruff, cython-lint and mypy
-# make build   the extension modules and the emulated CUDA runtimes, in place
-# make clean   removes what was built; make distclean removes the environment too
+# make demo      the main job: a KV cache goes to host pages and back, compared bit for bit
+# make test      the test suite
+# make releases  the registry against every release of CUDA (fetches 14 packages of 1 to 3 MB, once)
+# make lint      ruff, cython-lint and mypy
+# make build     the extension modules and the emulated CUDA runtimes, in place
+# make clean     removes what was built; make distclean removes the environment too
 #
 # Each makes what it needs: a virtual environment .venv, the packages in it, the build.
 #
@@ -77,12 +78,16 @@ if not os.path.exists(header):
 endef
 export prerequisites
 
-.PHONY: demo test lint build clean distclean
+.PHONY: demo test releases lint build clean distclean
 demo: build
 	@$(py) -m kvsig demo $(ARGS)
 
 test: build
 	$(py) -m pytest $(ARGS)
+
+releases: build
+	$(py) -m kvsig check --releases
+	$(py) -m pytest -m releases
 
 lint: $(linters)
 	$(py) -m ruff check .

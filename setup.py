@@ -13,7 +13,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-FLAGS = ["-O3", "-Wno-unused-function", "-fno-strict-aliasing"]
+FLAGS = ["-O2", "-g0", "-Wno-unused-function", "-fno-strict-aliasing"]
 
 
 def load(name):

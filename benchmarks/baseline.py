@@ -56,12 +56,6 @@ class Baseline:
         self.address = {name: row["address"] or 0 for name, row in rows.items()}
         variant = registry.load().functions["cudaMemcpyBatchAsync"].select(info["runtime_version"])
         self.parameters = len(variant.params) if variant else 0
-        # Not among kvsig's functions: looked up in the same library.
-        try:
-            three = ctypes.CDLL(info["library"]).cudaMemcpy3DAsync
-            self.address["cudaMemcpy3DAsync"] = ctypes.cast(three, ctypes.c_void_p).value or 0
-        except (AttributeError, OSError):
-            self.address["cudaMemcpy3DAsync"] = 0
 
     @property
     def has_batch(self) -> bool:

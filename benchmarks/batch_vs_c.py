@@ -176,12 +176,14 @@ def calls(
 
             def bare(plan: Any = plan) -> int:
                 spent = 0
-                if len(plan.strided):
-                    spent += c.strided(plan.strided, [handle])
-                if len(plan.dsts) and plan.plain_path == "batch":
-                    spent += c.batch(plan.dsts, plan.srcs, plan.sizes, [handle], plan.batch_size)
-                elif len(plan.dsts):
-                    spent += c.loop(plan.dsts, plan.srcs, plan.sizes, [handle])
+                for kind, arrays in plan.pieces():
+                    if kind == "batch":
+                        spent += c.batch(*arrays, [handle], plan.batch_size)
+                    elif kind == "loop":
+                        spent += c.loop(*arrays, [handle])
+                    else:
+                        rows = c.strided if arrays.shape[1] == 6 else c.three_d
+                        spent += rows(arrays, [handle])
                 return spent
 
             whole: list[float] = []
@@ -218,9 +220,7 @@ def calls(
                 f"{way:>8} {pages:>4} pages of {width // KIB:>3} KiB {path:>6}"
                 f" {row['us']['median']:>9.2f} {row['beyond_us']:>9.2f}   by {plan.method}"
             )
-            report.add(
-                what="call", direction=way, pages=pages, page_bytes=width, path=path, **row
-            )
+            report.add(what="call", direction=way, pages=pages, page_bytes=width, path=path, **row)
 
 
 def verdict(report: Report) -> None:

@@ -301,9 +301,7 @@ def main() -> None:
         # In turn with the others, but its bytes are its own.
         big = limits(pools, way)
         runs = {name: run for name, run in ways.items() if name not in wrong} | big
-        found, failed = in_turn(
-            clock, runs, args.runs, now + (end - now) / (len(cases) - done)
-        )
+        found, failed = in_turn(clock, runs, args.runs, now + (end - now) / (len(cases) - done))
         rows = {
             name: row_of(pairs, 256 * MIB if name in big else pages * 2 * LAYERS * width)
             for name, pairs in found.items()

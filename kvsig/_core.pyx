@@ -35,6 +35,22 @@ cdef extern from "link.h" nogil:
         const char *dlpi_name
     int dl_iterate_phdr(int (*callback)(dl_phdr_info *, size_t, void *) noexcept nogil, void *data)
 
+cdef extern from "semaphore.h" nogil:
+    ctypedef struct sem_t:
+        pass
+    int sem_init(sem_t *semaphore, int shared, unsigned int value)
+    int sem_post(sem_t *semaphore)
+    int sem_wait(sem_t *semaphore)
+
+cdef extern from "pthread.h" nogil:
+    ctypedef unsigned long pthread_t
+    int pthread_create(pthread_t *thread, void *attributes, void *(*run)(void *) noexcept nogil,
+                       void *argument)
+    int pthread_detach(pthread_t thread)
+
+cdef extern from "unistd.h" nogil:
+    int getpid()
+
 include "_generated.pxi"
 
 __all__ = [
@@ -68,12 +84,15 @@ LIBCUDART = re.compile(r"libcudart(-[0-9a-f]{8,})?\.so[.\d]*")
 TORCH_CUDA = ("libc10_cuda.so", "libtorch_cuda.so")
 
 DEF_BATCH = 256
+# Fewer copies are submitted before another thread has woken up.
+TEAM_COPIES = 128
 
 cdef enum:
     ROUTE_NONE = 0
     ROUTE_RUNTIME = 1
     ROUTE_DRIVER = 2
     STACK_COPIES = 1024
+    MOST_THREADS = 8
     MAX_LOADED = 4096
 
 
@@ -298,11 +317,12 @@ cdef _fill(object row):
 
 def _select(bound, function):
     """The row of a function: its variant by its own library's version, its address from there."""
-    name, library = function.name, function.library
+    library = function.library
     handle, version = bound.handles.get(library, 0), bound.versions.get(library, 0)
     file = bound.files.get(library, "")
     if not handle:
-        return _Row(function, "no library", f"{bound.registry.libraries[library].soname} is not there")
+        soname = bound.registry.libraries[library].soname
+        return _Row(function, "no library", f"{soname} is not there")
     variant = function.select(version)
     if version <= 0:
         # The version query failed: only what is the same in every release may be called.
@@ -888,22 +908,27 @@ cdef _drop_forks():
         cudaEventDestroy(event=<void *>fork.after)
         cudaStreamDestroy(stream=<void *>fork.stream)
     _forks.clear()
+    cdef int i
+    for i in range(worker_count):
+        workers[i].device = -1
 
 
-cdef _Fork _fork_of_device():
+cdef _Fork _fork_of_device(int number=0):
+    """The stream of a number on the current device: 0 is the way around the legacy stream."""
     cdef int device = 0
     cdef int code
     cdef _Fork fork
     code = cudaGetDevice(device=&device)
     if code != 0:
         raise _error(code, "cudaGetDevice")
-    found = _forks.get(device)
+    key = (device, number)
+    found = _forks.get(key)
     if found is None:
         with _lock:
-            found = _forks.get(device)
+            found = _forks.get(key)
             if found is None:
                 found = _Fork()
-                _forks[device] = found
+                _forks[key] = found
     fork = found
     return fork
 
@@ -914,6 +939,174 @@ cdef int _tie(uint64_t first, uint64_t then, uint64_t event) noexcept nogil:
     if code != 0:
         return code
     return cudaStreamWaitEvent(stream=<void *>then, event=<void *>event)
+
+
+# --- Submission from several threads ----------------------------------------------------------
+
+# Submitting a small copy costs the CPU more than moving it costs the copy engine, and the driver
+# takes batches on different streams from different threads side by side. Each thread beyond the
+# caller's own has a stream, tied to the caller's by events, so the order outside stays the same.
+
+cdef struct Share:
+    int route, device, code
+    const uint64_t *dsts
+    const uint64_t *srcs
+    const uint64_t *sizes
+    uint64_t same
+    size_t first, count, per_call
+    void *stream
+    Progress progress
+
+cdef struct Worker:
+    sem_t go, done
+    Share share
+    int device
+
+cdef Worker[MOST_THREADS] workers
+cdef int worker_count = 0
+cdef int worker_process = 0
+cdef object _team_lock = threading.Lock()
+
+
+cdef void *_work(void *argument) noexcept nogil:
+    cdef Worker *worker = <Worker *>argument
+    cdef Share *share = &worker.share
+    while True:
+        while sem_wait(&worker.go) != 0:
+            pass
+        share.code = 0
+        if worker.device != share.device:
+            share.code = cudaSetDevice(device=share.device)
+            worker.device = share.device if share.code == 0 else -1
+        if share.code == 0:
+            share.code = _run_batch(
+                share.route, share.dsts, share.srcs, share.sizes, share.same, share.count,
+                share.per_call, share.stream, &share.progress,
+            )
+        if share.code != 0:
+            # The last error is each thread's own: nobody would find it here.
+            _clear()
+        sem_post(&worker.done)
+    return NULL
+
+
+cdef int _hire(int wanted):
+    """Start threads up to a number; how many there are. A forked child has none of its parent's."""
+    global worker_count, worker_process
+    cdef pthread_t thread
+    cdef Worker *worker
+    if worker_process != getpid():
+        worker_process = getpid()
+        worker_count = 0
+    while worker_count < wanted:
+        worker = &workers[worker_count]
+        worker.device = -1
+        if sem_init(&worker.go, 0, 0) != 0 or sem_init(&worker.done, 0, 0) != 0:
+            break
+        if pthread_create(&thread, NULL, _work, worker) != 0:
+            break
+        pthread_detach(thread)
+        worker_count += 1
+    return min(worker_count, wanted)
+
+
+cdef int _run_team(
+    int helpers, const uint64_t *forks, int device, int route, const uint64_t *dsts,
+    const uint64_t *srcs, const uint64_t *sizes, uint64_t same, size_t count, size_t per_call,
+    uint64_t stream, Progress *progress,
+) noexcept nogil:
+    """Submit a share of the copies from each of several threads, and wait until all have.
+
+    `forks` has stream, before and after of each helper. Answers the first error in order of the
+    copies; `progress.done` is the first copy of the call that was refused.
+    """
+    cdef size_t calls = (count + per_call - 1) // per_call
+    cdef size_t first, last
+    cdef Share own
+    cdef Share *share
+    cdef int i, code = 0, tied = 0
+    memset(&own, 0, sizeof(own))
+    for i in range(helpers):
+        code = _tie(stream, forks[3 * i], forks[3 * i + 1])
+        if code != 0:
+            return code
+    for i in range(helpers + 1):
+        first = calls * i // (helpers + 1) * per_call
+        last = calls * (i + 1) // (helpers + 1) * per_call
+        if last > count:
+            last = count
+        share = &own if i == 0 else &workers[i - 1].share
+        share.route, share.device, share.code = route, device, 0
+        share.dsts, share.srcs = dsts + first, srcs + first
+        share.sizes = NULL
+        if sizes != NULL:
+            share.sizes = sizes + first
+        share.same, share.first, share.count = same, first, last - first
+        share.per_call = per_call
+        share.stream = <void *>(stream if i == 0 else forks[3 * (i - 1)])
+        share.progress.done, share.progress.failed = 0, <size_t>-1
+        share.progress.calls, share.progress.bytes = 0, 0
+        if i > 0:
+            sem_post(&workers[i - 1].go)
+    own.code = _run_batch(
+        route, own.dsts, own.srcs, own.sizes, same, own.count, per_call, own.stream,
+        &own.progress,
+    )
+    for i in range(helpers):
+        while sem_wait(&workers[i].done) != 0:
+            pass
+        # Also after a failure: what was submitted stays in the caller's order.
+        tied = _tie(forks[3 * i], stream, forks[3 * i + 2])
+        if code == 0:
+            code = tied
+    for i in range(helpers + 1):
+        share = &own if i == 0 else &workers[i - 1].share
+        progress.calls += share.progress.calls
+        progress.bytes += share.progress.bytes
+        if share.code != 0:
+            progress.done = share.first + share.progress.done
+            if share.progress.failed != <size_t>-1:
+                progress.failed = share.first + share.progress.failed
+            return share.code
+    progress.done = count
+    return code
+
+
+cdef int _batch_team(
+    int threads, int route, const uint64_t *dsts, const uint64_t *srcs, const uint64_t *sizes,
+    uint64_t same, size_t count, size_t per_call, uint64_t stream, Progress *progress,
+) except -2:
+    """Submit from several threads where that can be done, else from this one alone."""
+    cdef uint64_t[3 * MOST_THREADS] forks
+    cdef int helpers, i, code, device = 0
+    cdef _Fork fork
+    # The driver's own entry point wants a context that is current in each thread.
+    helpers = min(threads, MOST_THREADS) - 1
+    helpers = min(helpers, <int>((count + per_call - 1) // per_call) - 1)
+    if helpers > 0 and route == ROUTE_RUNTIME and _team_lock.acquire(False):
+        try:
+            if _fork_refusal() is None:
+                helpers = _hire(helpers)
+                for i in range(helpers):
+                    fork = _fork_of_device(1 + i)
+                    forks[3 * i], forks[3 * i + 1] = fork.stream, fork.before
+                    forks[3 * i + 2] = fork.after
+                if helpers > 0:
+                    if cudaGetDevice(device=&device) != 0:
+                        _clear()
+                    with nogil:
+                        code = _run_team(
+                            helpers, forks, device, route, dsts, srcs, sizes, same, count,
+                            per_call, stream, progress,
+                        )
+                    return code
+        finally:
+            _team_lock.release()
+    with nogil:
+        code = _run_batch(
+            route, dsts, srcs, sizes, same, count, per_call, <void *>stream, progress
+        )
+    return code
 
 
 cdef _check_path(path):
@@ -940,6 +1133,7 @@ def copy_batch(
     uint64_t stream,
     str path="auto",
     size_t batch_size=DEF_BATCH,
+    int threads=1,
 ):
     """Submit copies to a stream.
 
@@ -956,6 +1150,9 @@ def copy_batch(
         ``"auto"`` uses batches where they can be used, else one copy at a time.
     batch_size : int
         Copies in one call of the batch function, at most.
+    threads : int
+        Threads that submit batches, this one counted in. Where there are too few copies for
+        it, or another transfer has the threads, this one works alone.
 
     Returns
     -------
@@ -1028,10 +1225,15 @@ def copy_batch(
                     code = _tie(stream, target, fork.before)
                 if code != 0:
                     raise _error(code, "cudaEventRecord")
-            with nogil:
-                code = _run_batch(
-                    route, d, s, size_list, same, count, batch_size, <void *>target, &progress
+            if threads > 1 and count >= TEAM_COPIES:
+                code = _batch_team(
+                    threads, route, d, s, size_list, same, count, batch_size, target, &progress
                 )
+            else:
+                with nogil:
+                    code = _run_batch(
+                        route, d, s, size_list, same, count, batch_size, <void *>target, &progress
+                    )
             error = None
             if code != 0:
                 reason = _after_failure(code, route)
@@ -1065,15 +1267,20 @@ def copy_batch(
     return Report("loop", reason, count, progress.calls, progress.bytes)
 
 
+def _fork_refusal():
+    """The first function that is not bound of those that a second stream needs, or None."""
+    needed = (
+        "cudaGetDevice", "cudaSetDevice", "cudaStreamCreateWithFlags",
+        "cudaEventCreateWithFlags", "cudaEventRecord", "cudaStreamWaitEvent",
+    )
+    return next((name for name in needed if not _bound.rows[name].address), None)
+
+
 def _try_fork():
     """A stream for what the legacy default stream refuses, or the reason why there is none."""
-    needed = (
-        "cudaGetDevice", "cudaStreamCreateWithFlags", "cudaEventCreateWithFlags",
-        "cudaEventRecord", "cudaStreamWaitEvent",
-    )
-    for name in needed:
-        if not _bound.rows[name].address:
-            return None, f"{_stream_refusal(0)}, and {name} is not bound for a way around"
+    name = _fork_refusal()
+    if name is not None:
+        return None, f"{_stream_refusal(0)}, and {name} is not bound for a way around"
     try:
         return _fork_of_device(), None
     except CudaError as error:

@@ -146,7 +146,7 @@ def event_stream(stream: Stream, handle: int, device: torch.device) -> Any:
         return stream
     if stream is None:
         return torch.cuda.current_stream(device)
-    return torch.cuda.ExternalStream(handle, device=device)  # type: ignore[no-untyped-call]
+    return torch.cuda.ExternalStream(handle, device=device)
 
 
 def integers(tensor: torch.Tensor, name: str) -> npt.NDArray[Any]:

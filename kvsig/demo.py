@@ -96,6 +96,8 @@ def bound_runtime(spec: str | None = None) -> dict[str, Any]:
         function = f"{BATCH}, prototype of {batch['variant']}: {parameters} parameters"
     else:
         function = f"{BATCH} is {batch['status']}: {batch['why']}"
+        if info["route"] == "driver":
+            function += f"; {info['batch']['why']}"
     return {
         "spec": spec or os.environ.get("KVSIG_CUDART"),
         "library": info["library"],

@@ -129,7 +129,9 @@ class Proposal:
         lines = [f"# Registry and CUDA {versions}: "]
         if not self.edits and not self.blocks and not self.notes:
             return lines[0] + "nothing is missing\n"
-        lines[0] += f"{len(self.edits)} edits, {len(self.blocks)} new entries"
+        edits, entries = len(self.edits), len(self.blocks)
+        lines[0] += f"{edits} edit{'s' if edits != 1 else ''}, "
+        lines[0] += f"{entries} new entr{'ies' if entries != 1 else 'y'}"
         lines += [f"# {edit}" for edit in self.edits]
         lines += [f"# Left to you: {note}" for note in self.notes]
         if self.blocks:

@@ -565,11 +565,19 @@ class TestLegacyStream:
         self.plain(pc, pb)
         time.sleep(0.1)
         assert not c.any()
-        # Whatever was submitted to find the copy is finished before later work begins.
-        pending = control.pending(fork)
+        # The join comes after all that was submitted, what was done to name the copy included.
+        names = [call["function"] for call in control.calls()]
+        batches = [i for i, name in enumerate(names) if name in (BATCH, DRIVERS)]
+        joins = [
+            i for i, call in enumerate(control.calls("cudaEventRecord"))
+            if {"name": "stream", "type": "cudaStream_t", "value": fork} in call["arguments"]
+        ]  # fmt: skip
+        records = [i for i, name in enumerate(names) if name == "cudaEventRecord"]
+        assert len(batches) == 2 + (version >= "13")
+        assert records[joins[-1]] > batches[-1]
         control.release(fork)
         control.synchronize(0)
-        assert pending > 0 and control.pending(fork) == 0
+        assert control.pending(fork) == 0
         assert (c == a).all()
 
     def test_no_way_around_is_a_reason(self, bind):
@@ -789,6 +797,9 @@ class TestThreads:
         end = time.perf_counter()
         stop.set()
         thread.join()
+        # The copies are still queued: their memory has to outlive them.
+        on.release()
+        on.synchronize()
         third = (end - start) / 3
         inside = [t for t in ticks if start + third < t < end - third]
         assert inside, f"no other thread ran in the middle of {end - start:.3f} s"

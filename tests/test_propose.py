@@ -9,8 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from cuda_releases import REGISTRY, header
-from test_check import SMALL, Checker, run, small  # noqa: F401
+from cuda_headers import REGISTRY, SMALL, Checker, header, run, small_headers
 
 from kvsig import headers, proposals, registry, registry_text
 from kvsig.registry import Registry, Variant, parse_version
@@ -160,8 +159,13 @@ class TestSteps:
         assert capsys.readouterr().out == "# Registry and CUDA 13.5: nothing is missing\n"
 
 
+@pytest.fixture
+def small(tmp_path: Path) -> Checker:
+    return small_headers(tmp_path)
+
+
 class TestSmallHeaders:
-    def test_names_no_header_declares(self, small: Checker, tmp_path: Path) -> None:  # noqa: F811
+    def test_names_no_header_declares(self, small: Checker, tmp_path: Path) -> None:
         small()
         table = registry.parse(SMALL)
         found = headers.read(tmp_path, table, fresh=True)
@@ -172,7 +176,7 @@ class TestSmallHeaders:
     def test_a_new_function_with_all_that_it_needs(
         self,
         small: Checker,
-        tmp_path: Path,  # noqa: F811
+        tmp_path: Path,
     ) -> None:
         small(
             "static inline",
@@ -242,20 +246,20 @@ class TestSmallHeaders:
                     "GetProcAddress(const char *symbol, int f)",
                 ),
                 [
-                    'In [[function.cuGetProcAddress.variant]] since 11.0: before = "14.0" in place of'
-                    " open"
+                    'In [[function.cuGetProcAddress.variant]] since 11.0: before = "14.0" in'
+                    " place of open"
                 ],
                 [
-                    "cuGetProcAddress has a new parameter f: give it a value to pass where no caller"
-                    ' knows it, as { declaration = "int f", value = 0 }'
+                    "cuGetProcAddress has a new parameter f: give it a value to pass where no"
+                    ' caller knows it, as { declaration = "int f", value = 0 }'
                 ],
             ),
             # What the registry says of this very version is wrong.
             (
                 ("size_t count, enum", "size_t number, enum"),
                 [
-                    "In [[function.cudaBatch.variant]] since 12.8: drop it, the header of this version"
-                    " differs"
+                    "In [[function.cudaBatch.variant]] since 12.8: drop it, the header of this"
+                    " version differs"
                 ],
                 [
                     "cudaBatch has a new parameter number: give it a value to pass where no caller"
@@ -278,8 +282,8 @@ class TestSmallHeaders:
                 ),
                 [],
                 [
-                    "cudaBatch in CUDA 12.9: parameter 4, int (*f)(int), is a pointer to a function,"
-                    " which only an alias can stand for",
+                    "cudaBatch in CUDA 12.9: parameter 4, int (*f)(int), is a pointer to a"
+                    " function, which only an alias can stand for",
                     "function cudaBatch in CUDA 12.9: the types of the two prototypes differ",
                 ],
             ),
@@ -287,7 +291,7 @@ class TestSmallHeaders:
     )
     def test_what_is_told(
         self,
-        small: Checker,  # noqa: F811
+        small: Checker,
         tmp_path: Path,
         changes: tuple[str, ...],
         edits: list[str],

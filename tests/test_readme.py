@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
+import kvsig
 from kvsig import emulated, registry
+from kvsig.cli import info
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 (EXAMPLE,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -23,6 +26,23 @@ def test_table_of_prototypes():
         (", ".join(param.declaration for param in variant.params), str(len(variant.params)))
         for variant in variants
     ]
+
+
+def test_sample_of_info(emulated_runtime):
+    """Every line of the sample is a line of the command's, but for its paths and addresses."""
+
+    def plain(text: str) -> list[str]:
+        text = re.sub(r"0x[0-9a-f]+ *", "ADDRESS ", text)
+        text = re.sub(r"/\S*/(?=kvsig/_emulated)", "", text)
+        text = re.sub(r"^(found +).*", r"\1", text, flags=re.MULTILINE)
+        return [re.sub(r"^-+$", "-", re.sub(r" +", " ", line)) for line in text.splitlines()]
+
+    (sample,) = re.findall(r"```\n(CUDA runtime.*?)```", README, re.DOTALL)
+    emulated_runtime("12.9")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        shown = plain(info.describe(kvsig.info()))
+    assert [line for line in plain(sample) if line not in shown] == []
 
 
 def test_example_on_the_emulated_runtime(emulated_runtime, capsys):

@@ -134,10 +134,11 @@ class TestRealRegistry:
                 assert variant.before <= 1000 * (newest + 1)
 
     def test_only_what_page_copies_stand_on_is_open(self) -> None:
+        # The driver keeps its old entry points; a runtime may change anything with a major.
         opened = {
             function.name: [format_version(v.since) for v in function.variants if v.open]
             for function in self.FUNCTIONS
-            if any(v.open for v in function.variants)
+            if function.library == "cudart" and any(v.open for v in function.variants)
         }
         assert opened == {
             "cudaRuntimeGetVersion": ["11.0"],
@@ -147,9 +148,6 @@ class TestRealRegistry:
             "cudaGetErrorName": ["11.0"],
             "cudaGetErrorString": ["11.0"],
             "cudaMemcpyAsync": ["11.0"],
-            "cuDriverGetVersion": ["11.0"],
-            "cuGetProcAddress": ["12.0"],
-            "cuMemcpyBatchAsync": ["12.8"],
         }
 
     def test_every_range_begins_and_ends_where_a_release_was_looked_at(self) -> None:

@@ -15,6 +15,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Sequence
+from typing import TextIO
 
 import kvsig
 
@@ -78,7 +79,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(args, error)
 
 
-def show_warning(message: Warning | str, *_: object) -> None:
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     """Print a warning without the line of source that it comes from."""
     print(f"kvsig: warning: {message}", file=sys.stderr)
 

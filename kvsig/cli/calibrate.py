@@ -29,9 +29,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--seconds", type=positive, default=12, help="time for measuring (default: 12)"
     )
-    parser.add_argument(
-        "--seed", type=natural, default=0, help="of the addresses (default: 0)"
-    )
+    parser.add_argument("--seed", type=natural, default=0, help="of the addresses (default: 0)")
     parser.add_argument(
         "--dry-run", action="store_true", help="measure and print, but keep nothing"
     )

@@ -1,0 +1,476 @@
+"""The benchmark and the calibration, on the emulated runtime: no speeds, and exact refusals."""
+
+from __future__ import annotations
+
+import builtins
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from kvsig import _core, bench, cli, costs
+from kvsig.cli import bench as command
+
+KIB = 1 << 10
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+SMALL = ["--page-bytes", "512,2K", "--pages", "8", "--layers", "3", "--runs", "3"]
+
+
+@pytest.fixture
+def on_emulated(emulated_runtime):
+    emulated_runtime("13.0")
+
+
+@pytest.fixture
+def no_matplotlib(monkeypatch):
+    real = builtins.__import__
+
+    def refuse(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.partition(".")[0] == "matplotlib":
+            raise ImportError("no matplotlib")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+
+
+def gpu_result(directions: tuple[str, ...] = ("offload", "load")) -> dict[str, Any]:
+    """A result as a GPU gives it, with invented numbers."""
+    cells = []
+    for direction in directions:
+        for size in (4 * KIB, 16 * KIB):
+            cell = bench.Cell(size, 8, layers=3, direction=direction)
+            methods = {}
+            for name, speed in (("auto", 30.0), ("batch", 40.0), ("one-copy", 50.0)):
+                numbers = {"median": 1.0, "min": 1.0, "max": 1.0, "p10": 1.0, "p90": 1.0}
+                methods[name] = {
+                    "runs": 3,
+                    "path": "batch",
+                    "reason": None,
+                    "planned": None,
+                    "copies": cell.copies,
+                    "calls": 1,
+                    "operations": cell.copies,
+                    "bytes": cell.bytes,
+                    "verified": None if name == "one-copy" else True,
+                    "host_ms": numbers,
+                    "host_ns_per_copy": 1234.4,
+                    "ms": numbers,
+                    "gb_s": speed,
+                    "share": speed / 50,
+                }
+            cells.append(
+                bench.asdict(cell)
+                | {"copies": cell.copies, "bytes": cell.bytes, "methods": methods, "notes": {}}
+                | {"limit_gb_s": 50.0}
+            )
+    source = {
+        "date": "2026-01-01T00:00:00+00:00",
+        "commit": "0123456789abcdef",
+        "emulated": False,
+        "device": "Some GPU",
+        "library": "libcudart.so.13",
+        "runtime_version": 13000,
+        "driver_version": 13010,
+        "torch": "2.11.0",
+    }
+    result = {"schema": bench.SCHEMA, "kind": "bench", "provenance": source}
+    return result | {"options": {}, "cells": cells, "skipped": []}
+
+
+class TestCells:
+    def test_copies_and_bytes(self):
+        cell = bench.Cell(4096, 16, layers=32, kinds=2, direction="load")
+        assert (cell.copies, cell.bytes) == (1024, 4 << 20)
+        both = bench.Cell(4096, 16, layers=32, kinds=2, direction="both")
+        assert (both.copies, both.bytes) == (2048, 8 << 20)
+
+    def test_the_preset_has_what_is_asked_for(self):
+        cells = bench.preset(emulated=False)
+        assert {cell.section for cell in cells} == set(bench.SECTIONS)
+        assert {cell.page_bytes for cell in cells} >= {256 << i for i in range(13)}
+        assert {cell.order for cell in cells} == set(bench.ORDERS)
+        assert {cell.layout for cell in cells} == set(bench.LAYOUTS)
+        assert {cell.direction for cell in cells} == set(bench.DIRECTIONS)
+        assert {cell.scope for cell in cells} == set(bench.SCOPES)
+        assert {cell.spacing for cell in cells} == set(bench.SPACINGS)
+        assert {cell.model for cell in cells} == {"", *bench.MODELS}
+        assert max(cell.copies for cell in cells) == 1_000_000
+        assert max(cell.pool_bytes for cell in cells) <= bench.MOST_BYTES
+
+    def test_quick_is_small(self):
+        cells = bench.preset(emulated=False, quick=True)
+        assert 0 < len(cells) <= 16
+        assert {cell.scope for cell in cells} == {"all", "layer"}
+
+    def test_the_emulated_preset_is_small(self):
+        assert sum(cell.bytes for cell in bench.preset(emulated=True)) < 1 << 30
+
+    def test_product_is_every_combination(self):
+        cells = bench.product(
+            True, page_bytes=(512, 1024), pages=(4, 8), orders=("random", "sorted")
+        )
+        assert len(cells) == 2 * 2 * 2 * 2
+        assert {cell.direction for cell in cells} == {"offload", "load"}
+
+    def test_product_of_models(self):
+        (cell, _) = bench.product(True, models=("deepseek-v3",), page_sizes=(16,), pages=(4,))
+        assert (cell.page_bytes, cell.layers, cell.kinds) == (16 * 1152, 61, 1)
+
+    def test_too_large(self):
+        with pytest.raises(ValueError) as caught:
+            bench.product(False, page_bytes=(1 << 20,), pages=(64,), directions=("load",))
+        assert str(caught.value) == (
+            "64 pages of 1 MiB in 32 layers need 8 GiB on each side, twice what moves; a cell may"
+            " have 2 GiB: ask for fewer --pages or --layers"
+        )
+
+    @pytest.mark.parametrize("order", bench.ORDERS)
+    @pytest.mark.parametrize("pages", [1, 4, 24])
+    def test_page_numbers(self, order, pages):
+        cell = bench.Cell(512, pages, order=order)
+        mine, other = bench.page_numbers(cell, np.random.default_rng(1))
+        assert sorted([*mine, *other]) == list(range(2 * pages))
+        steps = np.diff(mine)
+        if order == "sorted":
+            assert (steps == 1).all()
+        elif order == "reversed":
+            assert (steps == -1).all()
+        elif order == "runs8" and pages == 24:
+            assert (steps.reshape(-1)[np.arange(23) % 8 != 7] == 1).all()
+
+
+@pytest.mark.usefixtures("on_emulated")
+class TestEmulated:
+    def run(self, *cells: bench.Cell, **options: Any) -> dict[str, Any]:
+        return bench.Bench(cells, bench.Options(runs=3, **options)).run()
+
+    @pytest.mark.parametrize("direction", bench.DIRECTIONS)
+    @pytest.mark.parametrize("layout", bench.LAYOUTS)
+    @pytest.mark.parametrize("scope", bench.SCOPES)
+    @pytest.mark.parametrize("spacing", bench.SPACINGS)
+    def test_every_method_moves_the_bytes(self, direction, layout, scope, spacing):
+        cell = bench.Cell(
+            512, 8, layers=3, direction=direction, layout=layout, scope=scope, spacing=spacing
+        )
+        result = self.run(cell)
+        methods = result["cells"][0]["methods"]
+        assert set(methods) == {"auto", "batch", "strided", "loop", "one-call"}
+        assert all(row["verified"] for row in methods.values())
+        assert all(row["bytes"] == cell.bytes for row in methods.values())
+        assert methods["loop"]["operations"] == methods["one-call"]["operations"] == cell.copies
+        assert result["summary"]["errors"] == []
+        assert result["summary"]["verifications"] == 5
+
+    def test_wrong_bytes_are_found(self, monkeypatch):
+        real = bench.Job.kvsig
+
+        def spoil(job: bench.Job, direction: str, path: str, stream: Any) -> Any:
+            reports = real(job, direction, path, stream)
+            stream.synchronize()
+            if path == "batch":
+                job.near[0][0][int(job.pages["load"][0][0]), 0] += 1
+            return reports
+
+        monkeypatch.setattr(bench.Job, "kvsig", spoil)
+        result = self.run(bench.Cell(512, 8, layers=2))
+        (error,) = result["summary"]["errors"]
+        assert error == (
+            "RuntimeError: batch: 1 bytes on the device are wrong, in 8 pages of 512 B, "
+            "2 layers, load, random"
+        )
+
+    def test_a_page_that_had_to_stay_is_compared_too(self, monkeypatch):
+        real = bench.Job.kvsig
+
+        def spoil(job: bench.Job, direction: str, path: str, stream: Any) -> Any:
+            reports = real(job, direction, path, stream)
+            stream.synchronize()
+            job.far_bytes[-1] += 1
+            return reports
+
+        monkeypatch.setattr(bench.Job, "kvsig", spoil)
+        result = self.run(bench.Cell(512, 8, layers=2))
+        assert "bytes on the host are wrong" in result["summary"]["errors"][0]
+
+    def test_no_speed_is_reported(self):
+        result = self.run(bench.Cell(512, 8, layers=2))
+        assert result["provenance"]["emulated"] is True
+        assert "gb_s" not in json.dumps(result)
+        assert '"ms"' not in json.dumps(result)
+        for row in result["cells"][0]["methods"].values():
+            assert row["host_ns_per_copy"] > 0
+            assert row["host_ms"]["min"] <= row["host_ms"]["median"] <= row["host_ms"]["max"]
+        text = command.text_of(result)
+        assert "GB/s" not in text
+        assert "emulated: no speeds, only host time and operations" in text
+        assert "host time per copy, ns" in text
+        assert "operations (in calls)" in text
+
+    def test_rivals_that_need_a_gpu_are_named(self):
+        notes = self.run(bench.Cell(512, 8, layers=2))["cells"][0]["notes"]
+        assert set(notes) == {"torch", "select", "bindings", "cuda.core", "one-copy"}
+        assert set(notes.values()) == {"means nothing on the emulated runtime"}
+
+    def test_default_stream(self):
+        cell = bench.Cell(512, 8, layers=2, stream="default")
+        methods = self.run(cell, methods=("auto",))["cells"][0]["methods"]
+        assert set(methods) == {"auto", "auto, default stream"}
+        assert methods["auto, default stream"]["verified"]
+
+    def test_time_that_is_too_short_leaves_cells_out(self):
+        result = self.run(*[bench.Cell(512, 8, layers=2)] * 3, seconds=0.0)
+        assert result["cells"] == []
+        assert len(result["skipped"]) == 3
+        assert "3 cells were left out: --seconds was too short for them" in command.text_of(result)
+
+    def test_saved_after_every_cell(self):
+        seen = []
+        cells = [bench.Cell(512, 8, layers=2)] * 2
+        options = bench.Options(methods=("loop",), runs=1)
+        bench.Bench(cells, options, lambda result: seen.append(len(result["cells"]))).run()
+        assert seen == [1, 2, 2]
+
+    def test_a_cell_that_fails_does_not_lose_the_others(self):
+        cells = [bench.Cell(512, 8, order="nonsense", layout="none"), bench.Cell(512, 8, layers=2)]
+        result = self.run(*cells)
+        assert "ValueError: layout must be" in result["summary"]["errors"][0]
+        assert result["cells"][1]["methods"]
+        assert "FAILED: ValueError" in command.text_of(result)
+
+    def test_host_costs(self):
+        rows = bench.host_costs(seconds=0.01)["plan"]
+        assert rows[0]["copies"] == 99_968
+        assert rows[0]["ns_per_copy"] > 0
+
+
+class TestSummary:
+    def test_auto_behind_the_best(self):
+        summary = bench.summary(gpu_result())
+        assert (summary["compared"], summary["worst"]) == (4, 0.75)
+        assert summary["behind"][0]["best"] == "batch"
+        assert summary["rivals"] == {"batch": 0.75}
+        assert summary["verified"] is True
+
+
+class TestCommand:
+    def main(self, *args: str) -> int:
+        return cli.main(["bench", *args])
+
+    def test_json(self, on_emulated, tmp_path, capsys):
+        path = tmp_path / "result.json"
+        assert self.main(*SMALL, "--json", str(path)) == 0
+        result = json.loads(path.read_text())
+        assert (result["schema"], result["kind"]) == (1, "bench")
+        assert set(result["provenance"]) >= {
+            "date",
+            "commit",
+            "device",
+            "driver_version",
+            "runtime_version",
+            "library",
+        }
+        assert "/" not in result["provenance"]["library"]
+        assert len(result["cells"]) == 4
+        assert capsys.readouterr().out.count("operations (in calls)") == 2
+        assert self.main("--from", str(path)) == 0
+
+    @pytest.mark.parametrize(
+        ("args", "text"),
+        [
+            (["--page-bytes", "12Q"], "'12Q' is not a number of bytes up to 1 GiB"),
+            (["--page-bytes", "0"], "'0' is not a number of bytes up to 1 GiB"),
+            (["--order", "random,odd"], "'odd' is not one of: random, runs8, sorted, reversed"),
+            (["--model", "gpt"], "'gpt' is not one of: llama3-8b, llama3-70b-tp8, deepseek-v3"),
+            (["--kinds", "3"], "'3' is not one of: 1, 2"),
+            (["--plot", "speed.pdf"], "'speed.pdf' does not end in .png or .svg"),
+        ],
+    )
+    def test_wrong_values(self, args, text, capsys):
+        with pytest.raises(SystemExit) as caught:
+            self.main(*args)
+        assert caught.value.code == 2
+        assert text in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("args", "text"),
+        [
+            (
+                ["--section", "sizes", "--order", "sorted"],
+                "--section chooses from the preset: not with selectors such as --order",
+            ),
+            (
+                ["--model", "llama3-8b", "--layers", "2"],
+                "--model has its own layers, kinds and page bytes; give --page-size",
+            ),
+            (
+                ["--page-size", "16"],
+                "--page-size is of a --model; without one, give --page-bytes",
+            ),
+            (
+                ["--section", "none"],
+                f"section 'none' is not one of: {', '.join(bench.SECTIONS)}",
+            ),
+            (
+                ["--method", "fast", "--quick"],
+                f"method 'fast' is not one of: {', '.join(bench.METHODS)}",
+            ),
+            (
+                ["--compute"],
+                "--compute needs a GPU: the runtime in use is the emulated one",
+            ),
+        ],
+    )
+    def test_refusals(self, on_emulated, args, text, capsys):
+        assert self.main(*args) == 1
+        assert capsys.readouterr().err == f"kvsig bench: {text}\n"
+
+    def test_json_into_no_folder(self, tmp_path, capsys):
+        path = tmp_path / "none" / "x.json"
+        assert self.main("--quick", "--json", str(path)) == 1
+        assert f"{path}: there is no folder {path.parent}" in capsys.readouterr().err
+
+    def test_plot_without_matplotlib(self, no_matplotlib, tmp_path, capsys):
+        assert self.main("--quick", "--plot", str(tmp_path / "x.svg")) == 1
+        assert capsys.readouterr().err == (
+            "kvsig bench: --plot needs matplotlib, which is not installed:"
+            " pip install 'kvsig[plot]'\n"
+        )
+
+    def test_plot_of_the_emulated_runtime(self, on_emulated, monkeypatch, tmp_path, capsys):
+        monkeypatch.setattr(command, "import_pyplot", lambda: None)
+        assert self.main("--quick", "--plot", str(tmp_path / "x.png")) == 1
+        assert capsys.readouterr().err == (
+            "kvsig bench: --plot is of GB/s, and the emulated runtime has no speed: use a GPU\n"
+        )
+
+    def test_plot_of_compute(self, tmp_path, capsys):
+        assert self.main("--compute", "--plot", str(tmp_path / "x.png")) == 1
+        assert "--plot is of GB/s over page size: not with --compute" in capsys.readouterr().err
+
+    def test_saved_result_is_shown(self, tmp_path, capsys):
+        path = tmp_path / "result.json"
+        bench.write_json(path, gpu_result())
+        assert self.main("--from", str(path)) == 0
+        out = capsys.readouterr().out
+        assert "Some GPU, CUDA 13.0, driver 13.1" in out
+        assert "GB/s, and auto's share of the limit" in out
+        assert "at worst 0.75 of it in 4 cells" in out
+        lines = [line.split() for line in out.splitlines()]
+        assert ["4", "KiB", "8", "30.0", "40.0", "50.0", "60%"] in lines
+
+    def test_what_is_no_result(self, tmp_path, capsys):
+        path = tmp_path / "other.json"
+        path.write_text("{}")
+        assert self.main("--from", str(path)) == 1
+        assert capsys.readouterr().err == (
+            f"kvsig bench: {path} is not a result of kvsig bench --json\n"
+        )
+
+    @pytest.mark.skipif(
+        importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed"
+    )
+    @pytest.mark.parametrize("suffix", ["png", "svg"])
+    def test_plot(self, suffix, tmp_path):
+        path = tmp_path / "result.json"
+        bench.write_json(path, gpu_result())
+        picture = tmp_path / f"speed.{suffix}"
+        assert self.main("--from", str(path), "--plot", str(picture)) == 0
+        assert picture.stat().st_size > 1000
+
+
+class TestCalibrate:
+    def test_refused_on_the_emulated_runtime(self, on_emulated, tmp_path, monkeypatch, capsys):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        assert cli.main(["calibrate"]) == 1
+        assert capsys.readouterr().err == (
+            "kvsig calibrate: the CUDA runtime in use is the emulated one, whose times say nothing"
+            " about a GPU: calibrate on a machine with a GPU, without"
+            " KVSIG_CUDART=emulated:VERSION\n"
+        )
+        assert list(tmp_path.iterdir()) == []
+
+    def test_table(self):
+        from kvsig import calibration
+        from kvsig.cli.calibrate import text_of
+
+        cell = costs.Cell("batch", "load", 4096, 1, 256, 64)
+        one = calibration.Measured(costs.Sample(cell, 200e-6, 100e-6), 5, 300.0, 210.0)
+        text = text_of(costs.builtin("Some GPU"), [one])
+        wanted = "load batch 4 KiB - 256 64 200.0 5.24 210.0 +5% +50%".split()
+        assert wanted in [line.split() for line in text.splitlines()]
+        assert one.as_dict()["us"] == 200.0
+
+
+class TestScripts:
+    @pytest.mark.parametrize("name", ["batch_vs_c", "explore"])
+    def test_need_a_gpu(self, name):
+        done = subprocess.run(
+            [sys.executable, str(BENCHMARKS / f"{name}.py")],
+            capture_output=True,
+            text=True,
+            env={"KVSIG_CUDART": "emulated:13.0", "PYTHONPATH": str(BENCHMARKS.parent)},
+            check=False,
+        )
+        assert done.returncode == 1
+        assert done.stderr == "this benchmark needs a GPU, and a real CUDA runtime\n"
+
+    def test_the_c_compiles_and_copies(self, on_emulated, monkeypatch):
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+        import baseline
+
+        from kvsig import emulated
+
+        c = baseline.Baseline()
+        assert c.parameters == 8
+        source = torch.randint(0, 255, (64, 256), dtype=torch.uint8)
+        stream = emulated.Stream()
+        place = np.arange(64, dtype=np.uint64) * np.uint64(256)
+        sizes = np.full(64, 256, np.uint64)
+        for name in ("batch", "loop", "threads"):
+            target = torch.zeros_like(source)
+            srcs = np.uint64(source.data_ptr()) + place
+            dsts = np.uint64(target.data_ptr()) + place[::-1].copy()
+            assert getattr(c, name)(dsts, srcs, sizes, [stream.cuda_stream]) > 0
+            stream.synchronize()
+            assert torch.equal(target, source.flip(0)), name
+
+    def test_sessions_sections(self, tmp_path):
+        done = subprocess.run(
+            [sys.executable, str(BENCHMARKS / "gpu_session.py"), str(tmp_path), "none"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 2
+        assert "no section none; there are: build, machine, tests" in done.stderr
+
+
+@pytest.mark.gpu
+class TestGpu:
+    def test_quick_bench(self, tmp_path):
+        cells = [
+            bench.Cell(16 * KIB, 8, direction=direction, scope=scope, layout=layout)
+            for direction in bench.DIRECTIONS
+            for scope in bench.SCOPES
+            for layout in bench.LAYOUTS
+        ]
+        result = bench.Bench(cells, bench.Options(runs=3)).run()
+        assert result["summary"]["errors"] == []
+        assert result["summary"]["verified"]
+        for cell in result["cells"]:
+            assert cell["methods"]["auto"]["gb_s"] > 0
+            assert 0 < cell["methods"]["auto"]["share"] < 1.2
+
+    def test_calibrate(self):
+        from kvsig import calibration
+
+        model, measured = calibration.calibrate(seconds=3)
+        assert model.source == "calibrated"
+        assert len(measured) == len(costs.cells())
+        assert not _core.is_emulated()

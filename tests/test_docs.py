@@ -1,0 +1,96 @@
+"""The examples in the documentation are what kvsig does."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from cuda_headers import REGISTRY, header
+
+from kvsig import headers, proposals, registry, registry_text
+
+DOCS = Path(__file__).parent.parent / "docs"
+ADD = (DOCS / "add-a-signature.md").read_text()
+REFERENCE = (DOCS / "registry.md").read_text()
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+EXAMPLES = [
+    pytest.param(block, id=f"{page.name}-{index}")
+    for page in sorted(DOCS.glob("*.md"))
+    for index, block in enumerate(blocks(page.read_text(), "toml"))
+]
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_a_toml_example_is_a_part_of_a_registry(example: str) -> None:
+    """An example replaces the registry's own entry of that name, and the whole is read."""
+    data = tomllib.loads(example)
+    table = REGISTRY
+    for section in ("function", "struct", "enum", "alias", "library"):
+        own = f"{section}s" if section != "alias" else "aliases"
+        own = "libraries" if section == "library" else own
+        kept = {k: v for k, v in getattr(table, own).items() if k not in data.get(section, {})}
+        table = replace(table, **{own: kept})
+    text = registry_text.dump(table)
+    if "verified" in data:
+        text = re.sub(r"\Averified = \[.*?\]\n", "", text, flags=re.DOTALL)
+    if "alias" in data:
+        text = text.replace("[alias]\n", "[alias]\n" + example.removeprefix("[alias]\n"))
+        example = ""
+    # A key of the whole file stands before the first table, tables behind the others.
+    parts = [example, text] if "verified" in data else [text, example]
+    whole = registry.parse("\n".join(parts))
+    assert set(REGISTRY.functions) <= set(whole.functions)
+    for name, function in data.get("function", {}).items():
+        assert len(whole.functions[name].variants) == len(function["variant"])
+
+
+def test_examples_of_known_entries_are_the_registry_s_own() -> None:
+    for block in blocks(REFERENCE, "toml"):
+        if not block.startswith(("verified", "[alias]")):
+            assert block in registry.PATH.read_text()
+
+
+def test_the_python_example_prints_what_the_page_says(capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = blocks(REFERENCE, "python")
+    exec(compile(code, "registry.md", "exec"), {})
+    assert capsys.readouterr().out == blocks(REFERENCE, "text")[0]
+
+
+@pytest.mark.parametrize(
+    ("heading", "keys"),
+    [
+        ("[library.NAME]", "header soname version lookup"),
+        ("[enum.NAME]", "library since constants"),
+        ("[struct.NAME]", "library since fields size typedef grows"),
+        ("[function.NAME]", "library returns summary page stands_in_for result variant"),
+        ("[[function.NAME.variant]]", "since before open reason params symbol pinned"),
+    ],
+)
+def test_every_key_is_explained(heading: str, keys: str) -> None:
+    section = REFERENCE.partition(f"## `{heading}`")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+    assert sorted(re.findall(r"`(\w+)`", " ".join(rows))) == sorted(keys.split())
+
+
+@pytest.mark.releases
+def test_add_a_signature_is_what_the_command_prints() -> None:
+    name = "cudaStreamUpdateCaptureDependencies"
+    found = [header(release) for release in REGISTRY.verified]
+    proposal = proposals.propose(REGISTRY, found, [name])
+    (entry,) = blocks(ADD, "toml")
+    declaration = '"const cudaGraphEdgeData *dependencyData"'
+    assert proposal.text.startswith(blocks(ADD, "text")[0])
+    assert proposal.blocks == [
+        entry.replace(f"{{ declaration = {declaration}, value = 0 }}", declaration)
+    ]
+    table = registry.parse(registry.PATH.read_text() + "\n" + entry)
+    for one in found:
+        assert {r.status for r in headers.check(table, one, {name})} == {"agrees"}

@@ -1,0 +1,165 @@
+"""Batches submitted from several threads: the same bytes, order and errors as from one."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+from kvsig import _core, _threads, emulated
+
+WIDTH = 64
+COUNT = 4096
+
+
+class Pages:
+    """Pages to copy in random order, and room for them."""
+
+    def __init__(self, seed=0, count=COUNT):
+        rng = np.random.default_rng(seed)
+        self.src = rng.integers(0, 256, (count, WIDTH), dtype=np.uint8)
+        self.dst = np.zeros_like(self.src)
+        self.order = rng.permutation(count)
+        self.dsts = np.uint64(self.dst.ctypes.data) + np.uint64(WIDTH) * np.arange(
+            count, dtype=np.uint64
+        )
+        self.srcs = np.uint64(self.src.ctypes.data) + np.uint64(WIDTH) * self.order.astype(
+            np.uint64
+        )
+
+    def right(self):
+        return np.array_equal(self.dst, self.src[self.order])
+
+
+@pytest.fixture(params=["12.9", "13.0"])
+def control(request):
+    _core.rebind(f"emulated:{request.param}")
+    found = emulated.Control(_core.info()["library"])
+    found.reset()
+    yield found
+    found.reset()
+    _core.rebind(None)
+
+
+@pytest.mark.parametrize("threads", [2, 3, 8, 99])
+@pytest.mark.parametrize("sizes", ["one", "each"])
+def test_moves_bytes(control, threads, sizes):
+    pages = Pages()
+    given = WIDTH if sizes == "one" else np.full(COUNT, WIDTH, np.uint64)
+    with emulated.Stream() as stream:
+        report = _core.copy_batch(
+            pages.dsts, pages.srcs, given, stream.cuda_stream, "auto", 64, threads
+        )
+        stream.synchronize()
+    assert pages.right()
+    assert (report.path, report.copies, report.calls) == ("batch", COUNT, COUNT // 64)
+    assert report.bytes == COUNT * WIDTH
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_order_of_the_callers_stream(control, legacy):
+    """What was there before comes first, what is submitted later comes last."""
+    first, then = Pages(1), Pages(2)
+    then.src[:] = 7
+    out = np.zeros_like(first.dst)
+    outs = np.uint64(out.ctypes.data) + np.uint64(WIDTH) * np.arange(COUNT, dtype=np.uint64)
+    with emulated.Stream() as made:
+        stream = 0 if legacy else made.cuda_stream
+        control.hold(stream)
+        # first.src is written by a copy that is still held when the batch is submitted.
+        fresh = np.random.default_rng(3).integers(0, 256, first.src.shape, dtype=np.uint8)
+        _core.copy_batch(
+            np.array([first.src.ctypes.data], np.uint64),
+            np.array([fresh.ctypes.data], np.uint64),
+            fresh.nbytes, stream, "loop",
+        )
+        _core.copy_batch(first.dsts, first.srcs, WIDTH, stream, "batch", 64, 4)
+        # Reads what the batch has written.
+        _core.copy_batch(outs, first.dsts, WIDTH, stream, "loop")
+        assert not out.any() and not first.dst.any()
+        control.release(stream)
+        _core.call("cudaStreamSynchronize", stream=stream)
+    assert np.array_equal(out, fresh[first.order])
+
+
+def test_the_first_refused_copy_is_named(control):
+    pages = Pages()
+    with emulated.Stream() as stream:
+        control.fault("cudaMemcpyBatchAsync", 1, nth=0, fail_index=5)
+        with pytest.raises(_core.CudaError) as caught:
+            _core.copy_batch(pages.dsts, pages.srcs, WIDTH, stream.cuda_stream, "auto", 64, 4)
+        control.reset()
+        stream.synchronize()
+    expected = 5 if _core.runtime_version() < 13000 else None
+    assert caught.value.index == expected
+    assert _core.call("cudaPeekAtLastError") == 0
+
+
+@pytest.mark.parametrize("code", [801, 36])
+def test_falls_back_as_one_thread_does(control, code):
+    pages = Pages()
+    with emulated.Stream() as stream:
+        control.fault("cudaMemcpyBatchAsync", code, nth=0)
+        report = _core.copy_batch(pages.dsts, pages.srcs, WIDTH, stream.cuda_stream, "auto", 64, 4)
+        stream.synchronize()
+    assert pages.right()
+    assert report.path == "loop"
+    assert report.reason.startswith(f"cudaMemcpyBatchAsync answered {code} (")
+    assert report.bytes == COUNT * WIDTH
+
+
+def test_transfers_of_many_threads_at_once(control):
+    """One has the helpers, the others work alone; all bytes are right."""
+    wrong = []
+
+    def run(seed):
+        pages = Pages(seed)
+        with emulated.Stream() as stream:
+            for _ in range(5):
+                pages.dst[:] = 0
+                _core.copy_batch(
+                    pages.dsts, pages.srcs, WIDTH, stream.cuda_stream, "batch", 64, 4
+                )
+                stream.synchronize()
+                if not pages.right():
+                    wrong.append(seed)
+
+    runners = [threading.Thread(target=run, args=(seed,)) for seed in range(6)]
+    for runner in runners:
+        runner.start()
+    for runner in runners:
+        runner.join()
+    assert not wrong
+
+
+class TestPace:
+    def test_one_until_measured_then_by_what_submitting_costs(self):
+        pace = _threads.Pace(4)
+        assert pace.choose(True, 1024, 16384, 300) == 1
+        for cost, threads in ((200, 1), (450, 2), (900, 4)):
+            pace = _threads.Pace(4)
+            pace.note(True, 1000, 16384, cost * 1000)
+            assert pace.choose(True, 1024, 16384, 300) == threads
+            assert pace.choose(False, 1024, 16384, 300) == 1, "the other direction is its own"
+            assert pace.choose(True, 100, 16384, 300) == 1, "too few copies"
+
+    def test_measured_again_now_and_then(self):
+        pace = _threads.Pace(2)
+        pace.note(True, 1000, 4096, 900_000)
+        chosen = [pace.choose(True, 1000, 4096, 100) for _ in range(_threads.AGAIN)]
+        assert chosen == [2] * (_threads.AGAIN - 1) + [1]
+
+    def test_follows_a_machine_that_changes(self):
+        pace = _threads.Pace(4)
+        pace.note(False, 1000, 4096, 900_000)
+        for _ in range(6):
+            pace.note(False, 1000, 4096, 200_000)
+        assert pace.choose(False, 1000, 4096, 200) == 1
+
+    @pytest.mark.parametrize("threads", [0, 9, True, "4", 1.0])
+    def test_bad_number(self, threads):
+        text = f"threads must be an int from 1 to 8, or None, not {threads!r}"
+        with pytest.raises(ValueError) as caught:
+            _threads.Pace(threads)
+        assert str(caught.value) == text
