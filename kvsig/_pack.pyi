@@ -9,7 +9,8 @@ from kvsig.geometry import Planes
 
 _Copies = tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64], npt.NDArray[np.uint64]]
 _Piece = (
-    tuple[Literal["strided", "strided3"], npt.NDArray[np.uint64]] | tuple[Literal["batch", "loop"], _Copies]
+    tuple[Literal["strided", "strided3"], npt.NDArray[np.uint64]]
+    | tuple[Literal["batch", "loop"], _Copies]
 )
 
 CHECK_OK: int
