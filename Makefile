@@ -91,7 +91,7 @@ releases: build
 
 lint: $(linters)
 	$(py) -m ruff check .
-	$(VENV)/bin/cython-lint $(wildcard kvsig/*.pyx kvsig/*.pxd)
+	PATH='$(abspath $(VENV))/bin':"$$PATH" cython-lint $(wildcard kvsig/*.pyx kvsig/*.pxd)
 	$(py) -m mypy
 
 build: $(built)
