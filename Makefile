@@ -34,7 +34,7 @@ endif
 
 # What PYTHON has: "none" (no torch), "shared" (torch), or the virtual environment with torch.
 has_torch := import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)
-found := $(shell $(PYTHON) -c 'import importlib.util, sys; \
+found := $(shell $(or $(PYTHON),false) -c 'import importlib.util, sys; \
 	torch = importlib.util.find_spec("torch"); \
 	print("none" if torch is None else "shared" if sys.prefix == sys.base_prefix else sys.prefix)' \
 	2>/dev/null || true)
@@ -91,7 +91,7 @@ releases: build
 
 lint: $(linters)
 	$(py) -m ruff check .
-	$(VENV)/bin/cython-lint $(wildcard kvsig/*.pyx kvsig/*.pxd)
+	PATH='$(abspath $(VENV))/bin':"$$PATH" cython-lint $(wildcard kvsig/*.pyx kvsig/*.pxd)
 	$(py) -m mypy
 
 build: $(built)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvsig import emulated as emulated
     from kvsig import registry as registry
-    from kvsig._core import BindError, CudaError, Report, call, info
+    from kvsig._core import Report, call, info
+    from kvsig._errors import BindError, CudaError
     from kvsig.cache import PagedKVCache
     from kvsig.registry import RegistryError
     from kvsig.transfer import copy_batch
@@ -35,8 +36,8 @@ __all__ = [
 
 # Public name -> the module that has it; a name that maps to itself is a module.
 _HOME = {
-    "BindError": "_core",
-    "CudaError": "_core",
+    "BindError": "_errors",
+    "CudaError": "_errors",
     "PagedKVCache": "cache",
     "RegistryError": "registry",
     "Report": "_core",

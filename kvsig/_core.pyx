@@ -12,6 +12,7 @@ import re
 import sys
 import threading
 import warnings
+from array import array
 
 from . import _marshal
 from . import registry as _registry
@@ -75,7 +76,8 @@ if _registry.digest() != DIGEST:
     raise ImportError(
         f"{_registry.PATH} is not the registry that this extension was built from;"
         " rebuild with: python setup.py build_ext --inplace"
-        " (or, for an installed package: pip install --force-reinstall --no-deps .)"
+        " (or, for an installed package: pip install --force-reinstall --no-deps .)",
+        name=__name__,
     )
 
 # Driver 12.8 is the first that has the batch function, whatever libcudart there is.
@@ -384,7 +386,10 @@ def _open_runtime(bound, spec):
     path, bound.found, emulate = _find(spec)
     handle = _open(path, RTLD_NOW | RTLD_LOCAL)
     if not handle:
-        raise BindError(f"{path} cannot be loaded ({bound.found}): {_dl_error()}")
+        raise BindError(
+            f"{path} cannot be loaded ({bound.found}): {_dl_error()}; give the path of a"
+            " libcudart, or emulated:VERSION, such as emulated:12.9"
+        )
     setter = _symbol(handle, "kvsig_emulated_set_version")
     bound.emulated = setter != 0
     if emulate is not None:
@@ -451,8 +456,11 @@ def _choose_route(bound):
         bound.why = (
             f"cuMemcpyBatchAsync of the driver, pinned at"
             f" {_registry.format_version(driver.variant.pinned)}"
-            + ("" if wanted == "driver" else f": libcudart {shown} has no batch function")
         )
+        if not bound.path:
+            bound.why += ": there is no libcudart"
+        elif wanted != "driver":
+            bound.why += f": libcudart {shown} has no batch function"
         return ROUTE_DRIVER
     if wanted == "driver":
         bound.why_not = f"KVSIG_ROUTE=driver, and cuMemcpyBatchAsync is not bound: {driver.why}"
@@ -646,6 +654,10 @@ def _error(int code, name, index=None):
     if slots[SLOT_cudaGetErrorString].variant >= 0:
         text = _text_of(cudaGetErrorString(error=code))
     row = _bound.rows[name]
+    if not label:
+        # Without libcudart: by the registry, as far as it has the constant.
+        codes = _bound.registry.enums[row.function.returns.name].constants
+        label = next((key for key, number in codes.items() if number == code), "")
     variant = row.variant.label if row.variant else "none"
     library = _bound.files.get(row.function.library, "")
     return CudaError(code, label or "unknown", text or "no text", name, variant, library, index)
@@ -1256,15 +1268,32 @@ def copy_batch(
                 raise error
             if reason is None:
                 return Report("batch", None, count, progress.calls, progress.bytes)
-        if path == "batch":
+        if path == "batch" and slots[SLOT_cudaMemcpyAsync].variant >= 0:
             raise BindError(f"path='batch' is not possible: {reason}. Use path='auto' or 'loop'")
     if slots[SLOT_cudaMemcpyAsync].variant < 0:
-        raise BindError(f"no page copies: {_bound.rows['cudaMemcpyAsync'].why}")
+        raise _no_loop(reason, stream)
     with nogil:
         code = _run_loop(d, s, size_list, same, count, <void *>stream, &progress)
     if code != 0:
         raise _error(code, "cudaMemcpyAsync", progress.failed)
     return Report("loop", reason, count, progress.calls, progress.bytes)
+
+
+def _no_loop(reason, stream):
+    """The error where not even single copies can be made: there is no libcudart."""
+    parts = [f"no page copies: {_bound.rows['cudaMemcpyAsync'].why}"]
+    if reason is not None:
+        parts.append(f", and no batch: {reason}")
+    if _permanent_refusal() is not None:
+        parts.append(". Set KVSIG_CUDART to the path of a libcudart")
+    elif reason is None:
+        parts.append(". Use path='auto' or 'batch', or set KVSIG_CUDART to the path of a libcudart")
+    elif stream <= 1:
+        parts.append(
+            ". Give a stream that is not the default one, or set KVSIG_CUDART to the path of a"
+            " libcudart"
+        )
+    return BindError("".join(parts))
 
 
 def _fork_refusal():
@@ -1338,6 +1367,31 @@ cdef object _failed_copy(
     return start + again.failed
 
 
+def _rows_by_batch(const uint64_t[:, ::1] ops, uint64_t stream):
+    """The rows of strided copies in batches: what is left where there is no libcudart."""
+    dsts, srcs, sizes = array("Q"), array("Q"), array("Q")
+    owners = []
+    for number, op in enumerate(ops):
+        if len(op) == 6:
+            dst, dpitch, src, spitch, width, height = op
+            drows, srows, depth = 0, 0, 1
+        else:
+            dst, dpitch, drows, src, spitch, srows, width, height, depth = op
+        for part in range(depth):
+            for row in range(height):
+                dsts.append(dst + (part * drows + row) * dpitch)
+                srcs.append(src + (part * srows + row) * spitch)
+                sizes.append(width)
+                owners.append(number)
+    try:
+        return copy_batch(dsts, srcs, sizes, stream)
+    except CudaError as error:
+        if error.index is None:
+            raise
+        fields = error.code, error.name, error.text, error.function, error.variant, error.library
+        raise CudaError(*fields, owners[error.index]) from None
+
+
 def copy_strided(const uint64_t[:, ::1] ops not None, uint64_t stream):
     """Submit strided copies to a stream, one call each.
 
@@ -1383,7 +1437,7 @@ def copy_strided(const uint64_t[:, ::1] ops not None, uint64_t stream):
             )
     native = slots[SLOT_cudaMemcpy2DAsync].variant >= 0
     if not native and slots[SLOT_cudaMemcpyAsync].variant < 0:
-        raise BindError(f"no page copies: {_bound.rows['cudaMemcpyAsync'].why}")
+        return _rows_by_batch(ops, stream)
     with nogil:
         for i in range(count):
             op = &ops[i, 0]
@@ -1466,7 +1520,7 @@ def copy_strided3(const uint64_t[:, ::1] ops not None, uint64_t stream):
             )
     native = slots[SLOT_cudaMemcpy3DAsync].variant >= 0
     if not native and slots[SLOT_cudaMemcpyAsync].variant < 0:
-        raise BindError(f"no page copies: {_bound.rows['cudaMemcpyAsync'].why}")
+        return _rows_by_batch(ops, stream)
     memset(&p, 0, sizeof(p))
     p.kind = cudaMemcpyDefault
     with nogil:

@@ -49,6 +49,11 @@ def current_handle(device: torch.device | None) -> int:
     if device is None:
         if _core.is_emulated():
             return 0
+        if not torch.backends.cuda.is_built():
+            raise ValueError(
+                f"torch {torch.__version__} is built without CUDA and has no current stream: "
+                "give a stream"
+            )
         return int(torch.cuda.current_stream().cuda_stream)
     if device.type != "cuda":
         return 0

@@ -89,11 +89,20 @@ def bound_runtime(spec: str | None = None) -> dict[str, Any]:
             f"{info['library']} is a real CUDA runtime, but torch sees no CUDA device: run on a "
             "machine with a GPU, or set KVSIG_CUDART=emulated:12.9"
         )
-    batch = next(entry for entry in info["functions"] if entry["name"] == BATCH)
-    variant = registry.load().functions[BATCH].select(info["runtime_version"])
+    rows = {entry["name"]: entry for entry in info["functions"]}
+    table = registry.load().functions
+    name, version = BATCH, info["runtime_version"]
+    if info["route"] == "driver":
+        # Only what stands in for the batch function is called on this route.
+        name = next(entry.name for entry in table.values() if entry.stands_in_for == BATCH)
+        version = info["driver_version"]
+    batch = rows[name]
+    variant = table[name].select(version)
     parameters = len(variant.params) if variant else None
     if batch["status"] == "bound":
-        function = f"{BATCH}, prototype of {batch['variant']}: {parameters} parameters"
+        function = f"{name}, prototype of {batch['variant']}: {parameters} parameters"
+        if name != BATCH:
+            function += ", the driver's own"
     else:
         function = f"{BATCH} is {batch['status']}: {batch['why']}"
         if info["route"] == "driver":

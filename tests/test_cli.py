@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ SMALL = ("--tokens", "64", "--page-size", "8")
 
 
 def environment(cudart: str | None) -> dict[str, str]:
-    env = {name: value for name, value in os.environ.items() if name != "KVSIG_CUDART"}
+    env = {name: value for name, value in os.environ.items() if not name.startswith("KVSIG_")}
     if cudart is not None:
         env["KVSIG_CUDART"] = cudart
     return env | {"COLUMNS": "100"}
@@ -192,7 +193,7 @@ class TestErrors:
 
     def test_not_built(self, monkeypatch, capsys):
         def unbuilt():
-            raise ImportError("No module named 'kvsig._core'", name="kvsig._core")
+            raise ModuleNotFoundError("No module named 'kvsig._core'", name="kvsig._core")
 
         monkeypatch.setattr(kvsig, "info", unbuilt)
         assert cli.main(["info"]) == 1
@@ -200,6 +201,38 @@ class TestErrors:
             "kvsig info: No module named 'kvsig._core'\n"
             "Build kvsig: python setup.py build_ext --inplace\n"
         )
+
+    @pytest.mark.parametrize("command", ["info", "demo"])
+    def test_built_from_another_registry(self, tmp_path, command):
+        package = tmp_path / "kvsig"
+        shutil.copytree(ROOT / "kvsig", package, ignore=shutil.ignore_patterns("*.c"))
+        toml = package / "signatures.toml"
+        toml.write_text(toml.read_text() + "# edited\n")
+        done = subprocess.run(
+            [sys.executable, "-m", "kvsig", command],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=environment("emulated:12.9") | {"PYTHONPATH": str(tmp_path)},
+        )
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == (
+            f"kvsig {command}: {toml} is not the registry that this extension was built from;"
+            " rebuild with: python setup.py build_ext --inplace"
+            " (or, for an installed package: pip install --force-reinstall --no-deps .)\n"
+        )
+
+    def test_route_that_is_none(self):
+        env = environment("emulated:12.9") | {"KVSIG_ROUTE": "fast"}
+        done = subprocess.run(
+            [sys.executable, "-m", "kvsig", "info"],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env=env,
+        )
+        assert done.returncode == 1
+        assert done.stderr == "kvsig info: KVSIG_ROUTE='fast': use auto, runtime or driver\n"
 
     def test_reader_that_goes_away(self):
         done = subprocess.run(
@@ -296,6 +329,14 @@ class TestDemo:
         assert "too new" in done.stdout
         assert done.stderr.startswith("kvsig: warning: libcudart ")
         assert done.stderr.count("\n") == 1
+
+    def test_the_driver_s_own_function_is_named(self, answer_of):
+        (run,) = answer_of("12.6/13.0", *SMALL, "--path", "batch")["runs"]
+        assert run["function"] == (
+            "cuMemcpyBatchAsync, prototype of 12.8 and later: 9 parameters, the driver's own"
+        )
+        assert (run["variant"], run["parameters"]) == ("12.8 and later", 9)
+        assert run["offload"]["path"] == "batch"
 
     @pytest.mark.parametrize("path", ["batch", "loop"])
     def test_path(self, answer_of, path):

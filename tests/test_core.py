@@ -866,6 +866,8 @@ class TestFinding:
             ("libm.so.6", "libm.so.6 is no CUDA runtime (KVSIG_CUDART=libm.so.6): it does not have"
              " cudaRuntimeGetVersion"),
             ("libnothing.so", "libnothing.so cannot be loaded (KVSIG_CUDART=libnothing.so):"),
+            ("libnothing.so", "; give the path of a libcudart, or emulated:VERSION, such as"
+             " emulated:12.9"),
         ],
     )  # fmt: skip
     def test_what_is_no_runtime_is_refused(self, monkeypatch, spec, text):

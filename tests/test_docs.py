@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,6 +63,47 @@ def test_the_python_example_prints_what_the_page_says(capsys: pytest.CaptureFixt
     (code,) = blocks(REFERENCE, "python")
     exec(compile(code, "registry.md", "exec"), {})
     assert capsys.readouterr().out == blocks(REFERENCE, "text")[0]
+
+
+@pytest.mark.parametrize("version", ["12.9", "13.0"])
+def test_the_calls_print_what_the_page_says(
+    version: str, emulated_runtime: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    emulated_runtime(version)
+    page = (DOCS / "call.md").read_text()
+    names: dict[str, object] = {}
+    printed = []
+    for code in blocks(page, "python"):
+        exec(compile(code, "call.md", "exec"), names)
+        printed.append(capsys.readouterr().out)
+    same, missing = blocks(page, "text")
+    assert printed[0] == same
+    if version == "12.9":
+        assert printed[1] == missing
+
+
+PAGES = [DOCS.parent / "README.md", DOCS.parent / "benchmarks" / "README.md", *DOCS.glob("*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS.parent)))
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_every_page_is_listed_in_the_index_once() -> None:
+    index = (DOCS / "index.md").read_text()
+    listed = re.findall(r"^- \[.*?\]\(([a-z-]+\.md)\)", index, re.MULTILINE)
+    assert sorted(listed) == sorted({page.name for page in DOCS.glob("*.md")} - {"index.md"})
+
+
+def test_every_variable_of_the_environment_is_documented() -> None:
+    sources = [*(DOCS.parent / "kvsig").rglob("*.py"), DOCS.parent / "kvsig" / "_core.pyx"]
+    read = re.compile(r"environ[^\n]*\"(KVSIG_\w+)\"")
+    used = {name for source in sources for name in read.findall(source.read_text())}
+    assert {"KVSIG_CUDART", "KVSIG_ROUTE"} <= used
+    pages = "".join(page.read_text() for page in DOCS.glob("*.md"))
+    assert sorted(used - set(re.findall(r"`\$?(KVSIG_\w+)", pages))) == []
 
 
 @pytest.mark.parametrize(

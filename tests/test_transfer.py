@@ -231,6 +231,15 @@ class TestRefuses:
         text = "stream handle -1 is not an address: give the cudaStream_t as it is"
         refused(ValueError, text, [16], [48], 16, -1)
 
+    @pytest.mark.skipif(torch.backends.cuda.is_built(), reason="this torch is built with CUDA")
+    def test_no_stream_where_torch_has_none(self, monkeypatch):
+        monkeypatch.setattr(_core, "is_emulated", lambda: False)
+        text = (
+            f"torch {torch.__version__} is built without CUDA and has no current stream: "
+            "give a stream"
+        )
+        refused(ValueError, text, [16], [48], 16)
+
     def test_the_batch_path_where_it_cannot_be(self):
         _core.rebind("emulated:12.6")
         stream = emulated.Stream()

@@ -30,6 +30,8 @@ environment:
   KVSIG_CUDART    the CUDA runtime to use: a path to a libcudart, or emulated:12.9
                   (or another version) for the emulated runtime, which needs no GPU;
                   unset: the libcudart that torch loads
+  KVSIG_ROUTE     where batches go: runtime (libcudart's function), driver (the driver's
+                  own) or auto (the default: the driver's where libcudart has none)
 """
 
 
@@ -62,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # own exceptions cannot be had either.
         if args.traceback or not (error.name or "").startswith("kvsig."):
             raise
+        if not isinstance(error, ModuleNotFoundError):
+            return fail(args, error)  # it says itself how to rebuild
         return fail(args, f"{error}\nBuild kvsig: python setup.py build_ext --inplace")
     except KeyboardInterrupt:
         if args.traceback:

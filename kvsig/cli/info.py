@@ -50,7 +50,10 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(info: dict[str, Any]) -> str:
     """Write :func:`kvsig.info` as text for people."""
-    runtime = format_version(info["runtime_version"])
+    version = info["runtime_version"]
+    runtime = format_version(version) if version else "of unknown version"
+    if not info["library"]:
+        runtime = "none"
     if info["emulated"]:
         runtime += ", emulated: host memory stands in for the GPU's"
     batch = info["batch"]
@@ -58,7 +61,7 @@ def describe(info: dict[str, Any]) -> str:
     bound = sum(function["status"] == "bound" for function in functions)
     rows = [
         ("CUDA runtime", runtime),
-        ("library", info["library"]),
+        ("library", info["library"] or "none"),
         ("found", info["found"]),
         ("driver", format_version(info["driver_version"]) if info["driver_version"] else "none"),
         ("page copies", f"{batch['path']}: {batch['why']}"),
