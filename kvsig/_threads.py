@@ -18,8 +18,12 @@ FEWEST = 256
 SHARE = 64
 # One transfer in so many is submitted by one thread alone, to measure the pace anew.
 AGAIN = 32
-# A thread of its own is worth it from this much more time of the CPU than of the engine.
+# Nanoseconds: threads together have not been seen to submit a copy in less.
+FASTEST = 450
+# Two threads are worth it from this much more time of the CPU than that or the engine's, and
+# four from the next.
 WORTH = 1.3
+WORTH_MORE = 1.6
 
 
 class Pace:
@@ -63,10 +67,10 @@ class Pace:
         cost[1] += 1
         if cost[1] >= AGAIN:
             return 1
-        ratio = cost[0] / engine_ns
+        ratio = cost[0] / max(engine_ns, FASTEST)
         if ratio < WORTH:
             return 1
-        return min(self.most, 2 if ratio < 2 * WORTH else 4)
+        return min(self.most, 2 if ratio < WORTH_MORE else 4)
 
     def note(self, load: bool, copies: int, size: int, took_ns: int) -> None:
         """Learn from a piece that one thread has submitted alone."""

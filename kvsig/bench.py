@@ -18,6 +18,7 @@ import json
 import math
 import os
 import platform
+import random
 import statistics
 import sys
 import tempfile
@@ -91,6 +92,8 @@ LIMIT_BYTES = 256 * MIB
 #: A cell moves no more than this, unless pages are asked for by number.
 CELL_BYTES, CELL_COPIES = 256 * MIB, 65536
 EMULATED_BYTES, EMULATED_COPIES = MIB, 2048
+#: Milliseconds: where the first run takes less, one more is made before each that is timed.
+WARM_MS = 20.0
 #: Methods that cost microseconds of Python per copy move only so many copies of a cell.
 PYTHON_COPIES = 4096
 MOST_BYTES = 2 * GIB
@@ -1146,15 +1149,16 @@ class Bench:
 
     def time_all(self, series: list[Series], deadline: float) -> None:
         """Time methods in turn, as often as asked for or as there is time."""
+        shuffled = random.Random(self.options.seed)
         gc.collect()
         gc.disable()
         try:
             for turn in range(self.options.runs):
                 if turn >= 3 and time.monotonic() > deadline:
                     break
-                # A method that takes most of the time is timed three times only.
-                first = turn % max(len(series), 1)
-                for one in series[first:] + series[:first]:
+                # A method that takes most of the time is timed three times only. The order is
+                # another each time, so that none always comes behind the same other.
+                for one in shuffled.sample(series, len(series)):
                     slow = one.first_ms > 100 and turn >= 3
                     if not slow:
                         self.time_one(one)
@@ -1169,6 +1173,9 @@ class Bench:
             one.host_ms.append((time.perf_counter() - begin) * 1e3)
             one.stream.synchronize()
             return
+        if one.first_ms < WARM_MS:
+            # What ran before leaves the CPU's caches cold, which would count as this one's time.
+            one.submit()
         torch.cuda.synchronize()
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)

@@ -442,7 +442,7 @@ class TestScripts:
 
     def test_sessions_sections(self, tmp_path):
         done = subprocess.run(
-            [sys.executable, str(BENCHMARKS / "gpu_session.py"), str(tmp_path), "none"],
+            [sys.executable, str(BENCHMARKS / "gpu_run.py"), str(tmp_path), "none"],
             capture_output=True,
             text=True,
             check=False,

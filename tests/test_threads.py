@@ -137,7 +137,7 @@ class TestPace:
     def test_one_until_measured_then_by_what_submitting_costs(self):
         pace = _threads.Pace(4)
         assert pace.choose(True, 1024, 16384, 300) == 1
-        for cost, threads in ((200, 1), (450, 2), (900, 4)):
+        for cost, threads in ((200, 1), (500, 1), (700, 2), (900, 4)):
             pace = _threads.Pace(4)
             pace.note(True, 1000, 16384, cost * 1000)
             assert pace.choose(True, 1024, 16384, 300) == threads
@@ -147,6 +147,7 @@ class TestPace:
     def test_measured_again_now_and_then(self):
         pace = _threads.Pace(2)
         pace.note(True, 1000, 4096, 900_000)
+        # A copy of 4 KiB costs the engine next to nothing, submitting it does not.
         chosen = [pace.choose(True, 1000, 4096, 100) for _ in range(_threads.AGAIN)]
         assert chosen == [2] * (_threads.AGAIN - 1) + [1]
 

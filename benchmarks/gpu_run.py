@@ -1,6 +1,6 @@
-"""Everything that needs a GPU, in one command, for a machine that is lent for minutes.
+"""Everything that needs a GPU, in one command, each part with a time limit.
 
-    python3 benchmarks/gpu_session.py OUTDIR [SECTIONS] [--cudart FOLDER] [--commit HASH]
+    python3 benchmarks/gpu_run.py OUTDIR [SECTIONS] [--cudart FOLDER] [--commit HASH]
 
 Needs only Python with torch and Cython, and a C compiler; standard library otherwise, so that
 a section that fails, or runs out of its time, loses no other. Results are a few JSON files and
@@ -55,7 +55,7 @@ for name in ('cython', 'numpy', 'pytest', 'matplotlib', 'cuda-bindings', 'cuda-c
 """
 
 
-class Session:
+class Run:
     def __init__(self, args: argparse.Namespace) -> None:
         self.out = args.out
         self.out.mkdir(parents=True, exist_ok=True)
@@ -64,13 +64,13 @@ class Session:
         self.budget = args.seconds
         self.begin = time.monotonic()
         self.scale = args.scale
-        self.log_path = self.out / "session.log"
+        self.log_path = self.out / "run.log"
         self.log = self.log_path.open("a", encoding="utf-8", buffering=1)
-        self.path = self.out / "session.json"
+        self.path = self.out / "run.json"
         self.data: dict[str, Any] = {}
         if self.path.exists():
             self.data = json.loads(self.path.read_text(encoding="utf-8"))
-        self.data.setdefault("kind", "session")
+        self.data.setdefault("kind", "run")
         self.data["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.data["commit"] = args.commit
         self.data.setdefault("sections", {})
@@ -125,7 +125,7 @@ class Session:
             text = file.read().decode("utf-8", "replace")
         lines = text.rstrip().splitlines()
         if echo and len(lines) > echo:
-            print(f"  ... {len(lines) - echo} lines are in session.log")
+            print(f"  ... {len(lines) - echo} lines are in run.log")
         for line in lines[-echo:] if echo else []:
             print("  " + line, flush=True)
         self.say(f"  exit code {code} after {took:.1f} s")
@@ -271,7 +271,7 @@ class Session:
 
     def targets(self, seconds: float) -> int:
         """Only what the requirements name, without the rivals that take long."""
-        cells = "sizes,layers,orders,both,million"
+        cells = "sizes,layers,orders,layer-first,both,pages,models,spacing,stream,million"
         methods = "auto,batch,strided,loop,one-call,one-copy"
         return self.bench(
             seconds, "--section", cells, "--method", methods, name="targets", echo=120
@@ -305,16 +305,16 @@ def main() -> int:
         parser.error(f"no section {', '.join(unknown)}; there are: {', '.join(SECTIONS)}")
     if args.commit and not re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?", args.commit):
         parser.error(f"--commit {args.commit!r} is no commit")
-    session = Session(args)
+    run = Run(args)
     for name in names:
-        session.section(name)
-    session.say("")
+        run.section(name)
+    run.say("")
     failed = 0
     for name in names:
-        row = session.data["sections"][name]
+        row = run.data["sections"][name]
         failed += row["result"] != "ok"
-        session.say(f"{name:<12} {row.get('seconds', 0):>7.1f} s  {row['result']}")
-    session.say(f"{time.monotonic() - session.begin:.0f} s in all")
+        run.say(f"{name:<12} {row.get('seconds', 0):>7.1f} s  {row['result']}")
+    run.say(f"{time.monotonic() - run.begin:.0f} s in all")
     return 1 if failed else 0
 
 
