@@ -112,10 +112,12 @@ def _number(registry: Registry, ctype: CType, value: Any, where: str) -> int | f
     if resolved.pointers:
         return address_of(value, where)
     if isinstance(value, str):
-        for enum in registry.enums.values():
+        own = registry.enums.get(resolved.name)
+        for enum in registry.enums.values() if own is None else (own,):
             if value in enum.constants:
                 return enum.constants[value]
-        raise ValueError(f"{where}={value!r} is no constant of the registry; give its number")
+        of = "" if own is None else f"{own.name} in "
+        raise ValueError(f"{where}={value!r} is no constant of {of}the registry; give its number")
     code = _format(registry, ctype)
     if code in ("f", "d"):
         return float(value)

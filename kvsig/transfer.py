@@ -111,7 +111,7 @@ def copy_batch(
     if not len(to):
         return Report()
     with _torch.device_guard(_torch.stream_device(stream)):
-        return _core.copy_batch(to, origin, length, handle, path, batch_size)
+        return _core.copy_batch(to, origin, length, handle, path, min(batch_size, len(to)))
 
 
 def _addresses(values: Any, name: str) -> U64:

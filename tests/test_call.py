@@ -324,8 +324,11 @@ class TestRefusals:
             ({"location": (1, 2**31)}, ValueError,
              f"(location).id={2**31} does not fit into int"),
             ({"location": {"type": "cudaMemLocationTypeMoon"}}, ValueError,
-             "(location).type='cudaMemLocationTypeMoon' is no constant of the registry; give its"
-             " number"),
+             "(location).type='cudaMemLocationTypeMoon' is no constant of cudaMemLocationType in"
+             " the registry; give its number"),
+            ({"location": ("cudaMemcpyDefault", 0)}, ValueError,
+             "(location).type='cudaMemcpyDefault' is no constant of cudaMemLocationType in the"
+             " registry; give its number"),
         ],
     )  # fmt: skip
     def test_wrong_types_ranges_and_structs(self, change, kind, text):

@@ -107,13 +107,14 @@ class TestMovesBytes:
             best = "loop" if runtime == "12.6" else "batch"
             assert report.path == (best if path == "auto" else path)
 
-    def test_in_calls_of_batch_size(self, runtime, stream):
+    @pytest.mark.parametrize(("size", "calls"), [(4, 3), (10, 1), (1 << 70, 1)])
+    def test_in_calls_of_batch_size(self, runtime, stream, size, calls):
         memory = Memory()
         dsts, srcs = memory.request(range(10), range(10), 96)
-        report = kvsig.copy_batch(dsts, srcs, 96, stream, batch_size=4)
+        report = kvsig.copy_batch(dsts, srcs, 96, stream, batch_size=size)
         stream.synchronize()
         memory.check()
-        assert report.calls == (10 if runtime == "12.6" else 3)
+        assert report.calls == (10 if runtime == "12.6" else calls)
 
 
 class TestStreamOrder:
