@@ -70,6 +70,7 @@ __all__ = [
     "rebind",
     "runtime_version",
     "driver_version",
+    "strided_bound",
 ]
 
 if _registry.digest() != DIGEST:
@@ -775,6 +776,14 @@ def batch_refusal(uint64_t stream):
     """
     _ensure()
     return _permanent_refusal() or (None if stream <= 1 else _stream_refusal(stream))
+
+
+def strided_bound():
+    """Whether strided copies are calls of their own here, and not rows copied one by one."""
+    _ensure()
+    return (
+        slots[SLOT_cudaMemcpy2DAsync].variant >= 0 and slots[SLOT_cudaMemcpy3DAsync].variant >= 0
+    )
 
 
 cdef struct Progress:

@@ -412,7 +412,11 @@ class PagedKVCache:
     ) -> Report:
         """Queue a checked request, piece by piece."""
         refused = path == "auto" and _core.batch_refusal(handle) is not None
-        transfer.decide(path, not refused)
+        method = path
+        if path == "auto" and not _core.strided_bound():
+            # A runtime newer than every prototype: rows would be copied one by one anyway.
+            method = "loop" if refused else "batch"
+        transfer.decide(method, not refused)
         report: Report | None = None
         arrays: Any
         for kind, arrays in transfer:
@@ -770,6 +774,12 @@ def _simple(values: Any) -> Any:
     return np.array(values) if kind is list else None
 
 
+def _first_odd(array: npt.NDArray[Any]) -> object:
+    """Return the first of some objects that is no page number."""
+    fits = (type(item) is int and abs(item) < 2**63 for item in array.flat)
+    return next((item for item, fit in zip(array.flat, fits, strict=True) if not fit), None)
+
+
 def _page_numbers(values: Any, name: str, limit: int) -> I64:
     """Return page numbers as one-dimensional contiguous int64."""
     if type(values) is np.ndarray:
@@ -781,7 +791,10 @@ def _page_numbers(values: Any, name: str, limit: int) -> I64:
     elif isinstance(values, range):
         array = np.arange(values.start, values.stop, values.step, dtype=np.int64)
     elif isinstance(values, (list, tuple)) or hasattr(values, "__array__"):
-        array = np.asarray(values)
+        try:
+            array = np.asarray(values)
+        except ValueError:
+            raise ValueError(f"{name} must be one flat list of page numbers, not nested") from None
         if array.size == 0 and isinstance(values, (list, tuple)):
             array = array.astype(np.int64)  # an empty list has no dtype of its own
     else:
@@ -789,6 +802,8 @@ def _page_numbers(values: Any, name: str, limit: int) -> I64:
             f"{name} must be a list, range, array or tensor of page numbers, "
             f"not {type(values).__name__}"
         )
+    if array.dtype.kind == "O":
+        raise TypeError(f"{name} must hold integers below 2**63, not {_first_odd(array)!r}")
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} must hold integers, not {array.dtype}")
     if array.ndim != 1:

@@ -1223,3 +1223,18 @@ class TestSaysWhatItIs:
         cache.offload([1], [2], stream=stream)
         stream.synchronize()
         assert (host[2, 1] == 7).all()
+
+
+@pytest.mark.parametrize(
+    ("pages", "kind", "text"),
+    [
+        ([[1], [2, 3]], ValueError, "host_pages must be one flat list of page numbers, not nested"),
+        ([0, 2**70], TypeError, f"host_pages must hold integers below 2**63, not {2**70}"),
+        ([0, None], TypeError, "host_pages must hold integers below 2**63, not None"),
+    ],
+)
+def test_odd_page_numbers_are_named(stream, pages, kind, text):
+    setup = Setup()
+    with pytest.raises(kind) as caught:
+        setup.cache.load(pages, [0, 1], stream=stream)
+    assert str(caught.value) == text
