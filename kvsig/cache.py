@@ -771,7 +771,12 @@ def _simple(values: Any) -> Any:
         return values
     if kind is torch.Tensor and values.dtype is torch.int64 and values.is_cpu:
         return values.numpy()
-    return np.array(values) if kind is list else None
+    if kind is list:
+        try:
+            return np.array(values)
+        except ValueError:
+            pass  # ragged: the slow way names the argument
+    return None
 
 
 def _first_odd(array: npt.NDArray[Any]) -> object:
