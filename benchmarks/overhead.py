@@ -1,0 +1,82 @@
+"""What packing and calling cost the host beyond the CUDA calls: they are stubbed here.
+
+    PYTHONPATH=. python benchmarks/overhead.py
+
+Runs on the emulated runtime, without a GPU: the batch function answers at once, so what is left
+is kvsig's own time. Prints medians for one plane of random pages, the dearest case for the
+planner, and for small calls.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+os.environ["KVSIG_CUDART"] = "emulated:13.0"
+
+import numpy as np
+import torch
+
+import kvsig
+from kvsig import _core, costs, emulated
+
+KIB = 1 << 10
+MODEL = costs.builtin("NVIDIA H100 80GB HBM3")
+
+
+def median_us(run: Callable[[], Any], times: int = 300) -> float:
+    taken = []
+    for _ in range(times):
+        begin = time.perf_counter_ns()
+        run()
+        taken.append(time.perf_counter_ns() - begin)
+    return statistics.median(taken) / 1e3
+
+
+def main() -> None:
+    control = emulated.Control(str(_core.info()["library"]))
+    rng = np.random.default_rng(0)
+    with emulated.Stream() as stream:
+        control.stub()
+        print(f"{'copies':>7} {'page':>8} {'core':>8} {'copy_batch':>11} {'load':>8}   ns per copy")
+        for width, count in ((4 * KIB, 8192), (32 * KIB, 8192), (128 * KIB, 2048)):
+            pages = max(count, (1 << 28) // width)
+            device = torch.empty(pages, width, dtype=torch.uint8)
+            host = torch.empty(pages, 1, 1, width, dtype=torch.uint8)
+            cache = kvsig.PagedKVCache([device], host, page_size=1, model=MODEL, threads=1)
+            a, b = rng.permutation(pages)[:count], rng.permutation(pages)[:count]
+            dsts = np.uint64(device.data_ptr()) + a.astype(np.uint64) * np.uint64(width)
+            srcs = np.uint64(host.data_ptr()) + b.astype(np.uint64) * np.uint64(width)
+            handle = stream.cuda_stream
+            runs: list[Callable[[], Any]] = [
+                lambda d=dsts, s=srcs, w=width, h=handle: _core.copy_batch(d, s, w, h, "batch"),
+                lambda d=dsts, s=srcs, w=width: kvsig.copy_batch(
+                    d, s, w, stream=stream, path="batch", check=False
+                ),
+                lambda c=cache, x=b, y=a: c.load(x, y, stream=stream, path="batch"),
+            ]
+            each = [1e3 * median_us(run) / count for run in runs]
+            print(
+                f"{count:>7} {width // KIB:>4} KiB {each[0]:>8.1f} {each[1]:>11.1f} {each[2]:>8.1f}"
+            )
+        print(f"\n{'pages':>7} {'path':>8} {'load':>8} {'offload':>8}   us per call, one layer")
+        pair = [[torch.empty(512, 4 * KIB, dtype=torch.uint8) for _ in range(4)] for _ in "kv"]
+        pools = [torch.empty(512, 4, 1, 4 * KIB, dtype=torch.uint8) for _ in "kv"]
+        cache = kvsig.PagedKVCache((pair[0], pair[1]), pools, page_size=1, model=MODEL, threads=1)
+        for pages in (1, 16):
+            a, b = rng.permutation(512)[:pages], rng.permutation(512)[:pages]
+            for path in ("auto", "batch"):
+                options = {"layers": 2, "stream": stream, "path": path}
+                took = [
+                    median_us(lambda x=b, y=a, o=options: cache.load(x, y, **o)),
+                    median_us(lambda x=b, y=a, o=options: cache.offload(y, x, **o)),
+                ]
+                print(f"{pages:>7} {path:>8} {took[0]:>8.1f} {took[1]:>8.1f}")
+        control.reset()
+
+
+if __name__ == "__main__":
+    main()
