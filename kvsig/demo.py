@@ -75,7 +75,8 @@ def bound_runtime(spec: str | None = None) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``function`` is a sentence on the batch function: its prototype, or why it is not used.
+        ``function`` is a sentence on the batch function: its prototype, or why it is not used;
+        ``batches`` says whether copies can go out in batches.
 
     Raises
     ------
@@ -116,6 +117,7 @@ def bound_runtime(spec: str | None = None) -> dict[str, Any]:
         "runtime_version": info["runtime_version"],
         "driver_version": info["driver_version"],
         "function": function,
+        "batches": info["batch"]["path"] == "batch",
         "variant": batch["variant"],
         "parameters": parameters,
     }
