@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import random
 import statistics
 import sys
 import time
@@ -53,27 +54,28 @@ class Clock:
 def in_turn(
     clock: Clock, runs: dict[str, tuple[Run, int]], times: int, deadline: float
 ) -> tuple[dict[str, list[tuple[float, float]]], dict[str, str]]:
-    """Time runs in turn, after one to warm up; a run that fails is left out, with its error."""
+    """Time runs in turn; a run that fails is left out, with its error.
+
+    The order is another each time, and each timed run comes behind one of the same kind that is
+    not timed: what ran before would otherwise leave its own data in the CPU's caches.
+    """
+    shuffled = random.Random(0)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     failed: dict[str, str] = {}
     gc.collect()
     gc.disable()
     try:
-        for turn in range(times + 1):
+        for turn in range(times):
             if turn > 3 and time.monotonic() > deadline:
                 break
-            names = list(runs)
-            shift = turn % len(names)
-            for name in names[shift:] + names[:shift]:
+            for name in shuffled.sample(list(runs), len(runs)):
                 if name in failed:
                     continue
                 try:
-                    pair = clock.once(*runs[name])
+                    clock.once(*runs[name])
+                    found[name].append(clock.once(*runs[name]))
                 except Exception as error:
                     failed[name] = f"{type(error).__name__}: {error}"
-                    continue
-                if turn:
-                    found[name].append(pair)
     finally:
         gc.enable()
     return {name: pairs for name, pairs in found.items() if pairs}, failed

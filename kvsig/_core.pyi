@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +61,7 @@ def address_file(address: int) -> str: ...
 def batch_refusal(stream: int) -> str | None: ...
 def bind() -> None: ...
 def call(function: str, /, **arguments: Any) -> Any: ...
+@overload
 def copy_batch(
     dsts: _Words,
     srcs: _Words,
@@ -69,7 +70,21 @@ def copy_batch(
     path: str = "auto",
     batch_size: int = 256,
     threads: int = 1,
+    first_size: int = 0,
+    give_up: Literal[False] = False,
 ) -> Report: ...
+@overload
+def copy_batch(
+    dsts: _Words,
+    srcs: _Words,
+    sizes: _Words | int,
+    stream: int,
+    path: str = "auto",
+    batch_size: int = 256,
+    threads: int = 1,
+    first_size: int = 0,
+    give_up: bool = False,
+) -> Report | None: ...
 def copy_strided(ops: _Words, stream: int) -> Report: ...
 def copy_strided3(ops: _Words, stream: int) -> Report: ...
 def driver_version() -> int: ...

@@ -814,9 +814,19 @@ cdef int _call_batch(
     )
 
 
+cdef inline size_t _copies_of_call(
+    size_t start, size_t count, size_t per_call, size_t first
+) noexcept nogil:
+    """Copies of the call that begins at one of them; calls grow if `first` is not 0."""
+    cdef size_t amount = per_call
+    if first:
+        amount = min(amount, max(first, start))
+    return min(amount, count - start)
+
+
 cdef int _run_batch(
     int route, const uint64_t *dsts, const uint64_t *srcs, const uint64_t *sizes, uint64_t same,
-    size_t count, size_t per_call, void *stream, Progress *progress,
+    size_t count, size_t per_call, size_t first, void *stream, Progress *progress,
 ) noexcept nogil:
     """Submit copies in calls of per_call; stop at the first error and answer it."""
     cdef size_t[STACK_COPIES] stack_zeros
@@ -839,9 +849,7 @@ cdef int _run_batch(
         for i in range(widest):
             same_sizes[i] = same
     while start < count:
-        amount = count - start
-        if amount > per_call:
-            amount = per_call
+        amount = _copies_of_call(start, count, per_call, first)
         part = same_sizes if sizes == NULL else <size_t *>(sizes + start)
         fail = <size_t>-1
         code = _call_batch(route, dsts + start, srcs + start, part, amount, zeros, &fail, stream)
@@ -968,20 +976,34 @@ cdef int _tie(uint64_t first, uint64_t then, uint64_t event) noexcept nogil:
 # takes batches on different streams from different threads side by side. Each thread beyond the
 # caller's own has a stream, tied to the caller's by events, so the order outside stays the same.
 
-cdef struct Share:
-    int route, device, code
+cdef extern from * nogil:
+    """
+    static inline size_t kvsig_take(size_t *next) {
+        return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
+    }
+    static inline void kvsig_stop(size_t *next, size_t end) {
+        __atomic_store_n(next, end, __ATOMIC_RELAXED);
+    }
+    """
+    size_t kvsig_take(size_t *next)
+    void kvsig_stop(size_t *next, size_t end)
+
+cdef struct Work:
+    # One transfer. Whoever is free takes the next call: a thread that wakes up late, or whose CPU
+    # is slow at the moment, keeps nobody waiting for more than one.
+    int route, device
     const uint64_t *dsts
     const uint64_t *srcs
     const uint64_t *sizes
     uint64_t same
-    size_t first, count, per_call
-    void *stream
-    Progress progress
+    size_t count, per_call, next
 
 cdef struct Worker:
     sem_t go, done
-    Share share
-    int device
+    Work *work
+    void *stream
+    Progress progress
+    int device, code
 
 cdef Worker[MOST_THREADS] workers
 cdef int worker_count = 0
@@ -989,22 +1011,51 @@ cdef int worker_process = 0
 cdef object _team_lock = threading.Lock()
 
 
+cdef int _take_calls(Work *work, void *stream, Progress *progress) noexcept nogil:
+    """Submit calls until none is left; stop everybody at the first error and answer it."""
+    cdef size_t start, amount
+    cdef Progress one
+    cdef int code
+    progress.done, progress.failed = work.count, <size_t>-1
+    progress.calls, progress.bytes = 0, 0
+    while True:
+        start = kvsig_take(&work.next) * work.per_call
+        if start >= work.count:
+            return 0
+        amount = min(work.per_call, work.count - start)
+        one.done, one.failed, one.calls, one.bytes = 0, <size_t>-1, 0, 0
+        code = _run_batch(
+            work.route, work.dsts + start, work.srcs + start,
+            work.sizes + start if work.sizes != NULL else NULL, work.same, amount,
+            work.per_call, 0, stream, &one,
+        )
+        progress.calls += one.calls
+        progress.bytes += one.bytes
+        if code != 0:
+            kvsig_stop(&work.next, work.count)
+            progress.done = start
+            if one.failed != <size_t>-1:
+                progress.failed = start + one.failed
+            return code
+
+
 cdef void *_work(void *argument) noexcept nogil:
     cdef Worker *worker = <Worker *>argument
-    cdef Share *share = &worker.share
     while True:
         while sem_wait(&worker.go) != 0:
             pass
-        share.code = 0
-        if worker.device != share.device:
-            share.code = cudaSetDevice(device=share.device)
-            worker.device = share.device if share.code == 0 else -1
-        if share.code == 0:
-            share.code = _run_batch(
-                share.route, share.dsts, share.srcs, share.sizes, share.same, share.count,
-                share.per_call, share.stream, &share.progress,
-            )
-        if share.code != 0:
+        worker.code = 0
+        worker.progress.calls, worker.progress.bytes = 0, 0
+        worker.progress.done, worker.progress.failed = 0, <size_t>-1
+        if worker.device != worker.work.device:
+            worker.device = worker.work.device
+            if cudaSetDevice(device=worker.device) != 0:
+                # It takes no call then, and the others take them all.
+                worker.device = -1
+                _clear()
+        if worker.device >= 0:
+            worker.code = _take_calls(worker.work, worker.stream, &worker.progress)
+        if worker.code != 0:
             # The last error is each thread's own: nobody would find it here.
             _clear()
         sem_post(&worker.done)
@@ -1036,60 +1087,41 @@ cdef int _run_team(
     const uint64_t *srcs, const uint64_t *sizes, uint64_t same, size_t count, size_t per_call,
     uint64_t stream, Progress *progress,
 ) noexcept nogil:
-    """Submit a share of the copies from each of several threads, and wait until all have.
+    """Submit the copies from several threads, and wait until all are submitted.
 
     `forks` has stream, before and after of each helper. Answers the first error in order of the
     copies; `progress.done` is the first copy of the call that was refused.
     """
-    cdef size_t calls = (count + per_call - 1) // per_call
-    cdef size_t first, last
-    cdef Share own
-    cdef Share *share
+    cdef Work work
+    cdef Worker *worker
+    cdef Progress own
     cdef int i, code = 0, tied = 0
-    memset(&own, 0, sizeof(own))
     for i in range(helpers):
         code = _tie(stream, forks[3 * i], forks[3 * i + 1])
         if code != 0:
             return code
-    for i in range(helpers + 1):
-        first = calls * i // (helpers + 1) * per_call
-        last = calls * (i + 1) // (helpers + 1) * per_call
-        if last > count:
-            last = count
-        share = &own if i == 0 else &workers[i - 1].share
-        share.route, share.device, share.code = route, device, 0
-        share.dsts, share.srcs = dsts + first, srcs + first
-        share.sizes = NULL
-        if sizes != NULL:
-            share.sizes = sizes + first
-        share.same, share.first, share.count = same, first, last - first
-        share.per_call = per_call
-        share.stream = <void *>(stream if i == 0 else forks[3 * (i - 1)])
-        share.progress.done, share.progress.failed = 0, <size_t>-1
-        share.progress.calls, share.progress.bytes = 0, 0
-        if i > 0:
-            sem_post(&workers[i - 1].go)
-    own.code = _run_batch(
-        route, own.dsts, own.srcs, own.sizes, same, own.count, per_call, own.stream,
-        &own.progress,
-    )
+    work.route, work.device = route, device
+    work.dsts, work.srcs, work.sizes, work.same = dsts, srcs, sizes, same
+    work.count, work.per_call, work.next = count, per_call, 0
     for i in range(helpers):
-        while sem_wait(&workers[i].done) != 0:
+        worker = &workers[i]
+        worker.work, worker.stream = &work, <void *>forks[3 * i]
+        sem_post(&worker.go)
+    code = _take_calls(&work, <void *>stream, &own)
+    progress[0] = own
+    for i in range(helpers):
+        worker = &workers[i]
+        while sem_wait(&worker.done) != 0:
             pass
+        progress.calls += worker.progress.calls
+        progress.bytes += worker.progress.bytes
+        if worker.code != 0 and (code == 0 or worker.progress.done < progress.done):
+            code = worker.code
+            progress.done, progress.failed = worker.progress.done, worker.progress.failed
         # Also after a failure: what was submitted stays in the caller's order.
         tied = _tie(forks[3 * i], stream, forks[3 * i + 2])
         if code == 0:
             code = tied
-    for i in range(helpers + 1):
-        share = &own if i == 0 else &workers[i - 1].share
-        progress.calls += share.progress.calls
-        progress.bytes += share.progress.bytes
-        if share.code != 0:
-            progress.done = share.first + share.progress.done
-            if share.progress.failed != <size_t>-1:
-                progress.failed = share.first + share.progress.failed
-            return share.code
-    progress.done = count
     return code
 
 
@@ -1125,7 +1157,7 @@ cdef int _batch_team(
             _team_lock.release()
     with nogil:
         code = _run_batch(
-            route, dsts, srcs, sizes, same, count, per_call, <void *>stream, progress
+            route, dsts, srcs, sizes, same, count, per_call, 0, <void *>stream, progress
         )
     return code
 
@@ -1155,6 +1187,8 @@ def copy_batch(
     str path="auto",
     size_t batch_size=DEF_BATCH,
     int threads=1,
+    size_t first_size=0,
+    bint give_up=False,
 ):
     """Submit copies to a stream.
 
@@ -1174,10 +1208,16 @@ def copy_batch(
     threads : int
         Threads that submit batches, this one counted in. Where there are too few copies for
         it, or another transfer has the threads, this one works alone.
+    first_size : int
+        Copies in the first call, if not 0; each call then has as many as are submitted already,
+        up to `batch_size`. The copy engine starts early then. Not where several threads submit.
+    give_up : bool
+        Return None, instead of going on by ``path="auto"`` without batches, where it is known
+        beforehand that they cannot be used. Nothing has been submitted then.
 
     Returns
     -------
-    Report
+    Report or None
 
     Raises
     ------
@@ -1247,13 +1287,15 @@ def copy_batch(
                 if code != 0:
                     raise _error(code, "cudaEventRecord")
             if threads > 1 and count >= TEAM_COPIES:
+                first_size = 0
                 code = _batch_team(
                     threads, route, d, s, size_list, same, count, batch_size, target, &progress
                 )
             else:
                 with nogil:
                     code = _run_batch(
-                        route, d, s, size_list, same, count, batch_size, <void *>target, &progress
+                        route, d, s, size_list, same, count, batch_size, first_size,
+                        <void *>target, &progress,
                     )
             error = None
             if code != 0:
@@ -1262,7 +1304,8 @@ def copy_batch(
                     name = "cuMemcpyBatchAsync" if route == ROUTE_DRIVER else "cudaMemcpyBatchAsync"
                     _clear()
                     index = _failed_copy(
-                        d, s, size_list, same, count, batch_size, target, route, &progress
+                        d, s, size_list, same, count, batch_size, first_size, target, route,
+                        &progress,
                     )
                     error = _error(code, name, index)
             if fork is not None:
@@ -1277,6 +1320,8 @@ def copy_batch(
                 raise error
             if reason is None:
                 return Report("batch", None, count, progress.calls, progress.bytes)
+        elif give_up and path == "auto":
+            return None
         if path == "batch" and slots[SLOT_cudaMemcpyAsync].variant >= 0:
             raise BindError(f"path='batch' is not possible: {reason}. Use path='auto' or 'loop'")
     if slots[SLOT_cudaMemcpyAsync].variant < 0:
@@ -1347,7 +1392,7 @@ def _name(int code):
 
 cdef object _failed_copy(
     const uint64_t *d, const uint64_t *s, const uint64_t *sizes, uint64_t same, size_t count,
-    size_t per_call, uint64_t stream, int route, Progress *progress,
+    size_t per_call, size_t first, uint64_t stream, int route, Progress *progress,
 ):
     """Number of the copy that a batch was refused for, or None.
 
@@ -1357,7 +1402,7 @@ cdef object _failed_copy(
     cdef Progress again
     cdef const uint64_t *part = NULL
     cdef size_t start = progress.done
-    cdef size_t amount = min(count - start, per_call)
+    cdef size_t amount = _copies_of_call(start, count, per_call, first)
     cdef int code
     if progress.failed != <size_t>-1:
         return progress.failed
@@ -1369,7 +1414,7 @@ cdef object _failed_copy(
     with nogil:
         code = _run_batch(
             ROUTE_DRIVER, d + start, s + start, part, same,
-            amount, amount, <void *>stream, &again,
+            amount, amount, 0, <void *>stream, &again,
         )
     if code == 0 or again.failed == <size_t>-1:
         return None

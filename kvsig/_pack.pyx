@@ -10,13 +10,15 @@ Python object per page.
 """
 
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBuffer_Release, PyObject_GetBuffer
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memmove, memset
+from libc.string cimport memmove
 
 from bisect import bisect_right
 
 import numpy as np
+
+from kvsig._threads import look
 
 # cudaDevAttrMaxPitch of every device so far: a strided copy takes no longer pitch.
 cdef uint64_t LONGEST_PITCH = 0x7FFFFFFF
@@ -24,6 +26,16 @@ cdef uint64_t LONGEST_PITCH = 0x7FFFFFFF
 cdef uint64_t LONGEST_LINE = 0x40000000
 # A smaller number of copies per batch call must promise this much to be taken.
 cdef double SMALLER_CALLS = 0.97
+# Calls that grow are but three more.
+cdef double GROWING_CALLS = 0.99
+# What the first call keeps waiting counts so much in a choice: calls mostly follow each other,
+# layer by layer, and then it is hidden behind what was queued before.
+cdef double WAIT_COUNTS = 0.5
+# A CPU that needs twice as long for batches needs half as long again for single and strided
+# copies, as measured.
+cdef double SINGLE_SLOWS = 0.55
+# From this many copies on, several threads may submit.
+cdef Py_ssize_t TOGETHER_FROM = 256
 # Runs are cut here, so that one run never fills a buffer without bound.
 cdef Py_ssize_t LONGEST_RUN = 1 << 16
 # Below this many copies the loops take less time than giving the GIL away and back.
@@ -71,6 +83,11 @@ CHECK_REPEATED = REPEATED
 CHECK_LENGTHS = LENGTHS
 CHECK_NOT_PAGES = NOT_PAGES
 
+# Choices between two looks at the CPU's speed.
+cdef int LOOK_AGAIN = 64
+cdef int looks_left = 0
+cdef double slow_now = 1
+
 METHODS = ("batch", "loop", "strided", "strided+batch", "strided+loop")
 
 cdef double NEVER = 1e30
@@ -84,6 +101,7 @@ cdef struct Costs:
     double copy_submit, copy_engine
     double staged_small, staged_large, inline_bytes
     double strided_submit, strided_engine, strided_row
+    double together         # of a copy in a batch where several threads submit; 0 where none do
 
 
 cdef struct Kind:
@@ -139,6 +157,17 @@ cdef inline Choice *choice_of(const Layout *p, Py_ssize_t side, Py_ssize_t mode,
 
 cdef struct Tally:
     double submit, engine, copies, strided
+    double plain            # the part of `submit` that plain copies take
+
+
+cpdef double slowness() except -1:
+    """How many times as long as at its best the CPU needs, looked at every 64 times."""
+    global looks_left, slow_now
+    looks_left -= 1
+    if looks_left < 0:
+        looks_left = LOOK_AGAIN
+        slow_now = look()
+    return slow_now
 
 
 cdef inline double larger(double a, double b) noexcept nogil:
@@ -161,10 +190,13 @@ cdef inline double plain_engine(const Costs *c, int mode, double size) noexcept 
 
 cdef inline double plain_cost(const Costs *c, int mode, double size) noexcept nogil:
     cdef double share = 0
+    cdef double submit = plain_submit(c, mode, size)
     if mode == BATCH or mode == STRIDED_BATCH:
         share = 1.0 / 256
+        if 0 < c.together < submit:
+            submit = c.together
     return larger(
-        plain_submit(c, mode, size) + share * c.call_submit,
+        submit + share * c.call_submit,
         plain_engine(c, mode, size) + share * c.call_engine,
     )
 
@@ -218,7 +250,7 @@ cdef void count_page(Tally *t, const Costs *c, const Kind *kind, int mode, Form 
     cdef double many = times * kind.groups * kind.planes
     if form == PLAIN:
         t.copies += many
-        t.submit += many * plain_submit(c, mode, size)
+        t.plain += many * plain_submit(c, mode, size)
         t.engine += many * plain_engine(c, mode, size)
     elif form == STACK:
         t.strided += times * kind.groups
@@ -284,6 +316,26 @@ cdef inline Py_ssize_t next_run(Scan *s, int64_t *device_step, int64_t *host_ste
     return j - i
 
 
+cdef inline Py_ssize_t lone_pages(const Scan *s) noexcept nogil:
+    # Pages from s.at on that are in no run: what `next_run` says of most pages, many times faster.
+    cdef const int64_t *d = s.device
+    cdef const int64_t *h = s.host
+    cdef Py_ssize_t i = s.at, last = s.count - 2
+    cdef int64_t a, b, c, e
+    if i >= last:
+        return 0
+    a = d[i + 1] - d[i]
+    b = h[i + 1] - h[i]
+    while i < last:
+        c = d[i + 2] - d[i + 1]
+        e = h[i + 2] - h[i + 1]
+        if (a == b) | (((a ^ c) | (b ^ e)) == 0):
+            break
+        a, b = c, e
+        i += 1
+    return i - s.at
+
+
 cdef inline int bucket_of(Py_ssize_t pages) noexcept nogil:
     cdef int bucket
     if pages < EXACT:
@@ -305,9 +357,8 @@ cdef class Workspace:
     cdef uint64_t *size
     cdef uint64_t *op
     cdef uint64_t *cube
-    cdef uint32_t *mark
+    cdef uint64_t *mark             # a bit for each page; all are 0 between uses
     cdef Py_ssize_t copies, copy_room, strided, strided_room, cubic, cubic_room, mark_room
-    cdef uint32_t epoch
     # runs of the block at hand: lowest page on each side, pages, and distance of pages
     cdef int64_t *run_device
     cdef int64_t *run_host
@@ -381,13 +432,12 @@ cdef class Workspace:
         return 0
 
     cdef int grow_marks(self, Py_ssize_t pages) except -1:
-        cdef uint32_t[::1] view
+        cdef uint64_t[::1] view
         if pages > self.mark_room:
-            self.marks = np.zeros(pages, np.uint32)
+            self.marks = np.zeros((pages + 63) // 64, np.uint64)
             view = self.marks
             self.mark = &view[0]
             self.mark_room = pages
-            self.epoch = 0
         return 0
 
 
@@ -427,7 +477,7 @@ cdef int get_pages(object pages, Py_buffer *view) except -1:
     return 0
 
 
-cdef int read_costs(Costs *into, object costs) except -1:
+cdef int read_costs(Costs *into, object costs, double together) except -1:
     into.byte = costs.byte
     into.latency = costs.latency
     into.loop_submit = costs.loop_submit
@@ -443,6 +493,7 @@ cdef int read_costs(Costs *into, object costs) except -1:
     into.strided_submit = costs.strided_submit
     into.strided_engine = costs.strided_engine
     into.strided_row = costs.strided_row
+    into.together = together
     return 0
 
 
@@ -514,6 +565,9 @@ cdef class Prepared:
     host_seams, device_seams : ndarray of uint64, optional
         Addresses that no single copy may have on both sides of it: where an allocation, or
         a block of host memory that was registered by itself, begins or ends.
+    together_us : float, optional
+        Host time of a copy in a batch where several threads submit, which they do from 256
+        copies on; 0 where they do not.
 
     Notes
     -----
@@ -524,7 +578,7 @@ cdef class Prepared:
     cdef readonly object model
     """The cost model that it was made with."""
 
-    def __cinit__(self, planes, model, host_seams=None, device_seams=None):
+    def __cinit__(self, planes, model, host_seams=None, device_seams=None, double together_us=0):
         cdef const uint64_t[::1] device_base = planes.device_base
         cdef const uint64_t[::1] device_pitch = planes.device_pitch
         cdef const uint64_t[::1] host_base = planes.host_base
@@ -539,8 +593,8 @@ cdef class Prepared:
         self.model = model
         self.at.device_pages = planes.device_pages
         self.at.host_pages = planes.host_pages
-        read_costs(&self.at.cost[0], model.load)
-        read_costs(&self.at.cost[1], model.offload)
+        read_costs(&self.at.cost[0], model.load, together_us)
+        read_costs(&self.at.cost[1], model.offload, together_us)
         sizes = sorted({int(size) for size in model.batch_sizes})[:8]
         if not sizes or min(sizes) < 1:
             raise ValueError(f"batch_sizes is {model.batch_sizes!r}: needs positive sizes")
@@ -856,7 +910,6 @@ cdef class Prepared:
         cdef const int64_t *to = h if up else d
         cdef Py_ssize_t n = device.shape[0], i, j, first = -1
         cdef int64_t pages = self.at.host_pages if up else self.at.device_pages
-        cdef uint32_t epoch
         position[0] = other[0] = -1
         if host.shape[0] != n:
             return LENGTHS
@@ -880,13 +933,8 @@ cdef class Prepared:
             return FINE
         workspace = take_workspace()
         workspace.grow_marks(pages)
-        workspace.epoch += 1
-        if workspace.epoch == 0:
-            memset(workspace.mark, 0, workspace.mark_room * sizeof(uint32_t))
-            workspace.epoch = 1
-        epoch = workspace.epoch
         with nogil:
-            first = first_repeated(to, n, workspace.mark, epoch)
+            first = first_repeated(to, n, workspace.mark)
             if first >= 0:
                 for i in range(first):
                     if to[i] == to[first]:
@@ -909,14 +957,22 @@ cdef Py_ssize_t out_of_range(const int64_t *d, const int64_t *h, Py_ssize_t n,
     return -1
 
 
-cdef Py_ssize_t first_repeated(const int64_t *pages, Py_ssize_t n, uint32_t *mark,
-                               uint32_t epoch) noexcept nogil:
-    cdef Py_ssize_t i
+cdef Py_ssize_t first_repeated(const int64_t *pages, Py_ssize_t n, uint64_t *mark) noexcept nogil:
+    # Bits, because what is random access has to stay in the CPU's nearest caches: what a batch
+    # call stages goes through them, and leaves nothing else there.
+    cdef Py_ssize_t i, found = -1
+    cdef uint64_t bit
+    cdef uint64_t *word
     for i in range(n):
-        if mark[pages[i]] == epoch:
-            return i
-        mark[pages[i]] = epoch
-    return -1
+        word = mark + (<uint64_t>pages[i] >> 6)
+        bit = <uint64_t>1 << (pages[i] & 63)
+        if word[0] & bit:
+            found = i
+            break
+        word[0] |= bit
+    for i in range(n if found < 0 else found):
+        mark[<uint64_t>pages[i] >> 6] = 0
+    return found
 
 
 cdef class Transfer:
@@ -940,11 +996,21 @@ cdef class Transfer:
     cdef Py_ssize_t side, piece, given
     cdef int mode
     cdef bint cubes_wait, plain_waits, ended
+    cdef bint lone                  # no page is in a run
+    cdef double slow
     cdef double time[MODES]
+    cdef double rank[MODES]         # what the choice goes by
     cdef Py_ssize_t size_of[MODES]
+    cdef Py_ssize_t first_of[MODES]
     cdef Tally tally[MODES]
     cdef readonly Py_ssize_t batch_size
     """Copies per batch call."""
+    cdef readonly Py_ssize_t first_size
+    """Copies of the first batch call, where calls grow; else 0.
+
+    Each call then takes as many copies as are queued already, up to `batch_size`: the copy engine
+    starts early, and is not kept waiting afterwards.
+    """
 
     def __dealloc__(self):
         if self.views > 0:
@@ -986,7 +1052,12 @@ cdef class Transfer:
     def predicted_calls(self):
         """Predicted number of CUDA calls; cuts at seams come on top."""
         cdef Tally *t = &self.tally[self.mode]
-        return round(t.strided + calls_of(t.copies, self.mode, self.batch_size))
+        return round(t.strided + calls_of(t.copies, self.mode, self.batch_size, self.first_size))
+
+    @property
+    def scores(self):
+        """What the choice goes by: the times of `candidates`, with half the first call's wait."""
+        return {name: self.rank[METHODS.index(name)] for name in self.candidates}
 
     @property
     def candidates(self):
@@ -1002,8 +1073,8 @@ cdef class Transfer:
             found[METHODS[m]] = self.time[m]
         return found
 
-    def decide(self, method, bint batch):
-        """Choose how to move the pages; again, before the first piece, to choose anew.
+    def decide(self, method, bint batch, double slow=1):
+        """Choose how to move the pages; again, to choose anew and begin with the first piece.
 
         Parameters
         ----------
@@ -1011,6 +1082,9 @@ cdef class Transfer:
             ``"auto"`` takes the least predicted time, the others force a method.
         batch : bool
             Whether the batch call can be used now; without it ``"auto"`` plans around it.
+        slow : float
+            How many times as long as in the cost model the CPU needs; below 0 means as long as
+            it does at the moment, see `slowness`.
 
         Raises
         ------
@@ -1034,24 +1108,30 @@ cdef class Transfer:
             raise ValueError(
                 f"method is {method!r}: it is 'auto', 'batch', 'strided' or 'loop'"
             )
+        self.slow = slow if slow >= 0 else slowness()
         if self.scan.count < KEEP_GIL:
             self.predict(wanted)
         else:
             with nogil:
                 self.predict(wanted)
         for m in range(MODES):
-            if wanted[m] and (best < 0 or self.time[m] < self.time[best]):
+            if wanted[m] and (best < 0 or self.rank[m] < self.rank[best]):
                 best = m
         # A mixture in which one part is empty goes by the plain name.
         if best == STRIDED_BATCH or best == STRIDED_LOOP:
-            if self.tally[best].copies == 0 and self.time[STRIDED] <= self.time[best]:
+            if self.tally[best].copies == 0 and self.rank[STRIDED] <= self.rank[best]:
                 best = STRIDED
             elif self.tally[best].strided == 0:
                 best = BATCH if best == STRIDED_BATCH else LOOP
         self.mode = <int>best
         self.batch_size = self.size_of[best]
+        self.first_size = self.first_of[best]
         self.rewind()
-        self.ended = False
+        self.ended = self.cubes_wait = self.plain_waits = False
+        self.piece = FIRST_PIECE
+        self.given = 0
+        if self.workspace is not None:
+            self.workspace.copies = 0
 
     cdef void rewind(self) noexcept nogil:
         # Keep together only the runs that some group makes use of.
@@ -1065,6 +1145,10 @@ cdef class Transfer:
             if choice.slab < shortest:
                 shortest = choice.slab
         self.scan.at = self.scan.known = 0
+        if self.lone:
+            # Nobody needs to look for runs again.
+            self.scan.unit = self.scan.step = LONGEST_RUN + 1
+            return
         self.scan.unit = 2 if self.p.any_merges else shortest
         # Steps of one pair occur by chance among random pages.
         self.scan.step = shortest if shortest > 3 else 3
@@ -1087,6 +1171,9 @@ cdef class Transfer:
         s.unit = 2
         s.step = 3
         while s.at < s.count:
+            r = lone_pages(s)
+            s.at += r
+            single += r
             r = next_run(s, &a, &b)
             s.at += r
             if r == 1:
@@ -1100,17 +1187,18 @@ cdef class Transfer:
                 pages[unit][q] = 0
             runs[unit][q] += 1
             pages[unit][q] += r
+        self.lone = not (used[0] | used[1])
         for m in range(MODES):
-            self.time[m] = NEVER
+            self.time[m] = self.rank[m] = NEVER
             t = &self.tally[m]
-            t.submit = t.engine = t.copies = t.strided = 0
+            t.submit = t.engine = t.copies = t.strided = t.plain = 0
             if not wanted[m]:
                 continue
             for k in range(p.kinds):
                 kind = &p.kind[k]
                 choice = choice_of(p, self.side, m, k)
                 count_page(t, c, kind, <int>m, choice.form, single, <double>kind.width)
-                if not (used[0] | used[1]):
+                if self.lone:
                     continue
                 for unit in range(2):
                     for q in range(BUCKETS):
@@ -1135,30 +1223,52 @@ cdef class Transfer:
             self.price(<int>m)
 
     cdef void price(self, int mode) noexcept nogil:
-        # Submission and copy engine work side by side; what neither hides is the first call.
-        cdef const Costs *c = &self.p.cost[self.side]
+        # Submission and copy engine work side by side; what neither hides is the first call,
+        # or the last one where the host is the slower.
+        cdef const Layout *p = self.p
+        cdef const Costs *c = &p.cost[self.side]
         cdef Tally *t = &self.tally[mode]
-        cdef double calls, submit, engine, time, low
-        cdef double best_submit = 0, best_engine = 0
-        cdef Py_ssize_t i
+        cdef bint batched = mode == BATCH or mode == STRIDED_BATCH
+        cdef Py_ssize_t size = p.batch_size[p.sizes - 1], first = p.batch_size[0], i
+        t.submit *= 1 + SINGLE_SLOWS * (self.slow - 1)
+        t.plain *= self.slow if batched else 1 + SINGLE_SLOWS * (self.slow - 1)
+        if batched and t.copies >= TOGETHER_FROM and 0 < c.together * t.copies < t.plain:
+            t.plain = c.together * t.copies
+        t.submit += t.plain
         # Longest calls first: shorter ones cost the host more, and it may be a slow one.
-        for i in range(self.p.sizes - 1, -1, -1):
-            calls = calls_of(t.copies, mode, self.p.batch_size[i])
-            submit, engine = t.submit, t.engine
-            if mode == BATCH or mode == STRIDED_BATCH:
-                submit += calls * c.call_submit
-                engine += calls * c.call_engine
-            low = engine if submit > engine else submit
-            time = larger(submit, engine) + c.latency
-            if calls + t.strided > 0:
-                time += low / (calls + t.strided)
-            if time < self.time[mode] * SMALLER_CALLS:
-                self.time[mode] = time
-                self.size_of[mode] = self.p.batch_size[i]
-                best_submit = submit
-                best_engine = engine
-        t.submit = best_submit
-        t.engine = best_engine
+        self.consider(mode, size, 0)
+        if batched and t.copies > first:
+            if mode == BATCH and doubles_to(first, size):
+                self.consider(mode, size, first)
+            for i in range(p.sizes - 2, -1, -1):
+                self.consider(mode, p.batch_size[i], 0)
+        if batched:
+            i = <Py_ssize_t>calls_of(t.copies, mode, self.size_of[mode], self.first_of[mode])
+            t.submit += i * self.slow * c.call_submit
+            t.engine += i * c.call_engine
+
+    cdef void consider(self, int mode, Py_ssize_t size, Py_ssize_t first) noexcept nogil:
+        # Take batch calls of a size if they are clearly faster than what was considered before.
+        cdef const Costs *c = &self.p.cost[self.side]
+        cdef const Tally *t = &self.tally[mode]
+        cdef double calls = calls_of(t.copies, mode, size, first)
+        cdef double submit = t.submit, engine = t.engine, time, rank, wait = 0
+        if mode == BATCH or mode == STRIDED_BATCH:
+            submit += calls * self.slow * c.call_submit
+            engine += calls * c.call_engine
+        if first and engine >= submit:
+            wait = self.slow * c.call_submit + t.submit * first / t.copies
+        elif first:
+            wait = c.call_engine + t.engine * last_of(t.copies, size, first) / t.copies
+        elif calls + t.strided > 0:
+            wait = (engine if submit > engine else submit) / (calls + t.strided)
+        time = larger(submit, engine) + c.latency
+        rank = time + WAIT_COUNTS * wait
+        if rank < self.rank[mode] * (GROWING_CALLS if first else SMALLER_CALLS):
+            self.rank[mode] = rank
+            self.time[mode] = time + wait
+            self.size_of[mode] = size
+            self.first_of[mode] = first
 
     def __iter__(self):
         return self
@@ -1570,7 +1680,46 @@ cdef inline uint64_t rows_before(uint64_t room, uint64_t pitch, uint64_t width) 
     return (room - width) // pitch + 1 if room >= width else 0
 
 
-cdef inline double calls_of(double copies, int mode, Py_ssize_t size) noexcept nogil:
+cdef inline bint doubles_to(Py_ssize_t first, Py_ssize_t size) noexcept nogil:
+    # Whether calls that double reach the full size exactly: pieces end between calls then.
+    while first < size:
+        first *= 2
+    return first == size
+
+
+cdef inline double calls_of(double copies, int mode, Py_ssize_t size,
+                            Py_ssize_t first) noexcept nogil:
+    cdef Py_ssize_t done = 0, calls = 0
     if mode != BATCH and mode != STRIDED_BATCH:
         return copies
-    return <double>((<int64_t>copies + size - 1) // size)
+    if first:
+        while done < size and done < copies:
+            done += first if done == 0 else done
+            calls += 1
+    if done < copies:
+        calls += (<Py_ssize_t>copies - done + size - 1) // size
+    return <double>calls
+
+
+cdef inline double last_of(double copies, Py_ssize_t size, Py_ssize_t first) noexcept nogil:
+    # Copies of the last one of calls that grow.
+    cdef Py_ssize_t done = 0, count = <Py_ssize_t>copies
+    while done < size:
+        if count <= (done if done else first) + done:
+            return <double>(count - done)
+        done += first if done == 0 else done
+    return <double>((count - done - 1) % size + 1)
+
+
+def none_wrong(const uint64_t[::1] values not None, bint zeros):
+    """Whether every number is below 2**63, and none is 0 unless `zeros` allows it."""
+    cdef Py_ssize_t i
+    cdef uint64_t bits = 0
+    # No way out of the loop and no comparison in it: the compiler takes several at a time.
+    if zeros:
+        for i in range(values.shape[0]):
+            bits |= values[i]
+    else:
+        for i in range(values.shape[0]):
+            bits |= values[i] | (values[i] - 1)
+    return bits >> 63 == 0

@@ -1,4 +1,4 @@
-"""How many threads submit the copies of a transfer: chosen by what submitting one has cost.
+"""What the CPU needs to submit copies, measured as transfers go by, and what follows from it.
 
 Submitting a copy costs the CPU 0.4 to 0.9 us, by the machine and the moment, and moving it costs
 the copy engine its bytes. Where the first is the longer, several threads submit side by side.
@@ -9,8 +9,9 @@ with four threads while the CPU is slow; at 64 KiB one thread is the fastest.
 from __future__ import annotations
 
 import os
+import time
 
-__all__ = ["Pace"]
+__all__ = ["Pace", "look"]
 
 # Fewer copies than this are submitted before another thread has woken up.
 FEWEST = 256
@@ -18,24 +19,57 @@ FEWEST = 256
 SHARE = 64
 # One transfer in so many is submitted by one thread alone, to measure the pace anew.
 AGAIN = 32
-# Nanoseconds: threads together have not been seen to submit a copy in less.
-FASTEST = 450
+# Nanoseconds per copy of two threads together: the driver has a lock that they share.
+FASTEST = 560
 # Two threads are worth it from this much more time of the CPU than that or the engine's, and
 # four from the next.
-WORTH = 1.3
-WORTH_MORE = 1.6
+WORTH = 1.12
+WORTH_MORE = 1.4
+# Streams whose work is kept in mind.
+STREAMS = 64
+# Steps of the loop that is looked at: about a microsecond.
+STEPS = 40
+# A CPU this much slower than it was at its best counts as slow, and none counts as slower than so.
+SLOW, SLOWEST = 1.25, 2.5
+
+# Nanoseconds of that loop at the best that this process has seen.
+_best = float("inf")
+
+
+def look() -> float:
+    """Return how many times as long as at its best the CPU needs, 1 where it makes no difference.
+
+    The virtual CPUs beside GPUs run at half their speed for seconds or minutes when others are at
+    work on the same cores; Python and the driver slow down alike.
+    """
+    global _best
+    took = float("inf")
+    for _ in range(3):  # the best of three: an interruption is no slowness
+        begin = time.perf_counter_ns()
+        total = 0
+        for step in range(STEPS):
+            total += step
+        took = min(took, time.perf_counter_ns() - begin)
+    took = max(took, 1)
+    _best = min(_best, took)
+    return 1.0 if took < SLOW * _best else min(took / _best, SLOWEST)
 
 
 class Pace:
-    """What submitting a copy costs one thread, measured as transfers go by.
+    """What submitting costs, measured as transfers go by.
 
     Parameters
     ----------
     threads : int or None
         The most threads that submit, the caller's counted in; None goes by the CPUs.
+
+    Attributes
+    ----------
+    most : int
+        The most threads that submit.
     """
 
-    __slots__ = ("_costs", "most")
+    __slots__ = ("_costs", "_until", "most")
 
     def __init__(self, threads: int | None = None) -> None:
         if threads is None:
@@ -46,6 +80,28 @@ class Pace:
         self.most = threads
         # By direction and size class: nanoseconds per copy, and uses since they were measured.
         self._costs: dict[tuple[bool, int], list[float]] = {}
+        # By stream: until when what was queued there keeps the copy engine busy, in nanoseconds.
+        self._until: dict[int, float] = {}
+
+    @property
+    def together_us(self) -> float:
+        """Host time of a copy that several threads submit, as measured; 0 where one submits."""
+        return 0.38 + 0.48 / self.most if self.most > 1 else 0.0
+
+    def busy(self, stream: int, until_ns: float) -> bool:
+        """Whether the copy engine should still be at work on what is queued, at a time.
+
+        Worked out, not asked: a question to CUDA while another thread captures a graph can
+        spoil the capture.
+        """
+        return self._until.get(stream, 0) > until_ns
+
+    def queued(self, stream: int, begin_ns: int, end_ns: int, engine_ns: float) -> None:
+        """Learn what was queued on a stream, from when to when, and how long it should take."""
+        until = max(self._until.get(stream, 0), begin_ns) + engine_ns
+        if len(self._until) >= STREAMS and stream not in self._until:
+            self._until.clear()
+        self._until[stream] = max(until, end_ns)
 
     def choose(self, load: bool, copies: int, size: int, engine_ns: float) -> int:
         """Threads for a piece of a transfer.

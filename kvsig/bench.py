@@ -4,7 +4,8 @@ A *cell* is one geometry, order and direction of a transfer. In a cell all metho
 job on the same data in turn: page numbers in, bytes moved. Each is checked byte by byte once,
 then timed several times with the others in between, on a stream that is not the default one.
 Submission (host time until the call has returned) and completion (between two CUDA events
-around the call) are kept apart.
+around the call) are kept apart. Methods are compared turn by turn, because a machine's speed is
+not the same from one second to the next: what is compared ran side by side.
 
 On the emulated runtime there are no speeds: only host time per copy, and operations.
 """
@@ -94,6 +95,9 @@ CELL_BYTES, CELL_COPIES = 256 * MIB, 65536
 EMULATED_BYTES, EMULATED_COPIES = MIB, 2048
 #: Milliseconds: where the first run takes less, one more is made before each that is timed.
 WARM_MS = 20.0
+#: Runs that tell a slow method from a fast one, runs of the limit, and what is close: the time of
+#: a method over that of the fastest one.
+FEW_RUNS, LIMIT_RUNS, CLOSE = 3, 9, 1.5
 #: Methods that cost microseconds of Python per copy move only so many copies of a cell.
 PYTHON_COPIES = 4096
 MOST_BYTES = 2 * GIB
@@ -195,7 +199,8 @@ class Options:
     methods : sequence of str
         Of `METHODS`.
     runs : int
-        Timed runs of each method in a cell; fewer where the time is short, at least 3.
+        Timed runs of the fastest methods in a cell; fewer where the time is short, at least 3.
+        Methods that are clearly slower are timed three times, the limit nine times.
     seconds : float
         Time for everything. Cells that it does not last for are left out, and named.
     seed : int
@@ -205,7 +210,7 @@ class Options:
     """
 
     methods: Sequence[str] = tuple(METHODS)
-    runs: int = 9
+    runs: int = 31
     seconds: float = 300.0
     seed: int = 0
     verify: bool = True
@@ -892,8 +897,25 @@ class Series:
     verified: bool | None = None
     note: str | None = None
     first_ms: float = 0.0
+    turns: list[int] = field(default_factory=list)
     ms: list[float] = field(default_factory=list)
     host_ms: list[float] = field(default_factory=list)
+
+    def seconds_per_byte(self, turn: int) -> float | None:
+        """Time of a byte in one turn, None where it was not timed then."""
+        if turn not in self.turns or not self.ms or not self.outcome.bytes:
+            return None
+        return self.ms[self.turns.index(turn)] / 1e3 / self.outcome.bytes
+
+
+def ratio_of(mine: Series, other: Series) -> float | None:
+    """How many times as fast one method was as another: the median of the turns of both."""
+    ratios = []
+    for turn in mine.turns:
+        pair = mine.seconds_per_byte(turn), other.seconds_per_byte(turn)
+        if pair[0] and pair[1]:
+            ratios.append(pair[1] / pair[0])
+    return round(statistics.median(ratios), 4) if ratios else None
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -1154,16 +1176,35 @@ class Bench:
         gc.disable()
         try:
             for turn in range(self.options.runs):
-                if turn >= 3 and time.monotonic() > deadline:
-                    break
-                # A method that takes most of the time is timed three times only. The order is
-                # another each time, so that none always comes behind the same other.
-                for one in shuffled.sample(series, len(series)):
-                    slow = one.first_ms > 100 and turn >= 3
-                    if not slow:
-                        self.time_one(one)
+                racing = series
+                if turn >= FEW_RUNS:
+                    if time.monotonic() > deadline:
+                        break
+                    racing = self.racing(series, turn)
+                # In another order each time, so that none always comes behind the same other.
+                for one in shuffled.sample(racing, len(racing)):
+                    one.turns.append(turn)
+                    self.time_one(one)
         finally:
             gc.enable()
+
+    def racing(self, series: list[Series], turn: int) -> list[Series]:
+        """Choose the methods that are worth another turn: auto, and those that come close."""
+        if not self.real:
+            return series
+        pace = {
+            one.name: statistics.median(one.ms) / max(one.outcome.bytes, 1)
+            for one in series
+            if one.name != "one-copy"
+        }
+        best = min(pace.values(), default=0.0)
+        return [
+            one
+            for one in series
+            if (one.name == "one-copy" and turn < LIMIT_RUNS)
+            or one.name.startswith("auto")
+            or pace.get(one.name, math.inf) <= CLOSE * best
+        ]
 
     def time_one(self, one: Series) -> None:
         """Time one submission."""
@@ -1191,6 +1232,7 @@ class Bench:
         """Write down what a cell gave."""
         cell = job.cell
         methods: dict[str, Any] = {}
+        auto = next((one for one in series if one.name == "auto"), None)
         for one in series:
             outcome = one.outcome
             row: dict[str, Any] = {
@@ -1214,6 +1256,8 @@ class Bench:
             if self.real:
                 row["ms"] = spread(one.ms)
                 row["gb_s"] = round(outcome.bytes / statistics.median(one.ms) / 1e6, 3)
+                if auto is not None and one is not auto:
+                    row["auto_ratio"] = ratio_of(auto, one)
             methods[one.name] = row
         limit = methods.get("one-copy", {}).get("gb_s")
         if limit:
@@ -1281,7 +1325,7 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
         ``compared``, the number of cells; ``worst``, the least ratio; ``behind``, the cells in
         which auto has less than 0.95 (under 1 MiB in all: 0.90) of the best; ``verified``,
         whether every method that was compared byte by byte was right; ``rivals``, the least
-        ratio to each method.
+        ratio to each method. Ratios are medians over the turns that timed both methods.
     """
     behind: list[dict[str, Any]] = []
     worst: float | None = None
@@ -1294,20 +1338,24 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
         mine = methods["auto"]["gb_s"]
         for name, row in methods.items():
             if name not in ("auto", "one-copy") and row["gb_s"] > 0:
-                ratio = round(mine / row["gb_s"], 4)
+                ratio = row.get("auto_ratio") or round(mine / row["gb_s"], 4)
                 rivals[name] = min(rivals.get(name, ratio), ratio)
-        others = {name: methods[name]["gb_s"] for name in SINGLE_METHODS if name in methods}
-        if not others:
+        ratios = {
+            name: methods[name].get("auto_ratio") or round(mine / methods[name]["gb_s"], 4)
+            for name in SINGLE_METHODS
+            if name in methods
+        }
+        if not ratios:
             continue
         compared += 1
-        best = max(others, key=lambda name: others[name])
-        ratio = round(mine / others[best], 4)
+        best = min(ratios, key=lambda name: ratios[name])
+        ratio = ratios[best]
         worst = ratio if worst is None else min(worst, ratio)
         if ratio < (0.90 if cell["bytes"] < MIB else 0.95):
             place = {name: cell[name] for name in Cell.__dataclass_fields__}
             behind.append(
                 {"cell": describe(Cell(**place)), "best": best, "ratio": ratio}
-                | {"auto_gb_s": mine, "best_gb_s": others[best]}
+                | {"auto_gb_s": mine, "best_gb_s": methods[best]["gb_s"]}
             )
     checked = [
         row["verified"]

@@ -21,6 +21,8 @@ __all__ = ["PagedKVCache"]
 
 LAYOUTS = ("layer_first", "page_first_direct")
 PATHS = ("auto", "batch", "strided", "loop")
+# Plan for the speed that the CPU has at the moment.
+_NOW = -1.0
 
 I64: TypeAlias = npt.NDArray[np.int64]
 Pages: TypeAlias = Sequence[int] | npt.NDArray[Any] | torch.Tensor
@@ -321,7 +323,9 @@ class PagedKVCache:
         self._converted(selection, device, host, direction == "load")
         handle = _torch.stream_handle(stream, self.device)
         batch = path == "batch" or _core.batch_refusal(handle) is None
-        return planning.plan(selection.prepared, device, host, direction, path, batch=batch)
+        return planning.plan(
+            selection.prepared, device, host, direction, path, batch=batch, slow=_NOW
+        )
 
     def _transfer(
         self,
@@ -410,14 +414,35 @@ class PagedKVCache:
     def _execute(
         self, selection: _Selection, transfer: planning.Transfer, handle: int, path: str, load: bool
     ) -> Report:
-        """Queue a checked request, piece by piece."""
-        refused = path == "auto" and _core.batch_refusal(handle) is not None
-        method = path
-        if path == "auto" and not _core.strided_bound():
-            # A runtime newer than every prototype: rows would be copied one by one anyway.
-            method = "loop" if refused else "batch"
-        transfer.decide(method, not refused)
+        """Queue a checked request."""
+        if path != "auto":
+            transfer.decide(path, True)
+            return self._queue(selection, transfer, handle, path, load, False)
+        transfer.decide("auto", True, _NOW)
+        method, refused = transfer.method, False
+        # Whether batches are refused is only asked where it matters: for a plan of batches alone
+        # the first call says so, before anything moves.
+        if method != "batch" and (method != "strided" or not _core.strided_bound()):
+            refused = _core.batch_refusal(handle) is not None
+            if not _core.strided_bound():
+                # A runtime newer than every prototype: rows would be copied one by one anyway.
+                transfer.decide("loop" if refused else "batch", True)
+            elif refused:
+                transfer.decide("auto", False, _NOW)
+        return self._queue(selection, transfer, handle, path, load, refused)
+
+    def _queue(
+        self,
+        selection: _Selection,
+        transfer: planning.Transfer,
+        handle: int,
+        path: str,
+        load: bool,
+        refused: bool,
+    ) -> Report:
+        """Queue a planned request piece by piece."""
         report: Report | None = None
+        done: Report | None
         arrays: Any
         for kind, arrays in transfer:
             try:
@@ -430,30 +455,56 @@ class PagedKVCache:
                     plain = path if path != "strided" else "auto"
                     if plain == "auto" and kind == "loop" and not refused:
                         plain = "loop"
-                    done = self._plain(arrays, handle, plain, kind, transfer.batch_size, load)
+                    done = self._plain(arrays, handle, plain, kind, transfer, report is None, load)
             except _core.CudaError as error:
                 self._explain(error, selection, kind, arrays, load)
                 raise
+            if done is None:
+                # Batches are refused, and nothing is queued: there may be a better plan without.
+                transfer.decide("auto", False, _NOW)
+                return self._queue(selection, transfer, handle, path, load, True)
             report = done if report is None else report + done
         return Report() if report is None else report
 
     def _plain(
-        self, arrays: Any, handle: int, path: str, kind: str, batch_size: int, load: bool
-    ) -> Report:
+        self,
+        arrays: Any,
+        handle: int,
+        path: str,
+        kind: str,
+        transfer: planning.Transfer,
+        starts: bool,
+        load: bool,
+    ) -> Report | None:
         """Queue plain copies, from as many threads as it takes to keep the copy engine busy."""
         dsts, srcs, sizes = arrays
         count = len(dsts)
-        if kind != "batch" or count < _threads.FEWEST:
-            return _core.copy_batch(dsts, srcs, sizes, handle, path, batch_size)
+        batch_size, first_size = transfer.batch_size, transfer.first_size if starts else 0
+        # Once something is queued, the rest goes one way or the other.
+        give_up = starts and kind == "batch"
+        if kind != "batch" or count < _threads.FEWEST and not first_size:
+            return _core.copy_batch(
+                dsts, srcs, sizes, handle, path, batch_size, give_up=give_up
+            )
         size = int(sizes[0])
         cost = self.model.load if load else self.model.offload
         threads = self._pace.choose(load, count, size, 1e3 * (cost.copy_engine + size * cost.byte))
+        begin = time.perf_counter_ns()
         if threads > 1:
             batch_size = min(batch_size, _threads.SHARE)
-        begin = time.perf_counter_ns()
-        done = _core.copy_batch(dsts, srcs, sizes, handle, path, batch_size, threads)
+        elif first_size and self._pace.busy(handle, begin + 1e3 * transfer.submit_us):
+            first_size = 0
+        done: Report | None = _core.copy_batch(
+            dsts, srcs, sizes, handle, path, batch_size, threads, first_size, give_up
+        )
+        if done is None:
+            return None
+        end = time.perf_counter_ns()
+        engine_us = count * cost.copy_engine + done.calls * cost.call_engine
+        engine_us += done.bytes * cost.byte
+        self._pace.queued(handle, begin, end, 1e3 * engine_us)
         if threads == 1:
-            self._pace.note(load, count, size, time.perf_counter_ns() - begin)
+            self._pace.note(load, count, size, end - begin)
         return done
 
     def _explain(
@@ -480,7 +531,9 @@ class PagedKVCache:
 
     def _select(self, layers: tuple[int, ...]) -> _Selection:
         planes = self._planes.select(layers)
-        prepared = planning.prepare(planes, self.model, self._host_seams, self._device_seams)
+        prepared = planning.prepare(
+            planes, self.model, self._host_seams, self._device_seams, self._pace.together_us
+        )
         return _Selection(layers, planes, prepared)
 
     def _selection(self, layers: int | Sequence[int]) -> _Selection:

@@ -122,14 +122,14 @@ _H100_LOAD = DirectionCosts(
     byte=1 / 54.8e3,
     loop_submit=2.4,
     loop_engine=2.6,
-    call_submit=8.0,
+    call_submit=4.5,
     call_engine=0.8,
     copy_submit=0.45,
     copy_engine=0.06,
     staged_small=0.93,
     staged_large=0.42,
     inline_bytes=24576,
-    strided_submit=2.4,
+    strided_submit=1.9,
     strided_engine=2.87,
     strided_row=0.005,
     latency=7.0,
@@ -138,14 +138,14 @@ _H100_OFFLOAD = DirectionCosts(
     byte=1 / 55.1e3,
     loop_submit=2.4,
     loop_engine=2.4,
-    call_submit=8.0,
+    call_submit=4.5,
     call_engine=1.5,
     copy_submit=0.4,
     copy_engine=0.16,
     staged_small=0.0,
     staged_large=0.0,
     inline_bytes=0,
-    strided_submit=2.4,
+    strided_submit=1.9,
     strided_engine=2.45,
     strided_row=0.005,
     latency=7.0,
@@ -315,6 +315,9 @@ class Cell:
         Number of copies (of strided copies: operations).
     batch_size : int
         Copies per batch call; 1 for the other methods.
+    first : int
+        Copies of the first batch call, where each takes as many as are queued already, up to
+        `batch_size`; 0 where all are alike.
     """
 
     method: str
@@ -323,6 +326,19 @@ class Cell:
     rows: int
     copies: int
     batch_size: int
+    first: int = 0
+
+    def batches(self) -> list[int]:
+        """Copies of each call."""
+        found: list[int] = []
+        done = 0
+        while done < self.copies:
+            most = self.batch_size
+            if self.first:
+                most = min(most, max(self.first, done))
+            found.append(min(most, self.copies - done))
+            done += found[-1]
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,7 +368,7 @@ def _counts(cell: Cell, inline_bytes: float) -> tuple[dict[str, float], dict[str
     # How often a cell pays each figure, on the host and on the engine; and its calls.
     copies = float(cell.copies)
     if cell.method == "batch":
-        calls = float(math.ceil(cell.copies / cell.batch_size))
+        calls = float(len(cell.batches()))
         engine = {"call_engine": calls, "copy_engine": copies, "byte": copies * cell.width}
         host = {"call_submit": calls}
         if cell.width <= inline_bytes:
@@ -371,7 +387,7 @@ def _counts(cell: Cell, inline_bytes: float) -> tuple[dict[str, float], dict[str
     raise ValueError(f"method is {cell.method!r}: it is 'batch', 'loop' or 'strided'")
 
 
-def predict(costs: DirectionCosts, cell: Cell) -> float:
+def predict(costs: DirectionCosts, cell: Cell, wait: float = 1.0) -> float:
     """Time that a cell should take.
 
     Parameters
@@ -380,6 +396,9 @@ def predict(costs: DirectionCosts, cell: Cell) -> float:
         Figures of the cell's direction.
     cell : Cell
         What is moved, and how.
+    wait : float
+        How much of what the first call keeps waiting counts: all in a time that is to be
+        measured, half in the planner's choice, as transfers mostly follow each other.
 
     Returns
     -------
@@ -396,7 +415,13 @@ def predict(costs: DirectionCosts, cell: Cell) -> float:
     host, engine, calls = _counts(cell, costs.inline_bytes)
     submit = sum(getattr(costs, name) * times for name, times in host.items())
     busy = sum(getattr(costs, name) * times for name, times in engine.items())
-    return float(max(submit, busy) + min(submit, busy) / calls + costs.latency)
+    first = min(submit, busy) / calls
+    if cell.first and cell.method == "batch":
+        sizes = cell.batches()
+        one, copies = (costs.call_submit, submit) if busy >= submit else (costs.call_engine, busy)
+        part = sizes[0] if busy >= submit else sizes[-1]
+        first = one + (copies - calls * one) * part / cell.copies
+    return float(max(submit, busy) + wait * first + costs.latency)
 
 
 def _least_squares(

@@ -54,6 +54,7 @@ def prepare(
     model: CostModel | None = None,
     host_seams: npt.ArrayLike | None = None,
     device_seams: npt.ArrayLike | None = None,
+    together_us: float = 0,
 ) -> Prepared:
     """Work out what does not depend on page numbers, once per geometry.
 
@@ -66,6 +67,8 @@ def prepare(
     host_seams, device_seams : array_like of uint64, optional
         Addresses where an allocation, or a block of host memory that was registered by
         itself, begins or ends: CUDA refuses a copy that has rows on both sides of one.
+    together_us : float, optional
+        Host time of a copy in a batch that several threads submit; 0 where none do.
 
     Returns
     -------
@@ -73,7 +76,7 @@ def prepare(
         Its ``transfer`` plans, its ``check`` looks over page numbers.
     """
     chosen = builtin() if model is None else model
-    return Prepared(planes, chosen, _seams(host_seams), _seams(device_seams))
+    return Prepared(planes, chosen, _seams(host_seams), _seams(device_seams), together_us)
 
 
 def _seams(addresses: npt.ArrayLike | None) -> _U64 | None:
@@ -210,6 +213,9 @@ class Plan:
         height, depth; a slice begins drows (srows) rows behind the one before it.
     batch_size : int
         Plain copies per batch call.
+    first_size : int
+        Plain copies of the first batch call, where each takes as many as are queued already,
+        up to `batch_size`; 0 where all are alike.
     bytes : int
         Bytes to be moved.
     predicted_us : float
@@ -231,6 +237,7 @@ class Plan:
     strided: _U64 = field(repr=False)
     strided3: _U64 = field(repr=False)
     batch_size: int
+    first_size: int
     bytes: int
     predicted_us: float
     submit_us: float
@@ -257,8 +264,17 @@ class Plan:
         """CUDA calls."""
         plain = len(self.dsts)
         if self.plain_path == "batch":
-            plain = -(-plain // self.batch_size)
+            plain = len(self.batches())
         return plain + len(self.strided) + len(self.strided3)
+
+    def batches(self) -> list[int]:
+        """Plain copies of each batch call, where one thread submits."""
+        left, found = len(self.dsts), []
+        while left:
+            ramp = max(self.first_size, len(self.dsts) - left) if self.first_size else left
+            found.append(min(ramp, self.batch_size, left))
+            left -= found[-1]
+        return found
 
     def pieces(self) -> Iterator[tuple[str, Any]]:
         """Iterate over what to submit, in order, as `Transfer` gives it."""
@@ -322,6 +338,7 @@ def plan(
     device_seams: npt.ArrayLike | None = None,
     *,
     batch: bool = True,
+    slow: float = 1,
 ) -> Plan:
     """Plan a whole transfer without moving anything.
 
@@ -341,6 +358,8 @@ def plan(
         Addresses that no single copy may have on both sides of it.
     batch : bool
         Whether the batch call can be used.
+    slow : float
+        How many times as long as in the model the CPU needs at the moment.
 
     Returns
     -------
@@ -359,6 +378,8 @@ def plan(
         method,
         batch=batch,
     )
+    if slow != 1:
+        transfer.decide(method, batch, slow)
     plain: tuple[list[_U64], list[_U64], list[_U64]] = ([], [], [])
     strided: list[_U64] = []
     strided3: list[_U64] = []
@@ -382,6 +403,7 @@ def plan(
         strided=_joined(strided, np.empty((0, 6), np.uint64)),
         strided3=_joined(strided3, np.empty((0, 9), np.uint64)),
         batch_size=transfer.batch_size,
+        first_size=transfer.first_size,
         bytes=transfer.bytes,
         predicted_us=transfer.predicted_us,
         submit_us=transfer.submit_us,

@@ -10,11 +10,13 @@ import torch
 
 from kvsig import _core, _torch
 from kvsig._core import Report
+from kvsig._pack import none_wrong
 
 __all__ = ["copy_batch"]
 
 _PATHS = ("auto", "batch", "loop")
 _SIGNED_MAX = (1 << 63) - 1
+_WORDS = (np.dtype(np.uint64), np.dtype(np.int64))
 
 U64 = npt.NDArray[np.uint64]
 
@@ -98,7 +100,7 @@ def copy_batch(
                 f"sizes has {len(length)} entries and dsts has {len(to)}: "
                 "give as many of each, or one int for all"
             )
-        keep = None if length.all() else np.flatnonzero(length)
+        keep = None if none_wrong(length, False) else np.flatnonzero(length)
     if keep is not None:
         to, origin = to[keep], origin[keep]
         if not isinstance(length, int):
@@ -116,6 +118,12 @@ def copy_batch(
 
 def _addresses(values: Any, name: str) -> U64:
     """Return 64-bit integers as contiguous uint64, none above the signed range."""
+    unsigned: U64
+    if type(values) is np.ndarray and values.dtype in _WORDS and values.ndim == 1:
+        # What callers in a hurry give: no more NumPy than needed.
+        unsigned = np.ascontiguousarray(values).view(np.uint64)
+        if none_wrong(unsigned, True):
+            return unsigned
     if isinstance(values, torch.Tensor):
         if values.device.type != "cpu":
             raise TypeError(
@@ -132,7 +140,7 @@ def _addresses(values: Any, name: str) -> U64:
         raise ValueError(f"{name} must be one-dimensional, not of shape {array.shape}")
     native = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
     # Read as unsigned, a negative number is above the signed range: one pass finds both.
-    unsigned: U64 = native.view(np.uint64)
+    unsigned = native.view(np.uint64)
     if len(unsigned) and int(unsigned.max()) > _SIGNED_MAX:
         index = int(np.argmax(unsigned > _SIGNED_MAX))
         value = int(native[index])
@@ -147,7 +155,7 @@ def _at(place: npt.NDArray[np.intp] | None, index: Any) -> int:
 
 
 def _no_null(addresses: U64, name: str, place: npt.NDArray[np.intp] | None) -> None:
-    if not addresses.all():
+    if not none_wrong(addresses, False):
         raise ValueError(f"{name}[{_at(place, np.argmin(addresses))}] is null (address 0)")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from kvsig import _core, registry
+from kvsig import _core, _pack, registry
 
 BATCH = "cudaMemcpyBatchAsync"
 
@@ -24,6 +24,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def steady_cpu() -> Iterator[None]:
+    """Plans do not depend on how busy the machine is that runs the tests."""
+    before, _pack.look = _pack.look, lambda: 1.0
+    yield
+    _pack.look = before
 
 
 @pytest.fixture

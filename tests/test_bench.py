@@ -249,7 +249,43 @@ class TestEmulated:
         assert rows[0]["ns_per_copy"] > 0
 
 
+class TestTurns:
+    def series(self, name, *times, size=1000):
+        one = bench.Series(name, lambda: None, None, bench.Outcome(bytes=size))
+        one.ms, one.turns = list(times), list(range(len(times)))
+        return one
+
+    def test_methods_are_compared_in_the_turns_of_both(self):
+        """A machine that is twice as slow in some of the turns does not count for either."""
+        mine = self.series("auto", 1.0, 2.0, 1.0, 2.0, 2.0)
+        other = self.series("batch", 1.1, 2.2, 1.1)
+        assert bench.ratio_of(mine, other) == pytest.approx(1.1)
+        assert bench.ratio_of(other, mine) == pytest.approx(1 / 1.1, abs=1e-4)
+        half = self.series("torch", 1.1, 2.2, 1.1, size=500)
+        assert bench.ratio_of(mine, half) == pytest.approx(2.2)
+        assert bench.ratio_of(mine, self.series("loop")) is None
+
+    def test_slow_methods_are_timed_three_times(self, on_emulated):
+        found = bench.Bench([], bench.Options())
+        found.real = True
+        names = {"auto": 2.0, "batch": 1.0, "strided": 1.4, "loop": 1.6, "one-copy": 9.0}
+        series = [self.series(name, time) for name, time in names.items()]
+
+        def racing(turn):
+            return [one.name for one in found.racing(series, turn)]
+
+        assert racing(3) == ["auto", "batch", "strided", "one-copy"]
+        assert racing(bench.LIMIT_RUNS) == ["auto", "batch", "strided"]
+
+
 class TestSummary:
+    def test_ratios_are_those_of_the_turns(self):
+        result = gpu_result()
+        for cell in result["cells"]:
+            cell["methods"]["batch"]["auto_ratio"] = 0.97
+        summary = bench.summary(result)
+        assert (summary["worst"], summary["behind"]) == (0.97, [])
+
     def test_auto_behind_the_best(self):
         summary = bench.summary(gpu_result())
         assert (summary["compared"], summary["worst"]) == (4, 0.75)

@@ -4,13 +4,14 @@ import itertools
 import mmap
 import re
 import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 
 import kvsig
-from kvsig import _core, emulated
+from kvsig import _core, costs, emulated
 from kvsig import cache as cache_module
 
 
@@ -27,6 +28,7 @@ def stream(runtime):
         yield stream
 
 
+BATCH = "cudaMemcpyBatchAsync"
 LAYERS, DEVICE_PAGES, HOST_PAGES = 3, 10, 14
 
 
@@ -846,12 +848,108 @@ class TestPlans:
         refused(ValueError, text, lambda: Setup().cache.plan_load([0], [10], stream=stream))
 
     def test_of_costs_given(self, stream):
-        from kvsig import costs
-
         model = costs.builtin("NVIDIA H100 80GB HBM3")
         cache = kvsig.PagedKVCache(layers(), pool(), page_size=4, model=model)
         assert cache.model is model
         assert "NVIDIA H100 80GB HBM3, built in" in str(cache.plan_load([0], [1], stream=stream))
+
+
+class TestCalls:
+    """Which calls of the runtime a transfer becomes."""
+
+    @pytest.fixture(params=["12.9", "13.0"])
+    def control(self, request):
+        _core.rebind(f"emulated:{request.param}")
+        found = emulated.Control(_core.info()["library"])
+        found.reset()
+        yield found
+        found.reset()
+        _core.rebind(None)
+
+    def large(self, count=700, **options):
+        self.device = torch.randint(0, 256, (count, 64 << 10), dtype=torch.uint8)
+        self.host = torch.zeros(count, 1, 1, 64 << 10, dtype=torch.uint8)
+        model = costs.builtin("NVIDIA H100 80GB HBM3")
+        return kvsig.PagedKVCache([self.device], self.host, page_size=1, model=model, **options)
+
+    def sizes(self, control):
+        return [call["observed"]["copies"] for call in control.calls(BATCH)]
+
+    def test_grow_until_the_engine_is_busy(self, control):
+        cache = self.large(threads=1)
+        order = np.random.default_rng(0).permutation(700)
+        with emulated.Stream() as stream:
+            control.record()
+            report = cache.offload(order, np.arange(700), stream=stream)
+            # Some of the random pages are neighbours, and one copy.
+            assert 650 < report.copies <= 700
+            assert self.sizes(control) == [64, 64, 128, 256, report.copies - 512]
+            assert report.calls == 5
+            # The engine has more to do than this one takes to be submitted.
+            now = time.perf_counter_ns()
+            cache._pace.queued(stream.cuda_stream, now, now, 1e12)
+            control.record()
+            cache.offload(order, np.arange(700), stream=stream)
+            assert self.sizes(control) == [256, 256, report.copies - 512]
+            stream.synchronize()
+        assert torch.equal(self.host.view(700, -1), self.device[order])
+
+    def test_of_several_threads_are_shared_out(self, control):
+        cache = self.large(threads=4)
+        cache._pace.note(False, 700, 64 << 10, 700 * 5000)
+        order = np.random.default_rng(0).permutation(700)
+        with emulated.Stream() as stream:
+            control.record()
+            report = cache.offload(order, np.arange(700), stream=stream)
+            assert sorted(self.sizes(control)) == [report.copies - 640, *[64] * 10]
+            assert report.calls == 11
+            stream.synchronize()
+        assert torch.equal(self.host.view(700, -1), self.device[order])
+
+    def test_are_planned_anew_where_batches_turn_out_to_be_refused(self, monkeypatch):
+        """16 pages of one layer are a batch; without it, K and V of a page are two rows."""
+        monkeypatch.setenv("KVSIG_ROUTE", "runtime")
+        device = torch.randint(0, 256, (2, 3, 20, 32 << 10), dtype=torch.uint8)
+        host = torch.zeros(2, 20, 3, 1, 32 << 10, dtype=torch.uint8)
+        model = costs.builtin("NVIDIA H100 80GB HBM3")
+        order = np.random.default_rng(0).permutation(20)[:16]
+        seen = {}
+        for version in ("13.0", "12.6"):
+            host.zero_()
+            _core.rebind(f"emulated:{version}")
+            control = emulated.Control(_core.info()["library"])
+            control.reset()
+            cache = kvsig.PagedKVCache(
+                (list(device[0]), list(device[1])), host, page_size=1, model=model
+            )
+            with emulated.Stream() as stream:
+                control.record()
+                report = cache.offload(order, range(16), layers=1, stream=stream)
+                seen[version] = report.path, {call["function"] for call in control.calls()} & {
+                    BATCH, "cudaMemcpy2DAsync", "cudaMemcpyAsync"
+                }
+                stream.synchronize()
+            assert torch.equal(host[:, :16, 1, 0], device[:, 1, order]), version
+            assert host[:, 16:].sum() == host[:, :, 0].sum() == host[:, :, 2].sum() == 0
+            control.reset()
+        _core.rebind(None)
+        assert seen["13.0"] == ("batch", {BATCH})
+        assert seen["12.6"] == ("strided", {"cudaMemcpy2DAsync"})
+
+    def test_nobody_asks_for_batches_where_none_are_planned(self, control, monkeypatch):
+        device = torch.zeros(2, 8, 10, 64, dtype=torch.uint8)
+        host = torch.ones(2, 10, 8, 1, 64, dtype=torch.uint8)
+        model = costs.builtin("NVIDIA H100 80GB HBM3")
+        cache = kvsig.PagedKVCache(
+            (list(device[0]), list(device[1])), host, page_size=1, model=model
+        )
+        monkeypatch.setattr(_core, "batch_refusal", lambda handle: pytest.fail("asked"))
+        with emulated.Stream() as stream:
+            control.record()
+            assert cache.load([1, 5], [4, 9], stream=stream).path == "strided"
+            assert {call["function"] for call in control.calls()} == {"cudaMemcpy3DAsync"}
+            stream.synchronize()
+        assert device.sum() == 2 * 8 * 2 * 64
 
 
 class TestHostSeams:

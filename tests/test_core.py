@@ -160,6 +160,62 @@ class TestTypedCaller:
         assert [call["observed"]["copies"] for call in control.calls(BATCH)] == sizes
         assert report.calls == len(sizes) and report.copies == count
 
+    @pytest.mark.parametrize("version", FORMS)
+    @pytest.mark.parametrize(
+        ("count", "first", "sizes"),
+        [
+            (1000, 64, [64, 64, 128, 256, 256, 232]), (64, 64, [64]), (65, 64, [64, 1]),
+            (300, 64, [64, 64, 128, 44]), (300, 256, [256, 44]), (300, 1000, [256, 44]),
+            (10, 1, [1, 1, 2, 4, 2]),
+        ],
+    )  # fmt: skip
+    def test_calls_that_grow(self, bind, stream, version, count, first, sizes):
+        """Each holds as many copies as were submitted before it."""
+        control, copies = bind(version), Copies(count)
+        on = stream()
+        control.record()
+        report = _core.copy_batch(*copies.arguments, on.cuda_stream, first_size=first)
+        on.synchronize()
+        copies.check()
+        assert [call["observed"]["copies"] for call in control.calls(BATCH)] == sizes
+        assert (report.calls, report.copies) == (len(sizes), count)
+
+    @pytest.mark.parametrize("version", FORMS)
+    def test_the_copy_that_failed_in_a_call_that_grew(self, bind, stream, version):
+        control, copies = bind(version), Copies(300)
+        on = stream()
+        control.fault(BATCH, 1, nth=3, fail_index=5)
+        control.fault("cuMemcpyBatchAsync", 1, fail_index=5)
+        with pytest.raises(_core.CudaError) as caught:
+            _core.copy_batch(*copies.arguments, on.cuda_stream, first_size=64)
+        assert last_error() == 0
+        on.synchronize()
+        # The third call has copies 128 and on.
+        assert caught.value.index == 128 + 5
+        copies.check(made=range(128 + 5))
+
+    def test_gives_up_only_where_batches_are_refused_beforehand(self, bind, stream, monkeypatch):
+        bind("13.0")
+        on = stream()
+        copies = Copies(9)
+        report = _core.copy_batch(*copies.arguments, on.cuda_stream, give_up=True)
+        on.synchronize()
+        copies.check()
+        assert report.path == "batch"
+        monkeypatch.setenv("KVSIG_ROUTE", "runtime")
+        control = bind("12.6")
+        on, copies = stream(), Copies(9)
+        control.record()
+        assert _core.copy_batch(*copies.arguments, on.cuda_stream, give_up=True) is None
+        assert control.calls("cudaMemcpyAsync") == []
+        copies.check(made=[])
+        with pytest.raises(_core.BindError, match="path='batch' is not possible"):
+            _core.copy_batch(*copies.arguments, on.cuda_stream, "batch", give_up=True)
+        report = _core.copy_batch(*copies.arguments, on.cuda_stream, "loop", give_up=True)
+        on.synchronize()
+        copies.check()
+        assert report.path == "loop"
+
     @pytest.mark.parametrize("version", ["11.8", "12.6", *FORMS, "13.5"])
     def test_strided(self, bind, stream, version):
         control = bind(version)

@@ -672,6 +672,17 @@ class TestChecks:
         planes = layer_first(1, 8, 100, kv=1)
         return prepare(replace(planes, host_pages=200), H100)
 
+    def test_nothing_is_left_of_a_check_before(self):
+        """Neither of one that found a repetition, nor of one that did not."""
+        ready = prepare(page_first(1, 64, 500, kv=1), H100)
+        pages = np.arange(400)
+        again = pages.copy()
+        again[399] = 7
+        for _ in range(3):
+            assert ready.check(pages, pages, "load") == (CHECK_OK, -1, -1)
+            assert ready.check(again, pages, "load") == (CHECK_REPEATED, 399, 7)
+            assert ready.check(pages + 100, pages, "load") == (CHECK_OK, -1, -1)
+
     def test_codes(self):
         check = self.ready().check
         good = self.pages(1, 2, 3)
@@ -839,6 +850,58 @@ class TestModelAgreesWithMeasurement:
                 assert worst[chosen] >= max(worst.values()) - slack, (kib, rows, chosen)
 
     @pytest.mark.parametrize("direction", ["load", "offload"])
+    def test_auto_takes_the_measured_winner_on_a_cpu_known_to_be_slow(self, direction):
+        rng = np.random.default_rng(1)
+        pages = 2048
+        for kib, (batch, loop, strided) in SLOW[direction].items():
+            for rows, rows_rate in zip(SLOW_ROWS, strided, strict=True):
+                ready = prepare(page_first(rows, int(kib * KIB), pages, kv=1), H100)
+                transfer = ready.transfer(rng.permutation(pages), rng.permutation(pages), direction)
+                transfer.decide("auto", True, 2)
+                measured = {"strided": rows_rate, "batch": batch, "loop": loop}
+                assert measured[transfer.method] >= 0.93 * max(measured.values()), (kib, rows)
+
+    def test_a_slow_cpu_takes_longer(self):
+        pages = np.random.default_rng(1).permutation(500)
+        ready = prepare(page_first(2, 4 * KIB, 500), H100)
+        for method, factor in (("batch", 2), ("loop", 1.55), ("strided", 1.55)):
+            transfer = ready.transfer(pages, pages[::-1].copy(), "load", method)
+            fast, size = transfer.submit_us, (transfer.batch_size, transfer.first_size)
+            transfer.decide(method, True, 2)
+            if (transfer.batch_size, transfer.first_size) == size:
+                assert transfer.submit_us == pytest.approx(factor * fast), method
+            else:
+                assert transfer.submit_us > 1.9 * fast
+
+    def test_several_threads_make_batches_cheaper(self):
+        """Four layers in an allocation: rows of four, or batches that several threads submit."""
+        planes = page_first(64, 4 * KIB, 2048, kv=1)
+        seams = planes.device_base[::4]
+        pages = np.random.default_rng(1).permutation(2048)[:1024]
+        alone = prepare(planes, H100, None, seams)
+        together = prepare(planes, H100, None, seams, 0.5)
+        assert alone.transfer(pages, pages[::-1].copy(), "load").method == "strided"
+        assert together.transfer(pages, pages[::-1].copy(), "load").method == "batch"
+        few = pages[:3].copy()
+        assert together.transfer(few, few, "load").method == "strided", "too few for threads"
+
+    def test_deciding_again_begins_anew(self):
+        ready = prepare(page_first(2, 64, 4000), H100)
+        pages = np.random.default_rng(1).permutation(4000)
+        transfer = ready.transfer(pages, pages[::-1].copy(), "load", "batch")
+        expected = [(kind, [a.copy() for a in arrays]) for kind, arrays in transfer]
+        assert len(expected) > 1
+        for taken in range(len(expected) + 1):
+            transfer.decide("batch", True)
+            for _ in range(taken):
+                next(transfer)
+            transfer.decide("batch", True)
+            got = [(kind, [a.copy() for a in arrays]) for kind, arrays in transfer]
+            assert [kind for kind, _ in got] == [kind for kind, _ in expected]
+            for (_, one), (_, other) in zip(got, expected, strict=True):
+                assert all(map(np.array_equal, one, other))
+
+    @pytest.mark.parametrize("direction", ["load", "offload"])
     def test_all_layers_of_k_and_v(self, direction):
         pages, layers = 1024, 32
         pick = np.random.default_rng(1).permutation(pages)[:256]
@@ -852,25 +915,47 @@ class TestModelAgreesWithMeasurement:
             result = plan(planes, pick, pick[::-1], direction, model=H100)
             assert result.method == "strided" and len(result.strided3) == result.calls == 256
 
-    def test_forced_batches_are_of_256_copies_unless_fewer_win_clearly(self):
+    def test_batches_are_of_256_copies_unless_others_win_clearly(self):
         rng = np.random.default_rng(4)
+        seen = set()
         for direction in ("load", "offload"):
             for kib in (1, 4, 16, 32, 64, 256):
                 ready = prepare(page_first(8, kib * KIB, 4096), H100)
                 for pages in (4, 16, 64, 1000):
                     device, host = rng.permutation(4096)[:pages], rng.permutation(4096)[:pages]
                     got = ready.transfer(device, host, direction, "batch")
+                    chosen = (got.batch_size, got.first_size)
+                    seen.add(chosen)
                     cells = {
-                        size: Cell("batch", direction, kib * KIB, 1, pages * 16, size)
-                        for size in (64, 128, 256)
+                        cut: Cell("batch", direction, kib * KIB, 1, pages * 16, *cut)
+                        for cut in ((64, 0), (128, 0), (256, 0), (256, 64))
                     }
-                    times = {n: predict(H100.costs(direction), cells[n]) for n in cells}
-                    if got.batch_size < 256:
-                        assert times[got.batch_size] < 0.97 * times[256]
-                    else:
-                        assert min(times.values()) > 0.94 * times[256]
+                    costs = H100.costs(direction)
+                    times = {cut: predict(costs, cells[cut], 0.5) for cut in cells}
+                    if chosen != (256, 0):
+                        assert times[chosen] < (0.99 if got.first_size else 0.97) * times[256, 0]
+                    assert min(times.values()) > 0.94 * times[chosen]
                     if pages == 1000:
                         assert got.batch_size == 256
+        assert {(256, 0), (256, 64)} <= seen
+
+    def test_calls_that_grow(self):
+        """Of one layer of 128 pages: the engine starts after 64 copies, and waits no more."""
+        planes = page_first(1, 64 * KIB, 4096)
+        rng = np.random.default_rng(4)
+        device, host = rng.permutation(4096)[:1000], rng.permutation(4096)[:1000]
+        result = plan(planes, device[:128], host[:128], "offload", model=H100)
+        assert (result.method, result.first_size, result.calls) == ("batch", 64, 3)
+        assert result.batches() == [64, 64, 128]
+        result = plan(planes, device, host, "offload", model=H100)
+        assert result.batches() == [64, 64, 128, *[256] * 6, 208] and result.calls == 10
+        assert Cell("batch", "load", 1, 1, 2000, 256, 64).batches() == result.batches()
+
+    def test_no_calls_that_grow_where_they_would_not_end_with_a_piece(self):
+        model = replace(H100, batch_sizes=(60, 256))
+        planes = page_first(1, 64 * KIB, 4096)
+        pages = np.random.default_rng(4).permutation(4096)[:1000]
+        assert plan(planes, pages, pages[::-1], "offload", model=model).first_size == 0
 
     def test_pieces_cost_no_calls(self):
         """Every call but the last one is full, whatever piece its copies were packed in."""
@@ -902,14 +987,23 @@ class TestModelAgreesWithMeasurement:
                     assert got == pytest.approx(predict(costs, cell)), method
                 got = ready.transfer(device, host, direction, "batch")
                 chosen = None
-                for size in sorted(model.batch_sizes, reverse=True):
-                    cell = Cell("batch", direction, width, 1, len(device) * rows, size)
-                    if chosen is None or predict(costs, cell) < 0.97 * chosen[0]:
-                        chosen = predict(costs, cell), size
-                assert got.predicted_us == pytest.approx(chosen[0])
-                assert got.batch_size == chosen[1]
+                sizes = sorted(model.batch_sizes, reverse=True)
+                grows = sizes[-1] != sizes[0] and (sizes[0] / sizes[-1]).hex().startswith("0x1.0")
+                cuts = [(sizes[0], 0), *[(sizes[0], sizes[-1])] * grows]
+                cuts += [(size, 0) for size in sizes[1:]]
+                for size, first in cuts:
+                    cell = Cell("batch", direction, width, 1, len(device) * rows, size, first)
+                    rank = predict(costs, cell, 0.5)
+                    if chosen is None or rank < (0.99 if first else 0.97) * chosen[0]:
+                        chosen = rank, predict(costs, cell), size, first
+                assert got.scores["batch"] == pytest.approx(chosen[0])
+                assert got.predicted_us == pytest.approx(chosen[1])
+                assert (got.batch_size, got.first_size) == chosen[2:]
+                assert got.predicted_calls == len(
+                    Cell("batch", "", 1, 1, len(device) * rows, *chosen[2:]).batches()
+                )
 
-    def test_auto_is_predicted_no_worse_than_any_forced_method(self):
+    def test_auto_scores_no_worse_than_any_forced_method(self):
         rng = np.random.default_rng(7)
         for _ in range(300):
             planes = random_geometry(rng)
@@ -917,10 +1011,11 @@ class TestModelAgreesWithMeasurement:
             ready = prepare(planes, random_model(rng))
             device, host = random_pages(rng, planes.device_pages, direction)
             auto = ready.transfer(device, host, direction)
-            assert auto.predicted_us == min(auto.candidates.values())
+            assert auto.scores[auto.method] == min(auto.scores.values())
+            assert auto.predicted_us == auto.candidates[auto.method]
             for method in ("batch", "strided", "loop"):
                 forced = ready.transfer(device, host, direction, method)
-                assert auto.predicted_us <= forced.predicted_us * (1 + 1e-12)
+                assert auto.scores[auto.method] <= min(forced.scores.values()) * (1 + 1e-12)
 
     def test_one_copy_is_not_batched(self):
         result = plan(page_first(1, 32 * KIB, 10, kv=1), [1], [2], "load", model=H100)
@@ -1069,8 +1164,9 @@ class TestPlan:
         planes = page_first(3, 64 * KIB, 500)
         result = plan(planes, rng.permutation(500), rng.permutation(500), "load", "batch", H100)
         assert result.copies_in == result.copies_out == len(result.dsts) == 3000
-        assert result.calls == -(-3000 // result.batch_size)
-        assert 64 <= result.batch_size <= 256
+        assert result.calls == len(result.batches()) and sum(result.batches()) == 3000
+        assert (result.batch_size, result.first_size) == (256, 64)
+        assert result.batches()[:5] == [64, 64, 128, 256, 256]
         assert result.bytes == int(result.sizes.sum()) == 3000 * 64 * KIB
 
     def test_layers(self):

@@ -96,6 +96,34 @@ def test_the_first_refused_copy_is_named(control):
     assert _core.call("cudaPeekAtLastError") == 0
 
 
+def test_whoever_is_free_takes_the_next_call(control):
+    """A thread that comes late keeps nobody waiting: every call is made once, whoever makes it."""
+    pages = Pages()
+    with emulated.Stream() as stream:
+        control.record()
+        _core.copy_batch(pages.dsts, pages.srcs, WIDTH, stream.cuda_stream, "batch", 60, 4)
+        stream.synchronize()
+        counts = [row["observed"]["copies"] for row in control.calls("cudaMemcpyBatchAsync")]
+    assert pages.right()
+    assert sorted(counts) == [COUNT % 60] + [60] * (COUNT // 60)
+
+
+@pytest.mark.parametrize("nth", [0, 3, 40])
+def test_a_refused_call_stops_the_others(control, nth):
+    pages = Pages()
+    with emulated.Stream() as stream:
+        control.record()
+        control.fault("cudaMemcpyBatchAsync", 1, nth=nth)
+        with pytest.raises(_core.CudaError):
+            _core.copy_batch(pages.dsts, pages.srcs, WIDTH, stream.cuda_stream, "auto", 16, 4)
+        made = len(control.calls("cudaMemcpyBatchAsync"))
+        control.reset()
+        stream.synchronize()
+    # Each of the others may be in the middle of one call, and the driver is asked once more.
+    assert made <= nth + 1 + 4 < COUNT // 16
+    assert _core.call("cudaPeekAtLastError") == 0
+
+
 @pytest.mark.parametrize("code", [801, 36])
 def test_falls_back_as_one_thread_does(control, code):
     pages = Pages()
@@ -137,7 +165,7 @@ class TestPace:
     def test_one_until_measured_then_by_what_submitting_costs(self):
         pace = _threads.Pace(4)
         assert pace.choose(True, 1024, 16384, 300) == 1
-        for cost, threads in ((200, 1), (500, 1), (700, 2), (900, 4)):
+        for cost, threads in ((200, 1), (600, 1), (700, 2), (900, 4)):
             pace = _threads.Pace(4)
             pace.note(True, 1000, 16384, cost * 1000)
             assert pace.choose(True, 1024, 16384, 300) == threads
@@ -157,6 +185,35 @@ class TestPace:
         for _ in range(6):
             pace.note(False, 1000, 4096, 200_000)
         assert pace.choose(False, 1000, 4096, 200) == 1
+
+    def test_knows_until_when_a_stream_is_busy(self):
+        pace = _threads.Pace(1)
+        assert not pace.busy(7, 0)
+        pace.queued(7, 1000, 1500, 3000)
+        assert pace.busy(7, 3999) and not pace.busy(7, 4000) and not pace.busy(8, 0)
+        # What follows begins where that ends; a host that was slower than the engine ends it.
+        pace.queued(7, 2000, 2500, 1000)
+        assert pace.busy(7, 4999) and not pace.busy(7, 5000)
+        pace.queued(7, 6000, 9000, 1000)
+        assert pace.busy(7, 8999) and not pace.busy(7, 9000)
+
+    def test_does_not_grow_with_the_streams_of_a_long_life(self):
+        pace = _threads.Pace(1)
+        for stream in range(1000):
+            pace.queued(stream, 0, 10, 100)
+            assert pace.busy(stream, 50)
+        assert len(pace._until) <= _threads.STREAMS
+
+    def test_looks_at_the_cpu(self, monkeypatch):
+        monkeypatch.setattr(_threads, "_best", float("inf"))
+        assert _threads.look() == 1, "the first look is the best so far"
+        monkeypatch.setattr(_threads, "_best", 1.0)
+        assert _threads.look() == _threads.SLOWEST
+        took = iter(range(0, 10**6, 1000))
+        monkeypatch.setattr(_threads.time, "perf_counter_ns", lambda: next(took))
+        for best, slow in ((1000, 1), (850, 1), (500, 2), (100, _threads.SLOWEST)):
+            monkeypatch.setattr(_threads, "_best", best)
+            assert _threads.look() == pytest.approx(slow), best
 
     @pytest.mark.parametrize("threads", [0, 9, True, "4", 1.0])
     def test_bad_number(self, threads):

@@ -84,7 +84,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--seconds", type=positive, help="time for all cells (default: 300, with --quick 45)"
     )
-    parser.add_argument("--runs", type=positive, help="timed runs (default: 9, --quick 5)")
+    parser.add_argument("--runs", type=positive, help="timed runs (default: 31, --quick 9)")
     parser.add_argument("--seed", type=natural, default=0, help="of pages and bytes (default: 0)")
     parser.add_argument(
         "--no-verify", action="store_true", help="do not compare bytes before timing"
@@ -274,7 +274,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"method {method!r} is not one of: {', '.join(bench.METHODS)}")
     options = bench.Options(
         methods=tuple(methods),
-        runs=args.runs or (5 if args.quick else 9),
+        runs=args.runs or (9 if args.quick else 31),
         seconds=float(args.seconds or (45 if args.quick else 300)),
         seed=args.seed,
         verify=not args.no_verify,
