@@ -32,8 +32,9 @@ cdef double GROWING_CALLS = 0.99
 # layer by layer, and then it is hidden behind what was queued before.
 cdef double WAIT_COUNTS = 0.5
 # A CPU that needs twice as long for batches needs half as long again for single and strided
-# copies, as measured.
+# copies, and still longer for what it stages, as measured.
 cdef double SINGLE_SLOWS = 0.55
+cdef double STAGED_SLOWS = 1.3
 # From this many copies on, several threads may submit.
 cdef Py_ssize_t TOGETHER_FROM = 256
 # Runs are cut here, so that one run never fills a buffer without bound.
@@ -84,7 +85,7 @@ CHECK_LENGTHS = LENGTHS
 CHECK_NOT_PAGES = NOT_PAGES
 
 # Choices between two looks at the CPU's speed.
-cdef int LOOK_AGAIN = 64
+cdef int LOOK_AGAIN = 256
 cdef int looks_left = 0
 cdef double slow_now = 1
 
@@ -157,11 +158,12 @@ cdef inline Choice *choice_of(const Layout *p, Py_ssize_t side, Py_ssize_t mode,
 
 cdef struct Tally:
     double submit, engine, copies, strided
-    double plain            # the part of `submit` that plain copies take
+    double plain            # what plain copies take to submit
+    double staged           # what those take that the CPU stages
 
 
 cpdef double slowness() except -1:
-    """How many times as long as at its best the CPU needs, looked at every 64 times."""
+    """How many times as long as at its best the CPU needs, looked at every 256 times."""
     global looks_left, slow_now
     looks_left -= 1
     if looks_left < 0:
@@ -250,7 +252,10 @@ cdef void count_page(Tally *t, const Costs *c, const Kind *kind, int mode, Form 
     cdef double many = times * kind.groups * kind.planes
     if form == PLAIN:
         t.copies += many
-        t.plain += many * plain_submit(c, mode, size)
+        if (mode == BATCH or mode == STRIDED_BATCH) and size <= c.inline_bytes:
+            t.staged += many * plain_submit(c, mode, size)
+        else:
+            t.plain += many * plain_submit(c, mode, size)
         t.engine += many * plain_engine(c, mode, size)
     elif form == STACK:
         t.strided += times * kind.groups
@@ -1029,6 +1034,11 @@ cdef class Transfer:
         return "offload" if self.side else "load"
 
     @property
+    def mixed(self):
+        """Whether it is neither batches alone nor strided copies alone."""
+        return self.mode != BATCH and self.mode != STRIDED
+
+    @property
     def copies_in(self):
         """Copies of one page of one plane each that the request asks for."""
         return self.scan.count * self.p.planes_in
@@ -1191,7 +1201,7 @@ cdef class Transfer:
         for m in range(MODES):
             self.time[m] = self.rank[m] = NEVER
             t = &self.tally[m]
-            t.submit = t.engine = t.copies = t.strided = t.plain = 0
+            t.submit = t.engine = t.copies = t.strided = t.plain = t.staged = 0
             if not wanted[m]:
                 continue
             for k in range(p.kinds):
@@ -1232,6 +1242,7 @@ cdef class Transfer:
         cdef Py_ssize_t size = p.batch_size[p.sizes - 1], first = p.batch_size[0], i
         t.submit *= 1 + SINGLE_SLOWS * (self.slow - 1)
         t.plain *= self.slow if batched else 1 + SINGLE_SLOWS * (self.slow - 1)
+        t.plain += t.staged * (1 + STAGED_SLOWS * (self.slow - 1))
         if batched and t.copies >= TOGETHER_FROM and 0 < c.together * t.copies < t.plain:
             t.plain = c.together * t.copies
         t.submit += t.plain

@@ -103,7 +103,9 @@ class Pace:
             self._until.clear()
         self._until[stream] = max(until, end_ns)
 
-    def choose(self, load: bool, copies: int, size: int, engine_ns: float) -> int:
+    def choose(
+        self, load: bool, copies: int, size: int, engine_ns: float, staged: bool = False
+    ) -> int:
         """Threads for a piece of a transfer.
 
         Parameters
@@ -114,9 +116,14 @@ class Pace:
             How many copies, and bytes of one.
         engine_ns : float
             What moving one costs the copy engine.
+        staged : bool
+            Whether the CPU stages it inside the batch call. One thread does that as fast as
+            several at times, and takes three times as long at others, with the same calls.
         """
         if copies < FEWEST or self.most == 1:
             return 1
+        if staged:
+            return min(self.most, 4)
         cost = self._costs.get((load, size.bit_length()))
         if cost is None:
             return 1

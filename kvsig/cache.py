@@ -160,6 +160,8 @@ class PagedKVCache:
             model = costs.load(_torch.device_name(self.device))
         self.model = model
         self._pace = _threads.Pace(threads)
+        # Tensors were looked at, so the runtime is bound, and stays so.
+        self._rows = _core.strided_bound()
         self._all = self._select(tuple(range(layers)))
         self._selections: dict[int | range | tuple[int, ...], _Selection] = {}
 
@@ -419,12 +421,12 @@ class PagedKVCache:
             transfer.decide(path, True)
             return self._queue(selection, transfer, handle, path, load, False)
         transfer.decide("auto", True, _NOW)
-        method, refused = transfer.method, False
+        refused = False
         # Whether batches are refused is only asked where it matters: for a plan of batches alone
         # the first call says so, before anything moves.
-        if method != "batch" and (method != "strided" or not _core.strided_bound()):
+        if transfer.mixed or not self._rows:
             refused = _core.batch_refusal(handle) is not None
-            if not _core.strided_bound():
+            if not self._rows:
                 # A runtime newer than every prototype: rows would be copied one by one anyway.
                 transfer.decide("loop" if refused else "batch", True)
             elif refused:
@@ -488,7 +490,8 @@ class PagedKVCache:
             )
         size = int(sizes[0])
         cost = self.model.load if load else self.model.offload
-        threads = self._pace.choose(load, count, size, 1e3 * (cost.copy_engine + size * cost.byte))
+        engine_ns = 1e3 * (cost.copy_engine + size * cost.byte)
+        threads = self._pace.choose(load, count, size, engine_ns, size <= cost.inline_bytes)
         begin = time.perf_counter_ns()
         if threads > 1:
             batch_size = min(batch_size, _threads.SHARE)

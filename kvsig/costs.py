@@ -114,10 +114,10 @@ class CostModel:
         raise ValueError(f"direction is {direction!r}: it is 'offload' or 'load'")
 
 
-# Fitted to the tables of tests/test_planning.py: H100s 80GB HBM3 on PCIe 5 x16. The CPUs beside
-# them submit batches at one of two speeds, 0.42 or 0.85 µs per copy, and change between the two
-# within a minute. The figures are of the faster one, with the call as dear as in the slower one;
-# where the two speeds want different methods, they lean to what loses least at the wrong one.
+# Fitted to the tables of tests/test_planning.py: H100s 80GB HBM3 on PCIe 5 x16. The virtual CPUs
+# beside them run at one of two speeds, with 0.42 or 0.85 µs per copy in a batch, and change between
+# the two within seconds. The figures are of the faster one; the planner looks at the CPU now and
+# then, and scales them.
 _H100_LOAD = DirectionCosts(
     byte=1 / 54.8e3,
     loop_submit=2.4,
@@ -126,8 +126,8 @@ _H100_LOAD = DirectionCosts(
     call_engine=0.8,
     copy_submit=0.45,
     copy_engine=0.06,
-    staged_small=0.93,
-    staged_large=0.42,
+    staged_small=0.45,
+    staged_large=0.33,
     inline_bytes=24576,
     strided_submit=1.9,
     strided_engine=2.87,

