@@ -13,6 +13,7 @@ from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBuffer_Release, PyObject_G
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memmove
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from bisect import bisect_right
 
@@ -84,9 +85,9 @@ CHECK_REPEATED = REPEATED
 CHECK_LENGTHS = LENGTHS
 CHECK_NOT_PAGES = NOT_PAGES
 
-# Choices between two looks at the CPU's speed.
-cdef int LOOK_AGAIN = 256
-cdef int looks_left = 0
+# Nanoseconds from one look at the CPU's speed to the next one, at least.
+cdef int64_t LOOK_AGAIN = 500_000
+cdef int64_t looked = 0
 cdef double slow_now = 1
 
 METHODS = ("batch", "loop", "strided", "strided+batch", "strided+loop")
@@ -163,12 +164,15 @@ cdef struct Tally:
 
 
 cpdef double slowness() except -1:
-    """How many times as long as at its best the CPU needs, looked at every 256 times."""
-    global looks_left, slow_now
-    looks_left -= 1
-    if looks_left < 0:
-        looks_left = LOOK_AGAIN
+    """How many times as long as at its best the CPU needs, looked at now and then."""
+    global looked, slow_now
+    cdef timespec now
+    cdef int64_t passed
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    passed = <int64_t>now.tv_sec * 1_000_000_000 + now.tv_nsec - looked
+    if passed > LOOK_AGAIN:
         slow_now = look()
+        looked += passed
     return slow_now
 
 

@@ -27,8 +27,8 @@ WORTH = 1.12
 WORTH_MORE = 1.4
 # Streams whose work is kept in mind.
 STREAMS = 64
-# Steps of the loop that is looked at: about a microsecond.
-STEPS = 40
+# Steps of the loop that is looked at: about half a microsecond.
+STEPS = 20
 # A CPU this much slower than it was at its best counts as slow, and none counts as slower than so.
 SLOW, SLOWEST = 1.25, 2.5
 
@@ -44,7 +44,7 @@ def look() -> float:
     """
     global _best
     took = float("inf")
-    for _ in range(3):  # the best of three: an interruption is no slowness
+    for _ in range(2):  # the better of two: an interruption is no slowness
         begin = time.perf_counter_ns()
         total = 0
         for step in range(STEPS):

@@ -98,6 +98,8 @@ WARM_MS = 20.0
 #: Runs that tell a slow method from a fast one, runs of the limit, and what is close: the time of
 #: a method over that of the fastest one.
 FEW_RUNS, LIMIT_RUNS, CLOSE = 3, 9, 1.5
+#: Seconds that a cell of short runs goes on for, and by how many times as many runs at most.
+SHORT_SECONDS, MORE_RUNS = 0.3, 10
 #: Methods that cost microseconds of Python per copy move only so many copies of a cell.
 PYTHON_COPIES = 4096
 MOST_BYTES = 2 * GIB
@@ -199,7 +201,8 @@ class Options:
     methods : sequence of str
         Of `METHODS`.
     runs : int
-        Timed runs of the fastest methods in a cell; fewer where the time is short, at least 3.
+        Timed runs of the fastest methods in a cell; fewer where the time is short, at least 3;
+        up to ten times as many where they are so short that it takes less than 0.3 s.
         Methods that are clearly slower are timed three times, the limit nine times.
     seconds : float
         Time for everything. Cells that it does not last for are left out, and named.
@@ -1175,7 +1178,10 @@ class Bench:
         gc.collect()
         gc.disable()
         try:
-            for turn in range(self.options.runs):
+            begin = time.monotonic()
+            for turn in range(self.options.runs * (MORE_RUNS if self.real else 1)):
+                if turn >= self.options.runs and time.monotonic() - begin > SHORT_SECONDS:
+                    break
                 racing = series
                 if turn >= FEW_RUNS:
                     if time.monotonic() > deadline:

@@ -277,6 +277,16 @@ class TestTurns:
         assert racing(3) == ["auto", "batch", "strided", "one-copy"]
         assert racing(bench.LIMIT_RUNS) == ["auto", "batch", "strided"]
 
+    @pytest.mark.parametrize(("seconds", "turns"), [(0.0, 5), (10.0, 50)])
+    def test_short_runs_are_timed_more_often(self, on_emulated, monkeypatch, seconds, turns):
+        found = bench.Bench([], bench.Options(runs=5))
+        found.real = True
+        monkeypatch.setattr(bench, "SHORT_SECONDS", seconds)
+        one = self.series("auto")
+        monkeypatch.setattr(found, "time_one", lambda one: one.ms.append(1.0))
+        found.time_all([one], bench.time.monotonic() + 60)
+        assert len(one.ms) == turns
+
 
 class TestSummary:
     def test_ratios_are_those_of_the_turns(self):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
 import pytest
 
-from kvsig import _core, _threads, emulated
+from kvsig import _core, _pack, _threads, emulated
 
 WIDTH = 64
 COUNT = 4096
@@ -219,6 +220,17 @@ class TestPace:
         for best, slow in ((1000, 1), (850, 1), (500, 2), (100, _threads.SLOWEST)):
             monkeypatch.setattr(_threads, "_best", best)
             assert _threads.look() == pytest.approx(slow), best
+
+    def test_looks_now_and_then_only(self, monkeypatch):
+        looks = []
+        monkeypatch.setattr(_pack, "look", lambda: looks.append(1) or 1.5)
+        time.sleep(0.001)
+        begin = time.perf_counter()
+        assert {_pack.slowness() for _ in range(2000)} == {1.5}
+        assert 1 <= len(looks) <= 2 + (time.perf_counter() - begin) / 0.0005
+        monkeypatch.setattr(_pack, "look", lambda: 1.0)
+        time.sleep(0.001)
+        assert _pack.slowness() == 1
 
     @pytest.mark.parametrize("threads", [0, 9, True, "4", 1.0])
     def test_bad_number(self, threads):
