@@ -32,10 +32,11 @@ cdef double GROWING_CALLS = 0.99
 # What the first call keeps waiting counts so much in a choice: calls mostly follow each other,
 # layer by layer, and then it is hidden behind what was queued before.
 cdef double WAIT_COUNTS = 0.5
-# A CPU that needs twice as long for batches needs half as long again for single and strided
-# copies, and still longer for what it stages, as measured.
+# A CPU that needs twice as long for the copies of a batch needs half as long again for single and
+# strided copies, and three times as long for what it stages, as measured; a batch call by itself
+# takes hardly longer.
 cdef double SINGLE_SLOWS = 0.55
-cdef double STAGED_SLOWS = 1.3
+cdef double STAGED_SLOWS = 2.2
 # From this many copies on, several threads may submit.
 cdef Py_ssize_t TOGETHER_FROM = 256
 # Runs are cut here, so that one run never fills a buffer without bound.
@@ -1259,7 +1260,7 @@ cdef class Transfer:
                 self.consider(mode, p.batch_size[i], 0)
         if batched:
             i = <Py_ssize_t>calls_of(t.copies, mode, self.size_of[mode], self.first_of[mode])
-            t.submit += i * self.slow * c.call_submit
+            t.submit += i * c.call_submit
             t.engine += i * c.call_engine
 
     cdef void consider(self, int mode, Py_ssize_t size, Py_ssize_t first) noexcept nogil:
@@ -1269,10 +1270,10 @@ cdef class Transfer:
         cdef double calls = calls_of(t.copies, mode, size, first)
         cdef double submit = t.submit, engine = t.engine, time, rank, wait = 0
         if mode == BATCH or mode == STRIDED_BATCH:
-            submit += calls * self.slow * c.call_submit
+            submit += calls * c.call_submit
             engine += calls * c.call_engine
         if first and engine >= submit:
-            wait = self.slow * c.call_submit + t.submit * first / t.copies
+            wait = c.call_submit + t.submit * first / t.copies
         elif first:
             wait = c.call_engine + t.engine * last_of(t.copies, size, first) / t.copies
         elif calls + t.strided > 0:

@@ -70,7 +70,8 @@ class PagedKVCache:
         Threads that may submit the copies of one transfer, the caller's counted in, 1 to 8.
         More than one are used where submitting copies has been measured to take longer than
         moving them; the order of the stream stays. By default a quarter of the CPUs, 4 at
-        most; 1 keeps to the caller's thread.
+        most; 1 keeps to the caller's thread, which is kinder to a thread that launches
+        kernels meanwhile.
 
     Attributes
     ----------
@@ -491,7 +492,7 @@ class PagedKVCache:
         size = int(sizes[0])
         cost = self.model.load if load else self.model.offload
         engine_ns = 1e3 * (cost.copy_engine + size * cost.byte)
-        threads = self._pace.choose(load, count, size, engine_ns, size <= cost.inline_bytes)
+        threads = self._pace.choose(load, count, size, engine_ns)
         begin = time.perf_counter_ns()
         if threads > 1:
             batch_size = min(batch_size, _threads.SHARE)

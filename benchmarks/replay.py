@@ -1,0 +1,92 @@
+"""What the planner would choose in the cells of results, and what that choice was measured to cost.
+
+    python benchmarks/replay.py FILE.json ...
+
+Takes results of ``kvsig bench --json``. Needs no GPU: in every cell that has the times of a whole
+plan by batches, by strided copies and one by one, the planner chooses anew with the figures it has
+now, for a CPU of full and of half speed, and its choice is compared with the fastest of the three.
+A change of the cost model shows here first. The exit code is 1 if a choice is below 0.95 at both
+speeds.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvsig import bench, costs, planning
+from kvsig._threads import SLOWEST
+from kvsig.geometry import Planes
+
+METHODS = ("batch", "strided", "loop")
+LEAST = 0.95
+
+
+def planes_of(cell: bench.Cell) -> Planes:
+    """The geometry of a cell, at addresses that nobody follows."""
+    width = np.uint64(cell.page_bytes)
+    count = cell.layers * cell.kinds
+    plane = np.arange(count, dtype=np.uint64)
+    pool = np.uint64(cell.pool_pages)
+    kind, layer = plane // np.uint64(cell.layers), plane % np.uint64(cell.layers)
+    near = np.uint64(1 << 40) + plane * pool * width
+    far, pitch = np.uint64(1 << 44) + plane * pool * width, width
+    if cell.layout == "page_first_direct":
+        pitch = np.uint64(cell.layers) * width
+        far = np.uint64(1 << 44) + kind * pool * pitch + layer * width
+    whole = Planes(
+        device_base=near,
+        device_pitch=np.full(count, width),
+        host_base=far,
+        host_pitch=np.full(count, pitch),
+        width=np.full(count, width),
+        device_pages=cell.pool_pages,
+        host_pages=cell.pool_pages,
+        layers=cell.layers,
+    )
+    return whole.select((0,)) if cell.scope == "layer" else whole
+
+
+def choices(result: dict[str, Any], slow: float) -> Iterator[tuple[bench.Cell, str, str, float]]:
+    """Cell, the planner's choice, the fastest method, and GB/s of the first over the second's."""
+    model = costs.builtin(result["provenance"]["device"])
+    for row in result["cells"]:
+        cell = bench.Cell(**{name: row[name] for name in bench.Cell.__dataclass_fields__})
+        speeds = {name: row["methods"][name]["gb_s"] for name in METHODS if name in row["methods"]}
+        # Where layers were allocated one by one is not in the results, nor is who had the link.
+        if cell.spacing == "separate" or cell.direction == "both" or len(speeds) < len(METHODS):
+            continue
+        rng = np.random.default_rng(0)
+        near, far = (bench.page_numbers(cell, rng)[0] for _ in range(2))
+        ready = planning.prepare(planes_of(cell), model, together_us=0.5)
+        transfer = ready.transfer(near, far, cell.direction)
+        transfer.decide("auto", True, slow)
+        if transfer.method in speeds:  # a mixture was not measured by itself
+            best = max(speeds, key=lambda name: speeds[name])
+            yield cell, transfer.method, best, speeds[transfer.method] / speeds[best]
+
+
+def main() -> int:
+    missed = 0
+    for name in sys.argv[1:]:
+        result = json.loads(Path(name).read_text(encoding="utf-8"))
+        found = [list(choices(result, slow)) for slow in (1.0, SLOWEST)]
+        print(f"{name}: {len(found[0])} cells")
+        behind: list[set[bench.Cell]] = []
+        for speed, rows in zip(("full", "half"), found, strict=True):
+            behind.append({cell for cell, _, _, ratio in rows if ratio < LEAST})
+            for cell, chosen, best, ratio in rows:
+                if ratio < LEAST:
+                    print(f"  {speed} speed: {chosen} at {ratio:.2f} of {best}", end=", ")
+                    print(f"{cell.section}: {bench.describe(cell)}")
+        missed += len(behind[0] & behind[1])
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
