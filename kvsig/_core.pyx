@@ -1095,6 +1095,7 @@ cdef int _run_team(
     cdef Work work
     cdef Worker *worker
     cdef Progress own
+    cdef size_t j
     cdef int i, code = 0, tied = 0
     for i in range(helpers):
         code = _tie(stream, forks[3 * i], forks[3 * i + 1])
@@ -1122,6 +1123,14 @@ cdef int _run_team(
         tied = _tie(forks[3 * i], stream, forks[3 * i + 2])
         if code == 0:
             code = tied
+    if progress.done < count:
+        # Calls behind the refused one were made as well. Who goes on begins with the refused one,
+        # and counts from there.
+        progress.bytes = progress.done * same
+        if sizes != NULL:
+            progress.bytes = 0
+            for j in range(progress.done):
+                progress.bytes += sizes[j]
     return code
 
 

@@ -126,11 +126,14 @@ def test_a_refused_call_stops_the_others(control, nth):
 
 
 @pytest.mark.parametrize("code", [801, 36])
-def test_falls_back_as_one_thread_does(control, code):
+@pytest.mark.parametrize("nth", [0, 30])
+@pytest.mark.parametrize("sizes", ["one", "each"])
+def test_falls_back_as_one_thread_does(control, code, nth, sizes):
     pages = Pages()
+    given = WIDTH if sizes == "one" else np.full(COUNT, WIDTH, np.uint64)
     with emulated.Stream() as stream:
-        control.fault("cudaMemcpyBatchAsync", code, nth=0)
-        report = _core.copy_batch(pages.dsts, pages.srcs, WIDTH, stream.cuda_stream, "auto", 64, 4)
+        control.fault("cudaMemcpyBatchAsync", code, nth=nth)
+        report = _core.copy_batch(pages.dsts, pages.srcs, given, stream.cuda_stream, "auto", 64, 4)
         stream.synchronize()
     assert pages.right()
     assert report.path == "loop"
