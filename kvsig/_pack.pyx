@@ -12,7 +12,7 @@ Python object per page.
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memmove
+from libc.string cimport memmove, memset
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from bisect import bisect_right
@@ -39,6 +39,8 @@ cdef double SINGLE_SLOWS = 0.55
 cdef double STAGED_SLOWS = 2.2
 # From this many copies on, several threads may submit.
 cdef Py_ssize_t TOGETHER_FROM = 256
+# A batch call has no more copies, whatever the cost model says.
+cdef Py_ssize_t LONGEST_CALL = 1 << 31
 # Runs are cut here, so that one run never fills a buffer without bound.
 cdef Py_ssize_t LONGEST_RUN = 1 << 16
 # Below this many copies the loops take less time than giving the GIL away and back.
@@ -167,13 +169,14 @@ cdef struct Tally:
 cpdef double slowness() except -1:
     """How many times as long as at its best the CPU needs, looked at now and then."""
     global looked, slow_now
-    cdef timespec now
-    cdef int64_t passed
-    clock_gettime(CLOCK_MONOTONIC, &now)
-    passed = <int64_t>now.tv_sec * 1_000_000_000 + now.tv_nsec - looked
-    if passed > LOOK_AGAIN:
+    cdef timespec clock
+    cdef int64_t now
+    clock_gettime(CLOCK_MONOTONIC, &clock)
+    now = <int64_t>clock.tv_sec * 1_000_000_000 + clock.tv_nsec
+    if now - looked > LOOK_AGAIN:
+        # Noted first: other threads may come by while this one looks.
+        looked = now
         slow_now = look()
-        looked += passed
     return slow_now
 
 
@@ -608,6 +611,7 @@ cdef class Prepared:
         sizes = sorted({int(size) for size in model.batch_sizes})[:8]
         if not sizes or min(sizes) < 1:
             raise ValueError(f"batch_sizes is {model.batch_sizes!r}: needs positive sizes")
+        sizes = sorted({min(size, LONGEST_CALL) for size in sizes})
         self.at.sizes = len(sizes)
         for i in range(self.at.sizes):
             self.at.batch_size[i] = sizes[i]
@@ -799,7 +803,7 @@ cdef class Prepared:
         direction : {"offload", "load"}
             From the device to the host, or back.
         method : {"auto", "batch", "strided", "loop"}
-            ``"auto"`` takes the least predicted time, the others force a method.
+            ``"auto"`` takes what scores best (see `Transfer.scores`), the others force a method.
         batch : bool
             Whether the batch call can be used now; without it ``"auto"`` plans around it.
 
@@ -944,16 +948,21 @@ cdef class Prepared:
         workspace = take_workspace()
         workspace.grow_marks(pages)
         with nogil:
-            first = first_repeated(to, n, workspace.mark)
+            first = first_repeated(to, n, pages, workspace.mark)
             if first >= 0:
-                for i in range(first):
-                    if to[i] == to[first]:
-                        other[0] = i
-                        break
+                other[0] = same_before(to, first)
+                if other[0] < 0:
+                    # A caller that writes to the array meanwhile, now or in a transfer before.
+                    memset(workspace.mark, 0, (workspace.mark_room + 63) // 64 * sizeof(uint64_t))
+                    first = first_repeated(to, n, pages, workspace.mark)
+                    if first >= 0:
+                        other[0] = same_before(to, first)
         keep_workspace(workspace)
         if first < 0:
             return FINE
         position[0] = first
+        if other[0] < 0:
+            return HOST_RANGE if up else DEVICE_RANGE
         return REPEATED
 
 
@@ -967,21 +976,37 @@ cdef Py_ssize_t out_of_range(const int64_t *d, const int64_t *h, Py_ssize_t n,
     return -1
 
 
-cdef Py_ssize_t first_repeated(const int64_t *pages, Py_ssize_t n, uint64_t *mark) noexcept nogil:
+cdef Py_ssize_t same_before(const int64_t *pages, Py_ssize_t last) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(last):
+        if pages[i] == pages[last]:
+            return i
+    return -1
+
+
+cdef Py_ssize_t first_repeated(const int64_t *pages, Py_ssize_t n, int64_t limit,
+                               uint64_t *mark) noexcept nogil:
     # Bits, because what is random access has to stay in the CPU's nearest caches: what a batch
     # call stages goes through them, and leaves nothing else there.
     cdef Py_ssize_t i, found = -1
-    cdef uint64_t bit
+    cdef uint64_t page, bit
     cdef uint64_t *word
     for i in range(n):
-        word = mark + (<uint64_t>pages[i] >> 6)
-        bit = <uint64_t>1 << (pages[i] & 63)
+        # Looked at again: the array is the caller's, who may write to it.
+        page = <uint64_t>pages[i]
+        if page >= <uint64_t>limit:
+            found = i
+            break
+        word = mark + (page >> 6)
+        bit = <uint64_t>1 << (page & 63)
         if word[0] & bit:
             found = i
             break
         word[0] |= bit
     for i in range(n if found < 0 else found):
-        mark[<uint64_t>pages[i] >> 6] = 0
+        page = <uint64_t>pages[i]
+        if page < <uint64_t>limit:
+            mark[page >> 6] = 0
     return found
 
 
@@ -1094,7 +1119,7 @@ cdef class Transfer:
         Parameters
         ----------
         method : {"auto", "batch", "strided", "loop"}
-            ``"auto"`` takes the least predicted time, the others force a method.
+            ``"auto"`` takes what scores best (see `Transfer.scores`), the others force a method.
         batch : bool
             Whether the batch call can be used now; without it ``"auto"`` plans around it.
         slow : float
@@ -1698,7 +1723,7 @@ cdef inline uint64_t rows_before(uint64_t room, uint64_t pitch, uint64_t width) 
 
 cdef inline bint doubles_to(Py_ssize_t first, Py_ssize_t size) noexcept nogil:
     # Whether calls that double reach the full size exactly: pieces end between calls then.
-    while first < size:
+    while first <= size // 2:
         first *= 2
     return first == size
 

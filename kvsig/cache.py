@@ -419,7 +419,7 @@ class PagedKVCache:
     ) -> Report:
         """Queue a checked request."""
         if path != "auto":
-            transfer.decide(path, True)
+            transfer.decide(path, True, _NOW)
             return self._queue(selection, transfer, handle, path, load, False)
         transfer.decide("auto", True, _NOW)
         refused = False
@@ -429,7 +429,7 @@ class PagedKVCache:
             refused = _core.batch_refusal(handle) is not None
             if not self._rows:
                 # A runtime newer than every prototype: rows would be copied one by one anyway.
-                transfer.decide("loop" if refused else "batch", True)
+                transfer.decide("loop" if refused else "batch", True, _NOW)
             elif refused:
                 transfer.decide("auto", False, _NOW)
         return self._queue(selection, transfer, handle, path, load, refused)

@@ -157,7 +157,7 @@ class Planner:
         direction : {"offload", "load"}
             From the device to the host, or back.
         method : {"auto", "batch", "strided", "loop"}
-            ``"auto"`` takes the least predicted time, the others force a method.
+            ``"auto"`` takes what scores best (see `Transfer.scores`), the others force a method.
         layers : int or sequence of int, optional
             Layers to move; all if not given.
         batch : bool
@@ -316,6 +316,8 @@ class Plan:
         for name, time in sorted(self.candidates.items(), key=lambda item: item[1]):
             mark = "  chosen" if name == self.method else ""
             lines.append(f"{name:<16}{_time(time):>12}{self._rate(time):>14}{mark}")
+        if self.predicted_us > min(self.candidates.values(), default=0):
+            lines += ["", "In the choice, what the first call keeps waiting counts half."]
         lines += ["", f"costs: {self.costs}"]
         return "\n".join(line.rstrip() for line in lines)
 
@@ -351,7 +353,7 @@ def plan(
     direction : {"offload", "load"}
         From the device to the host, or back.
     method : {"auto", "batch", "strided", "loop"}
-        ``"auto"`` takes the least predicted time, the others force a method.
+        ``"auto"`` takes what scores best (see `Transfer.scores`), the others force a method.
     model : CostModel, optional
         What copies cost; the careful default if not given.
     host_seams, device_seams : array_like of uint64, optional

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import kvsig
-from kvsig import _core, costs, emulated
+from kvsig import _core, _pack, costs, emulated
 from kvsig import cache as cache_module
 
 
@@ -842,6 +842,25 @@ class TestPlans:
             assert str(planned).startswith(planned.direction)
             stream.synchronize()
             before = setup.everything()
+
+    @pytest.mark.parametrize("path", ["auto", "batch", "strided", "loop"])
+    def test_plans_are_for_the_cpu_that_transfers_meet(self, stream, path, monkeypatch):
+        model = costs.builtin("NVIDIA H100 80GB HBM3")
+        monkeypatch.setattr("kvsig._pack.look", lambda: 1.9)
+        time.sleep(0.001)
+        device, host = torch.zeros(400, 4096), torch.zeros(400, 1, 1, 4096)
+        cache = kvsig.PagedKVCache([device], host, page_size=1, model=model, threads=1)
+        order = np.random.default_rng(0).permutation(400)
+        for count in (3, 70, 130, 300):
+            pages = {"host_pages": order[:count], "device_pages": order[::-1][:count]}
+            if path != "batch" or _core.batch_refusal(stream.cuda_stream) is None:
+                planned = cache.plan_load(**pages, stream=stream, path=path)
+                assert planned.calls == cache.load(**pages, stream=stream, path=path).calls
+            stream.synchronize()
+            cache._pace._until.clear()
+        monkeypatch.setattr("kvsig._pack.look", lambda: 1.0)
+        time.sleep(0.001)
+        assert _pack.slowness() == 1.0
 
     def test_of_bad_requests(self, stream):
         text = "device_pages[0] is 10: the device has pages 0 to 9"

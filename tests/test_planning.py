@@ -685,6 +685,31 @@ class TestChecks:
             assert ready.check(again, pages, "load") == (CHECK_REPEATED, 399, 7)
             assert ready.check(pages + 100, pages, "load") == (CHECK_OK, -1, -1)
 
+    def test_heals_after_a_caller_who_wrote_meanwhile(self):
+        """Such a caller may be told anything, but nobody else is, afterwards."""
+        pages = 50_000
+        ready = prepare(page_first(1, 64, pages, kv=1), H100)
+        orders = [np.random.default_rng(seed).permutation(pages) for seed in range(2)]
+        moving, still = orders[0].copy(), np.arange(pages)
+        stop = threading.Event()
+
+        def write():
+            turn = 0
+            while not stop.is_set():
+                turn += 1
+                np.copyto(moving, orders[turn % 2])
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        try:
+            for _ in range(60):
+                ready.check(moving, still, "load")
+        finally:
+            stop.set()
+            writer.join()
+        for _ in range(3):
+            assert ready.check(still, still, "load") == (CHECK_OK, -1, -1)
+
     def test_codes(self):
         check = self.ready().check
         good = self.pages(1, 2, 3)
@@ -949,6 +974,15 @@ class TestModelAgreesWithMeasurement:
         assert result.batches() == [64, 64, 128, *[256] * 6, 208] and result.calls == 10
         assert Cell("batch", "load", 1, 1, 2000, 256, 64).batches() == result.batches()
 
+    @pytest.mark.parametrize("largest", [2**31, 2**62, 2**63 - 1, 2**70])
+    def test_batch_sizes_without_end(self, largest):
+        planes = page_first(1, 64 * KIB, 4096)
+        pages = np.random.default_rng(4).permutation(4096)[:1000]
+        for sizes in ((64, largest), (largest,), (3, largest)):
+            model = replace(H100, batch_sizes=sizes)
+            result = plan(planes, pages, pages[::-1], "offload", "batch", model)
+            assert sum(result.batches()) == len(result.dsts) > 1990
+
     def test_no_calls_that_grow_where_they_would_not_end_with_a_piece(self):
         model = replace(H100, batch_sizes=(60, 256))
         planes = page_first(1, 64 * KIB, 4096)
@@ -1156,6 +1190,21 @@ class TestPlan:
         assert "  chosen" in text and "costs: NVIDIA H100 80GB HBM3, built in" in text
         for method in ("batch", "loop"):
             assert f"\n{method} " in text
+
+    def test_says_why_another_than_the_least_predicted_one_is_chosen(self):
+        note = "In the choice, what the first call keeps waiting counts half."
+        pick = np.random.default_rng(0).permutation(500)[:16]
+        seen = set()
+        for slow in (1.0, 1.4, 1.9):
+            for pages in range(1, 17):
+                device, host = pick[:pages], pick[::-1][:pages]
+                result = plan(
+                    page_first(2, 32 * KIB, 500), device, host, "offload", model=H100, slow=slow
+                )
+                least = min(result.candidates, key=lambda name: result.candidates[name])
+                assert (note in str(result)) == (least != result.method)
+                seen.add(least == result.method)
+        assert seen == {True, False}
 
     def test_counts(self):
         rng = np.random.default_rng(0)
