@@ -265,6 +265,8 @@ class TestErrors:
             text=True,
             cwd=ROOT,
             env=environment("emulated:12.9"),
+            # Where the tests run in the background of a script, a child would ignore it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         assert process.stdout.readline().startswith("runtime ")
         time.sleep(0.2)
