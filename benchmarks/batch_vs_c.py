@@ -175,7 +175,8 @@ class Call:
             page_size=1,
             threads=1,
         )
-        self.place: dict[str, Any] = {"direction": way, "pages": pages, "page_bytes": width, "path": path}
+        self.place: dict[str, Any] = {"direction": way, "pages": pages}
+        self.place |= {"page_bytes": width, "path": path}
         self.c, self.handles = c, [clock.handles[0]]
         here, there = data.rng.permutation(pool)[:pages], data.rng.permutation(pool)[:pages]
         options: dict[str, Any] = {"layers": layer, "stream": clock.stream, "path": path}
