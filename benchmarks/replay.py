@@ -21,35 +21,9 @@ import numpy as np
 
 from kvsig import bench, costs, planning
 from kvsig._threads import SLOWEST
-from kvsig.geometry import Planes
 
 METHODS = ("batch", "strided", "loop")
 LEAST = 0.95
-
-
-def planes_of(cell: bench.Cell) -> Planes:
-    """The geometry of a cell, at addresses that nobody follows."""
-    width = np.uint64(cell.page_bytes)
-    count = cell.layers * cell.kinds
-    plane = np.arange(count, dtype=np.uint64)
-    pool = np.uint64(cell.pool_pages)
-    kind, layer = plane // np.uint64(cell.layers), plane % np.uint64(cell.layers)
-    near = np.uint64(1 << 40) + plane * pool * width
-    far, pitch = np.uint64(1 << 44) + plane * pool * width, width
-    if cell.layout == "page_first_direct":
-        pitch = np.uint64(cell.layers) * width
-        far = np.uint64(1 << 44) + kind * pool * pitch + layer * width
-    whole = Planes(
-        device_base=near,
-        device_pitch=np.full(count, width),
-        host_base=far,
-        host_pitch=np.full(count, pitch),
-        width=np.full(count, width),
-        device_pages=cell.pool_pages,
-        host_pages=cell.pool_pages,
-        layers=cell.layers,
-    )
-    return whole.select((0,)) if cell.scope == "layer" else whole
 
 
 def choices(result: dict[str, Any], slow: float) -> Iterator[tuple[bench.Cell, str, str, float]]:
@@ -63,7 +37,7 @@ def choices(result: dict[str, Any], slow: float) -> Iterator[tuple[bench.Cell, s
             continue
         rng = np.random.default_rng(0)
         near, far = (bench.page_numbers(cell, rng)[0] for _ in range(2))
-        ready = planning.prepare(planes_of(cell), model, together_us=0.5)
+        ready = planning.prepare(bench.planes_of(cell), model, together_us=0.5)
         transfer = ready.transfer(near, far, cell.direction)
         transfer.decide("auto", True, slow)
         if transfer.method in speeds:  # a mixture was not measured by itself

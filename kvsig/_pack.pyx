@@ -19,7 +19,7 @@ from bisect import bisect_right
 
 import numpy as np
 
-from kvsig._threads import look
+from kvsig._threads import FEWEST, look
 
 # cudaDevAttrMaxPitch of every device so far: a strided copy takes no longer pitch.
 cdef uint64_t LONGEST_PITCH = 0x7FFFFFFF
@@ -38,7 +38,7 @@ cdef double WAIT_COUNTS = 0.5
 cdef double SINGLE_SLOWS = 0.55
 cdef double STAGED_SLOWS = 2.2
 # From this many copies on, several threads may submit.
-cdef Py_ssize_t TOGETHER_FROM = 256
+cdef Py_ssize_t TOGETHER_FROM = FEWEST
 # A batch call has no more copies, whatever the cost model says.
 cdef Py_ssize_t LONGEST_CALL = 1 << 31
 # Runs are cut here, so that one run never fills a buffer without bound.

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import time
 
-__all__ = ["Pace", "look"]
+__all__ = ["FEWEST", "Pace", "look"]
 
 # Fewer copies than this are submitted before another thread has woken up.
 FEWEST = 256

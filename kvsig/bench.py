@@ -37,6 +37,7 @@ import torch
 
 import kvsig
 from kvsig import _core, planning
+from kvsig.geometry import Planes
 from kvsig.models import MODELS
 
 __all__ = [
@@ -472,6 +473,28 @@ def page_numbers(cell: Cell, rng: np.random.Generator) -> tuple[I64, I64]:
         order = rng.permutation(total)
     order = order.astype(np.int64)
     return order[:count].copy(), order[count:].copy()
+
+
+def planes_of(cell: Cell) -> Planes:
+    """Geometry of one call of a cell, at addresses that nobody follows: for plans alone."""
+    width, pool = np.uint64(cell.page_bytes), np.uint64(cell.pool_pages)
+    count, layers = cell.layers * cell.kinds, np.uint64(cell.layers)
+    plane = np.arange(count, dtype=np.uint64)
+    far, pitch = plane * pool * width, width
+    if cell.layout == "page_first_direct":
+        pitch = layers * width
+        far = plane // layers * pool * pitch + plane % layers * width
+    whole = Planes(
+        device_base=np.uint64(1 << 40) + plane * pool * width,
+        device_pitch=np.full(count, width),
+        host_base=np.uint64(1 << 44) + far,
+        host_pitch=np.full(count, pitch),
+        width=np.full(count, width),
+        device_pages=cell.pool_pages,
+        host_pages=cell.pool_pages,
+        layers=cell.layers,
+    )
+    return whole.select((0,)) if cell.scope == "layer" else whole
 
 
 class Memory:
@@ -1421,8 +1444,6 @@ def host_costs(seconds: float = 20.0, seed: int = 0) -> dict[str, Any]:
         ``plan`` has a row for each number of copies, geometry, direction and method: the
         nanoseconds per copy (medians), and by how much memory grew at most.
     """
-    from kvsig.geometry import Planes
-
     rng = np.random.default_rng(seed)
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     from kvsig import costs
@@ -1444,26 +1465,9 @@ def host_costs(seconds: float = 20.0, seed: int = 0) -> dict[str, Any]:
             break
         planes_count = layers * kinds
         pages = wanted // planes_count
-        pool = 2 * pages
-        plane = np.arange(planes_count, dtype=np.uint64)
-        fixed = np.full(planes_count, width, np.uint64)
-        kind, layer = plane // layers, plane % layers
-        # Addresses that nobody follows: planning makes no CUDA call.
-        planes = Planes(
-            device_base=(1 << 40) + plane * np.uint64(pool * width),
-            device_pitch=fixed,
-            host_base=(1 << 44)
-            + kind * np.uint64(pool * layers * width)
-            + layer * np.uint64(width),
-            host_pitch=np.full(planes_count, layers * width, np.uint64),
-            width=fixed,
-            device_pages=pool,
-            host_pages=pool,
-            layers=layers,
-        )
-        prepared = planning.prepare(planes, model)
-        near = rng.permutation(pool)[:pages].astype(np.int64)
-        far = rng.permutation(pool)[:pages].astype(np.int64)
+        cell = Cell(width, pages, layers, kinds, direction, scope=scope)
+        prepared = planning.prepare(planes_of(cell), model)
+        near, far = (page_numbers(cell, rng)[0] for _ in range(2))
         times: list[float] = []
         planned = ""
         reset = reset_high_water()

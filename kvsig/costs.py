@@ -21,6 +21,7 @@ __all__ = [
     "CostModel",
     "DirectionCosts",
     "Sample",
+    "batches",
     "builtin",
     "cache_path",
     "calibrate",
@@ -297,6 +298,27 @@ def _parse_direction(data: Any, place: str) -> DirectionCosts:
 # formula, and a test holds them together.
 
 
+def batches(copies: int, size: int, first: int = 0) -> list[int]:
+    """Copies of each batch call.
+
+    Parameters
+    ----------
+    copies : int
+        In all.
+    size : int
+        In one call, at most.
+    first : int
+        In the first call, where each takes as many as are queued already; 0 where all are full.
+    """
+    found: list[int] = []
+    done = 0
+    while done < copies:
+        most = min(size, max(first, done)) if first else size
+        found.append(min(most, copies - done))
+        done += found[-1]
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Cell:
     """One thing to be measured.
@@ -330,15 +352,7 @@ class Cell:
 
     def batches(self) -> list[int]:
         """Copies of each call."""
-        found: list[int] = []
-        done = 0
-        while done < self.copies:
-            most = self.batch_size
-            if self.first:
-                most = min(most, max(self.first, done))
-            found.append(min(most, self.copies - done))
-            done += found[-1]
-        return found
+        return batches(self.copies, self.batch_size, self.first)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from kvsig._pack import (
     Prepared,
     Transfer,
 )
-from kvsig.costs import CostModel, builtin
+from kvsig.costs import CostModel, batches, builtin
 from kvsig.geometry import Planes
 
 __all__ = [
@@ -269,12 +269,7 @@ class Plan:
 
     def batches(self) -> list[int]:
         """Plain copies of each batch call, where one thread submits."""
-        left, found = len(self.dsts), []
-        while left:
-            ramp = max(self.first_size, len(self.dsts) - left) if self.first_size else left
-            found.append(min(ramp, self.batch_size, left))
-            left -= found[-1]
-        return found
+        return batches(len(self.dsts), self.batch_size, self.first_size)
 
     def pieces(self) -> Iterator[tuple[str, Any]]:
         """Iterate over what to submit, in order, as `Transfer` gives it."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kvsig import _core, _pack, registry
+from kvsig.emulated import Control
 
 BATCH = "cudaMemcpyBatchAsync"
 
@@ -32,6 +33,17 @@ def steady_cpu() -> Iterator[None]:
     before, _pack.look = _pack.look, lambda: 1.0
     yield
     _pack.look = before
+
+
+@pytest.fixture(params=["12.9", "13.0"])
+def control(request: pytest.FixtureRequest) -> Iterator[Control]:
+    """Bind to an emulated runtime of either prototype, and give its recorder and its faults."""
+    _core.rebind(f"emulated:{request.param}")
+    found = Control(_core.info()["library"])
+    found.reset()
+    yield found
+    found.reset()
+    _core.rebind(None)
 
 
 @pytest.fixture

@@ -876,15 +876,6 @@ class TestPlans:
 class TestCalls:
     """Which calls of the runtime a transfer becomes."""
 
-    @pytest.fixture(params=["12.9", "13.0"])
-    def control(self, request):
-        _core.rebind(f"emulated:{request.param}")
-        found = emulated.Control(_core.info()["library"])
-        found.reset()
-        yield found
-        found.reset()
-        _core.rebind(None)
-
     def large(self, count=700, **options):
         self.device = torch.randint(0, 256, (count, 64 << 10), dtype=torch.uint8)
         self.host = torch.zeros(count, 1, 1, 64 << 10, dtype=torch.uint8)

@@ -33,16 +33,6 @@ class Pages:
         return np.array_equal(self.dst, self.src[self.order])
 
 
-@pytest.fixture(params=["12.9", "13.0"])
-def control(request):
-    _core.rebind(f"emulated:{request.param}")
-    found = emulated.Control(_core.info()["library"])
-    found.reset()
-    yield found
-    found.reset()
-    _core.rebind(None)
-
-
 @pytest.mark.parametrize("threads", [2, 3, 8, 99])
 @pytest.mark.parametrize("sizes", ["one", "each"])
 def test_moves_bytes(control, threads, sizes):
