@@ -39,7 +39,8 @@ def choices(result: dict[str, Any], slow: float) -> Iterator[tuple[bench.Cell, s
         near, far = (bench.page_numbers(cell, rng)[0] for _ in range(2))
         ready = planning.prepare(bench.planes_of(cell), model, together_us=0.5)
         transfer = ready.transfer(near, far, cell.direction)
-        transfer.decide("auto", True, slow)
+        # Layer by layer, all calls but the first follow another one.
+        transfer.decide("auto", True, slow, cell.scope == "layer")
         if transfer.method in speeds:  # a mixture was not measured by itself
             best = max(speeds, key=lambda name: speeds[name])
             yield cell, transfer.method, best, speeds[transfer.method] / speeds[best]

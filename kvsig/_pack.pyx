@@ -29,9 +29,12 @@ cdef uint64_t LONGEST_LINE = 0x40000000
 cdef double SMALLER_CALLS = 0.97
 # Calls that grow are but three more.
 cdef double GROWING_CALLS = 0.99
-# What the first call keeps waiting counts so much in a choice: calls mostly follow each other,
-# layer by layer, and then it is hidden behind what was queued before.
-cdef double WAIT_COUNTS = 0.5
+# What a transfer takes the host beyond its CUDA calls, in microseconds. Where transfers follow each
+# other it is part of what each adds to the host's time, so methods of few calls gain from it.
+cdef double TRANSFER_SUBMIT = 4
+# A transfer follows another one if it comes before that should have ended, or so many nanoseconds
+# later: layers are loaded in a loop, in which callers do a little more than call.
+cdef int64_t FOLLOWS = 50_000
 # A CPU that needs twice as long for the copies of a batch needs half as long again for single and
 # strided copies, and three times as long for what it stages, as measured; a batch call by itself
 # takes hardly longer.
@@ -96,6 +99,22 @@ cdef double slow_now = 1
 METHODS = ("batch", "loop", "strided", "strided+batch", "strided+loop")
 
 cdef double NEVER = 1e30
+
+# Until when a stream should have work, in nanoseconds, for the streams that were used last. It is
+# worked out from the model: a question to CUDA while another thread captures a graph can spoil the
+# capture. Two streams that share a place make a choice a little worse, no more.
+cdef enum:
+    STREAMS = 61    # a prime: handles are multiples of powers of two
+
+cdef struct Queue:
+    uint64_t stream
+    int64_t until
+
+cdef Queue[STREAMS] queues
+
+
+cdef inline Queue *queue_of(uint64_t stream) noexcept nogil:
+    return &queues[stream % STREAMS]
 
 
 cdef struct Costs:
@@ -166,13 +185,19 @@ cdef struct Tally:
     double staged           # what those take that the CPU stages
 
 
-cpdef double slowness() except -1:
-    """How many times as long as at its best the CPU needs, looked at now and then."""
-    global looked, slow_now
+cdef inline int64_t clock_ns() noexcept nogil:
     cdef timespec clock
-    cdef int64_t now
     clock_gettime(CLOCK_MONOTONIC, &clock)
-    now = <int64_t>clock.tv_sec * 1_000_000_000 + clock.tv_nsec
+    return <int64_t>clock.tv_sec * 1_000_000_000 + clock.tv_nsec
+
+
+def slowness():
+    """How many times as long as at its best the CPU needs, looked at now and then."""
+    return slowness_at(clock_ns())
+
+
+cdef double slowness_at(int64_t now) except -1:
+    global looked, slow_now
     if now - looked > LOOK_AGAIN:
         # Noted first: other threads may come by while this one looks.
         looked = now
@@ -271,9 +296,11 @@ cdef void count_page(Tally *t, const Costs *c, const Kind *kind, int mode, Form 
         t.engine += times * kind.groups * c.strided_engine
         t.engine += many * (c.strided_row + size * c.byte)
     else:
+        # A row by itself is no cheaper than a copy by itself.
         t.strided += many
-        t.submit += many * c.strided_submit
-        t.engine += many * (c.strided_engine + c.strided_row + size * c.byte)
+        t.submit += many * larger(c.strided_submit, c.loop_submit)
+        t.engine += many * larger(c.strided_engine + c.strided_row + size * c.byte,
+                                  c.loop_engine + size * c.byte)
 
 
 cdef void count_rows(Tally *t, const Costs *c, const Kind *kind, double runs, double pages,
@@ -1032,6 +1059,9 @@ cdef class Transfer:
     cdef int mode
     cdef bint cubes_wait, plain_waits, ended
     cdef bint lone                  # no page is in a run
+    cdef bint following             # it comes right behind another transfer of its stream
+    cdef bint met                   # its stream has been looked at: by `decide_now`
+    cdef int64_t begin, behind      # when that was, and until when the stream had work
     cdef double slow
     cdef double time[MODES]
     cdef double rank[MODES]         # what the choice goes by
@@ -1096,7 +1126,7 @@ cdef class Transfer:
 
     @property
     def scores(self):
-        """What the choice goes by: the times of `candidates`, with half the first call's wait."""
+        """What the choice goes by: the times of `candidates`, or of one that follows another."""
         return {name: self.rank[METHODS.index(name)] for name in self.candidates}
 
     @property
@@ -1113,7 +1143,37 @@ cdef class Transfer:
             found[METHODS[m]] = self.time[m]
         return found
 
-    def decide(self, method, bint batch, double slow=1):
+    def decide_now(self, method, bint batch, uint64_t stream):
+        """Choose for what the transfer meets: the CPU's speed, and what its stream has to do.
+
+        Parameters
+        ----------
+        method, batch
+            As in `decide`.
+        stream : int
+            Handle of the stream that it is about to be queued on. Noted, for the next one.
+
+        Raises
+        ------
+        ValueError
+            If the method is unknown.
+        """
+        cdef Queue *queue = queue_of(stream)
+        cdef int64_t submitted, moved
+        if not self.met:
+            self.met = True
+            self.begin = clock_ns()
+            self.behind = queue.until if queue.stream == stream else 0
+        self.decide(
+            method, batch, slowness_at(self.begin), self.begin < self.behind + FOLLOWS
+        )
+        submitted = self.begin + <int64_t>(1e3 * self.tally[self.mode].submit)
+        moved = self.behind if self.behind > self.begin else self.begin
+        moved += <int64_t>(1e3 * self.tally[self.mode].engine)
+        queue.stream = stream
+        queue.until = submitted if submitted > moved else moved
+
+    def decide(self, method, bint batch, double slow=1, bint following=False):
         """Choose how to move the pages; again, to choose anew and begin with the first piece.
 
         Parameters
@@ -1123,8 +1183,11 @@ cdef class Transfer:
         batch : bool
             Whether the batch call can be used now; without it ``"auto"`` plans around it.
         slow : float
-            How many times as long as in the cost model the CPU needs; below 0 means as long as
-            it does at the moment, see `slowness`.
+            How many times as long as in the cost model the CPU needs.
+        following : bool
+            Whether it comes right behind another transfer of its stream. What it adds to the time
+            of both is then the longer of the host's time and the copy engine's; what its first
+            call keeps waiting is hidden behind the one before.
 
         Raises
         ------
@@ -1148,7 +1211,7 @@ cdef class Transfer:
             raise ValueError(
                 f"method is {method!r}: it is 'auto', 'batch', 'strided' or 'loop'"
             )
-        self.slow = slow if slow >= 0 else slowness()
+        self.slow, self.following = slow, following
         if self.scan.count < KEEP_GIL:
             self.predict(wanted)
         else:
@@ -1234,6 +1297,9 @@ cdef class Transfer:
             t.submit = t.engine = t.copies = t.strided = t.plain = t.staged = 0
             if not wanted[m]:
                 continue
+            if m >= STRIDED_BATCH and self.lone and p.kinds == 1:
+                # One kind of pages, none in a run: a mixture is one method or the other.
+                continue
             for k in range(p.kinds):
                 kind = &p.kind[k]
                 choice = choice_of(p, self.side, m, k)
@@ -1276,6 +1342,10 @@ cdef class Transfer:
         if batched and t.copies >= TOGETHER_FROM and 0 < c.together * t.copies < t.plain:
             t.plain = c.together * t.copies
         t.submit += t.plain
+        if batched and t.copies == 1:
+            # A batch of one copy was measured to take longer than the copy by itself.
+            t.submit += c.loop_submit
+            t.engine += c.loop_engine
         # Longest calls first: shorter ones cost the host more, and it may be a slow one.
         self.consider(mode, size, 0)
         if batched and t.copies > first:
@@ -1303,11 +1373,13 @@ cdef class Transfer:
             wait = c.call_engine + t.engine * last_of(t.copies, size, first) / t.copies
         elif calls + t.strided > 0:
             wait = (engine if submit > engine else submit) / (calls + t.strided)
-        time = larger(submit, engine) + c.latency
-        rank = time + WAIT_COUNTS * wait
+        time = larger(submit, engine) + c.latency + wait
+        rank = time
+        if self.following:
+            rank = larger(submit + TRANSFER_SUBMIT * self.slow, engine)
         if rank < self.rank[mode] * (GROWING_CALLS if first else SMALLER_CALLS):
             self.rank[mode] = rank
-            self.time[mode] = time + wait
+            self.time[mode] = time
             self.size_of[mode] = size
             self.first_of[mode] = first
 

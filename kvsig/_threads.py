@@ -29,8 +29,6 @@ FASTEST = 560
 # four from the next.
 WORTH = 1.12
 WORTH_MORE = 1.4
-# Streams whose work is kept in mind.
-STREAMS = 64
 # Steps of the loop that is looked at: about half a microsecond.
 STEPS = 20
 # A CPU this much slower than it was at its best counts as slow, and none counts as slower than so.
@@ -73,7 +71,7 @@ class Pace:
         The most threads that submit.
     """
 
-    __slots__ = ("_costs", "_until", "most")
+    __slots__ = ("_costs", "most")
 
     def __init__(self, threads: int | None = None) -> None:
         if threads is None:
@@ -84,28 +82,11 @@ class Pace:
         self.most = threads
         # By direction and size class: nanoseconds per copy, and uses since they were measured.
         self._costs: dict[tuple[bool, int], list[float]] = {}
-        # By stream: until when what was queued there keeps the copy engine busy, in nanoseconds.
-        self._until: dict[int, float] = {}
 
     @property
     def together_us(self) -> float:
         """Host time of a copy that several threads submit, as measured; 0 where one submits."""
         return 0.38 + 0.48 / self.most if self.most > 1 else 0.0
-
-    def busy(self, stream: int, until_ns: float) -> bool:
-        """Whether the copy engine should still be at work on what is queued, at a time.
-
-        Worked out, not asked: a question to CUDA while another thread captures a graph can
-        spoil the capture.
-        """
-        return self._until.get(stream, 0) > until_ns
-
-    def queued(self, stream: int, begin_ns: int, end_ns: int, engine_ns: float) -> None:
-        """Learn what was queued on a stream, from when to when, and how long it should take."""
-        until = max(self._until.get(stream, 0), begin_ns) + engine_ns
-        if len(self._until) >= STREAMS and stream not in self._until:
-            self._until.clear()
-        self._until[stream] = max(until, end_ns)
 
     def choose(self, load: bool, copies: int, size: int, engine_ns: float) -> int:
         """Threads for a piece of a transfer.

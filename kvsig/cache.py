@@ -13,6 +13,7 @@ import torch
 
 from kvsig import _core, _threads, _torch, costs, geometry, planning
 from kvsig._core import Report
+from kvsig._pack import slowness
 from kvsig.costs import CostModel
 from kvsig.geometry import Planes, Side
 from kvsig.planning import Plan
@@ -21,8 +22,6 @@ __all__ = ["PagedKVCache"]
 
 LAYOUTS = ("layer_first", "page_first_direct")
 PATHS = ("auto", "batch", "strided", "loop")
-# Plan for the speed that the CPU has at the moment.
-_NOW = -1.0
 
 I64: TypeAlias = npt.NDArray[np.int64]
 Pages: TypeAlias = Sequence[int] | npt.NDArray[Any] | torch.Tensor
@@ -327,7 +326,7 @@ class PagedKVCache:
         handle = _torch.stream_handle(stream, self.device)
         batch = path == "batch" or _core.batch_refusal(handle) is None
         return planning.plan(
-            selection.prepared, device, host, direction, path, batch=batch, slow=_NOW
+            selection.prepared, device, host, direction, path, batch=batch, slow=slowness()
         )
 
     def _transfer(
@@ -419,9 +418,9 @@ class PagedKVCache:
     ) -> Report:
         """Queue a checked request."""
         if path != "auto":
-            transfer.decide(path, True, _NOW)
+            transfer.decide_now(path, True, handle)
             return self._queue(selection, transfer, handle, path, load, False)
-        transfer.decide("auto", True, _NOW)
+        transfer.decide_now("auto", True, handle)
         refused = False
         # Whether batches are refused is only asked where it matters: for a plan of batches alone
         # the first call says so, before anything moves.
@@ -429,9 +428,9 @@ class PagedKVCache:
             refused = _core.batch_refusal(handle) is not None
             if not self._rows:
                 # A runtime newer than every prototype: rows would be copied one by one anyway.
-                transfer.decide("loop" if refused else "batch", True, _NOW)
+                transfer.decide_now("loop" if refused else "batch", True, handle)
             elif refused:
-                transfer.decide("auto", False, _NOW)
+                transfer.decide_now("auto", False, handle)
         return self._queue(selection, transfer, handle, path, load, refused)
 
     def _queue(
@@ -464,7 +463,7 @@ class PagedKVCache:
                 raise
             if done is None:
                 # Batches are refused, and nothing is queued: there may be a better plan without.
-                transfer.decide("auto", False, _NOW)
+                transfer.decide_now("auto", False, handle)
                 return self._queue(selection, transfer, handle, path, load, True)
             report = done if report is None else report + done
         return Report() if report is None else report
@@ -496,19 +495,13 @@ class PagedKVCache:
         begin = time.perf_counter_ns()
         if threads > 1:
             batch_size = min(batch_size, _threads.SHARE)
-        elif first_size and self._pace.busy(handle, begin + 1e3 * transfer.submit_us):
-            first_size = 0
         done: Report | None = _core.copy_batch(
             dsts, srcs, sizes, handle, path, batch_size, threads, first_size, give_up
         )
         if done is None:
             return None
-        end = time.perf_counter_ns()
-        engine_us = count * cost.copy_engine + done.calls * cost.call_engine
-        engine_us += done.bytes * cost.byte
-        self._pace.queued(handle, begin, end, 1e3 * engine_us)
         if threads == 1:
-            self._pace.note(load, count, size, end - begin)
+            self._pace.note(load, count, size, time.perf_counter_ns() - begin)
         return done
 
     def _explain(

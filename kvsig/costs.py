@@ -390,6 +390,9 @@ def _counts(cell: Cell, inline_bytes: float) -> tuple[dict[str, float], dict[str
             host |= {"staged_small": copies * (1 - share), "staged_large": copies * share}
         else:
             host["copy_submit"] = copies
+        if cell.copies == 1:
+            # A batch of one copy was measured to take longer than the copy by itself.
+            host["loop_submit"] = engine["loop_engine"] = 1.0
         return host, engine, calls
     if cell.method == "loop":
         engine = {"loop_engine": copies, "byte": copies * cell.width}

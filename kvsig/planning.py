@@ -311,8 +311,6 @@ class Plan:
         for name, time in sorted(self.candidates.items(), key=lambda item: item[1]):
             mark = "  chosen" if name == self.method else ""
             lines.append(f"{name:<16}{_time(time):>12}{self._rate(time):>14}{mark}")
-        if self.predicted_us > min(self.candidates.values(), default=0):
-            lines += ["", "In the choice, what the first call keeps waiting counts half."]
         lines += ["", f"costs: {self.costs}"]
         return "\n".join(line.rstrip() for line in lines)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import kvsig
-from kvsig import _core, _pack, costs, emulated
+from kvsig import _core, _pack, costs, emulated, geometry, planning
 from kvsig import cache as cache_module
 
 
@@ -857,7 +857,7 @@ class TestPlans:
                 planned = cache.plan_load(**pages, stream=stream, path=path)
                 assert planned.calls == cache.load(**pages, stream=stream, path=path).calls
             stream.synchronize()
-            cache._pace._until.clear()
+            time.sleep(0.01)  # a plan is of a transfer that follows no other one
         monkeypatch.setattr("kvsig._pack.look", lambda: 1.0)
         time.sleep(0.001)
         assert _pack.slowness() == 1.0
@@ -871,6 +871,12 @@ class TestPlans:
         cache = kvsig.PagedKVCache(layers(), pool(), page_size=4, model=model)
         assert cache.model is model
         assert "NVIDIA H100 80GB HBM3, built in" in str(cache.plan_load([0], [1], stream=stream))
+
+
+def large_planes():
+    """One plane of pages of 1 MiB, which nobody allocates."""
+    side = (np.array([1 << 44], np.uint64), np.array([1 << 20], np.uint64))
+    return geometry.Planes(*side, *side, side[1], 700, 700, 1)
 
 
 class TestCalls:
@@ -895,13 +901,16 @@ class TestCalls:
             assert 650 < report.copies <= 700
             assert self.sizes(control) == [64, 64, 128, 256, report.copies - 512]
             assert report.calls == 5
-            # The engine has more to do than this one takes to be submitted.
-            now = time.perf_counter_ns()
-            cache._pace.queued(stream.cuda_stream, now, now, 1e12)
+            # By the model the engine is still at work on something large.
+            queued = planning.prepare(large_planes(), cache.model).transfer(
+                order, np.arange(700), "offload"
+            )
+            queued.decide_now("batch", True, stream.cuda_stream)
             control.record()
             cache.offload(order, np.arange(700), stream=stream)
             assert self.sizes(control) == [256, 256, report.copies - 512]
             stream.synchronize()
+            time.sleep(0.05)  # the next stream may have the same handle
         assert torch.equal(self.host.view(700, -1), self.device[order])
 
     def test_of_several_threads_are_shared_out(self, control):

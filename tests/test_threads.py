@@ -185,24 +185,6 @@ class TestPace:
             pace.note(False, 1000, 4096, 200_000)
         assert pace.choose(False, 1000, 4096, 200) == 1
 
-    def test_knows_until_when_a_stream_is_busy(self):
-        pace = _threads.Pace(1)
-        assert not pace.busy(7, 0)
-        pace.queued(7, 1000, 1500, 3000)
-        assert pace.busy(7, 3999) and not pace.busy(7, 4000) and not pace.busy(8, 0)
-        # What follows begins where that ends; a host that was slower than the engine ends it.
-        pace.queued(7, 2000, 2500, 1000)
-        assert pace.busy(7, 4999) and not pace.busy(7, 5000)
-        pace.queued(7, 6000, 9000, 1000)
-        assert pace.busy(7, 8999) and not pace.busy(7, 9000)
-
-    def test_does_not_grow_with_the_streams_of_a_long_life(self):
-        pace = _threads.Pace(1)
-        for stream in range(1000):
-            pace.queued(stream, 0, 10, 100)
-            assert pace.busy(stream, 50)
-        assert len(pace._until) <= _threads.STREAMS
-
     def test_looks_at_the_cpu(self, monkeypatch):
         monkeypatch.setattr(_threads, "_best", float("inf"))
         assert _threads.look() == 1, "the first look is the best so far"
