@@ -22,14 +22,19 @@ ORDER_STREAM, ORDER_ANY = 1, 3
 FLAG_OVERLAP = 1
 
 
+def compiler() -> list[str]:
+    """The C compiler, as the start of a command."""
+    found = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+    if found is None:
+        raise RuntimeError("no C compiler: install one, or name it in CC")
+    return found.split()
+
+
 def build(folder: Path) -> Path:
     """Compile the shared library into a folder."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        raise RuntimeError("no C compiler: install one, or name it in CC")
     library = folder / "libkvsig-baseline.so"
     flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-shared", "-fPIC", "-pthread"]
-    subprocess.run([*compiler.split(), *flags, str(SOURCE), "-o", str(library)], check=True)
+    subprocess.run([*compiler(), *flags, str(SOURCE), "-o", str(library)], check=True)
     return library
 
 

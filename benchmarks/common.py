@@ -16,21 +16,30 @@ import torch
 from kvsig import _core, bench
 
 Run = Callable[[], int | None]
+#: Microseconds of a run: until the end, of the host's, and inside CUDA's copying functions.
+Times = tuple[float, float, float]
 
 
 class Clock:
-    """Times submissions on a stream of its own: events for completion, the host for the rest."""
+    """Times submissions on a stream of its own: events for completion, the host for the rest.
 
-    def __init__(self, streams: int = 1) -> None:
+    `inside` tells the microseconds that CUDA's copying functions have taken so far, where there is
+    something that counts them.
+    """
+
+    def __init__(
+        self, streams: int = 1, inside: Callable[[], float] = lambda: 0.0
+    ) -> None:
         if _core.is_emulated() or not torch.cuda.is_available():
             raise SystemExit("this benchmark needs a GPU, and a real CUDA runtime")
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.streams = [torch.cuda.Stream(self.device) for _ in range(streams)]
         self.stream = self.streams[0]
         self.handles = [int(stream.cuda_stream) for stream in self.streams]
+        self.inside = inside
 
-    def once(self, run: Run, others: int = 0) -> tuple[float, float]:
-        """Microseconds until the end, and of host time; `others` more streams are tied in.
+    def once(self, run: Run, others: int = 0) -> Times:
+        """Time a run; `others` more streams are tied in.
 
         A run that returns nanoseconds has measured its host time itself.
         """
@@ -41,26 +50,28 @@ class Clock:
         more = self.streams[1 : 1 + others]
         for stream in more:
             stream.wait_event(start)
+        inside = self.inside()
         begin = time.perf_counter_ns()
         own = run()
         host = time.perf_counter_ns() - begin
+        inside = self.inside() - inside
         for stream in more:
             self.stream.wait_stream(stream)
         end.record(self.stream)
         end.synchronize()
-        return start.elapsed_time(end) * 1e3, (host if own is None else own) / 1e3
+        return start.elapsed_time(end) * 1e3, (host if own is None else own) / 1e3, inside
 
 
 def in_turn(
     clock: Clock, runs: dict[str, tuple[Run, int]], times: int, deadline: float
-) -> tuple[dict[str, list[tuple[float, float]]], dict[str, str]]:
+) -> tuple[dict[str, list[Times]], dict[str, str]]:
     """Time runs in turn; a run that fails is left out, with its error.
 
     The order is another each time, and each timed run comes behind one of the same kind that is
     not timed: what ran before would otherwise leave its own data in the CPU's caches.
     """
     shuffled = random.Random(0)
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    found: dict[str, list[Times]] = {name: [] for name in runs}
     failed: dict[str, str] = {}
     gc.collect()
     gc.disable()
@@ -78,14 +89,14 @@ def in_turn(
                     failed[name] = f"{type(error).__name__}: {error}"
     finally:
         gc.enable()
-    return {name: pairs for name, pairs in found.items() if pairs}, failed
+    return {name: rows for name, rows in found.items() if rows}, failed
 
 
-def row_of(pairs: list[tuple[float, float]], nbytes: int) -> dict[str, Any]:
+def row_of(rows: list[Times], nbytes: int) -> dict[str, Any]:
     """Medians and spread of timed runs."""
-    total, host = zip(*pairs, strict=True)
+    total, host, _ = zip(*rows, strict=True)
     return {
-        "runs": len(pairs),
+        "runs": len(rows),
         "us": bench.spread(list(total)),
         "host_us": bench.spread(list(host)),
         "gb_s": round(nbytes / statistics.median(total) / 1e3, 3),

@@ -303,8 +303,8 @@ def main() -> None:
         runs = {name: run for name, run in ways.items() if name not in wrong} | big
         found, failed = in_turn(clock, runs, args.runs, now + (end - now) / (len(cases) - done))
         rows = {
-            name: row_of(pairs, 256 * MIB if name in big else pages * 2 * LAYERS * width)
-            for name, pairs in found.items()
+            name: row_of(rows, 256 * MIB if name in big else pages * 2 * LAYERS * width)
+            for name, rows in found.items()
         }
         limit = next((rows[name]["gb_s"] for name in big if name in rows), None)
         say()

@@ -33,11 +33,12 @@ SECTIONS = {
     "matrix": 240,
     "batch_vs_c": 90,
     "explore": 150,
+    "threads": 80,
     "calibrate": 45,
     "quick": 90,
     "grid": 400,
-    "targets": 200,
-    "compute": 80,
+    "targets": 290,
+    "compute": 70,
     "nullstream": 60,
     "host": 40,
 }
@@ -162,6 +163,7 @@ class Run:
         code, text = self.python(["-c", MACHINE], seconds)
         self.data["machine"] = text.splitlines()
         self.python(["-m", "kvsig", "info"], seconds, echo=60)
+        self.data["cpus"] = self.python([str(HERE / "cpus.py")], seconds)[1].splitlines()
         return code
 
     def tests(self, seconds: float) -> int:
@@ -253,6 +255,9 @@ class Run:
 
     def explore(self, seconds: float) -> int:
         return self.script("explore", seconds, 110)
+
+    def threads(self, seconds: float) -> int:
+        return self.script("threads", seconds, 30)
 
     def calibrate(self, seconds: float) -> int:
         command = ["-m", "kvsig", "calibrate", "--json", str(self.out / "calibrate.json")]

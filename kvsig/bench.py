@@ -99,13 +99,18 @@ WARM_MS = 20.0
 #: Runs that tell a slow method from a fast one, runs of the limit, and what is close: the time of
 #: a method over that of the fastest one.
 FEW_RUNS, LIMIT_RUNS, CLOSE = 3, 9, 1.5
-#: Seconds that a cell of short runs goes on for, and by how many times as many runs at most.
-SHORT_SECONDS, MORE_RUNS = 0.3, 10
+#: A cell goes on, for so many times as many runs at most, until the standard error of auto's ratio
+#: to each method that is about as fast is so small.
+MORE_RUNS, PRECISION, AS_FAST = 20, 0.004, 1.05
+#: Shares of the time that is left that one cell may take.
+SHARES = 3
 #: Methods that cost microseconds of Python per copy move only so many copies of a cell.
 PYTHON_COPIES = 4096
 MOST_BYTES = 2 * GIB
-#: Rows and columns of the matrices of --compute.
+#: Rows and columns of the matrices of --compute, its transfers, and its turns at most.
 PRODUCT = 8192
+COMPUTE = (("all", 4 << 10), ("all", 32 << 10), ("layer", 32 << 10))
+COMPUTE_RUNS = 40
 
 SECTIONS = {
     "sizes": "page sizes, all layers in one call",
@@ -202,9 +207,10 @@ class Options:
     methods : sequence of str
         Of `METHODS`.
     runs : int
-        Timed runs of the fastest methods in a cell; fewer where the time is short, at least 3;
-        up to ten times as many where they are so short that it takes less than 0.3 s.
-        Methods that are clearly slower are timed three times, the limit nine times.
+        Timed runs of the fastest methods in a cell; up to twenty times as many where auto's ratio
+        to a method that is about as fast is not known to 0.4 % (standard error), as beside a CPU
+        that others use; fewer where the time is short, at least 3. Methods that are clearly
+        slower are timed three times, the limit nine times.
     seconds : float
         Time for everything. Cells that it does not last for are left out, and named.
     seed : int
@@ -214,7 +220,7 @@ class Options:
     """
 
     methods: Sequence[str] = tuple(METHODS)
-    runs: int = 31
+    runs: int = 15
     seconds: float = 300.0
     seed: int = 0
     verify: bool = True
@@ -927,21 +933,28 @@ class Series:
     ms: list[float] = field(default_factory=list)
     host_ms: list[float] = field(default_factory=list)
 
-    def seconds_per_byte(self, turn: int) -> float | None:
-        """Time of a byte in one turn, None where it was not timed then."""
-        if turn not in self.turns or not self.ms or not self.outcome.bytes:
-            return None
-        return self.ms[self.turns.index(turn)] / 1e3 / self.outcome.bytes
+    def seconds_per_byte(self) -> dict[int, float]:
+        """Time of a byte by turn."""
+        size = 1e3 * self.outcome.bytes
+        return {turn: ms / size for turn, ms in zip(self.turns, self.ms, strict=False) if size}
 
 
-def ratio_of(mine: Series, other: Series) -> float | None:
-    """How many times as fast one method was as another: the median of the turns of both."""
-    ratios = []
-    for turn in mine.turns:
-        pair = mine.seconds_per_byte(turn), other.seconds_per_byte(turn)
-        if pair[0] and pair[1]:
-            ratios.append(pair[1] / pair[0])
-    return round(statistics.median(ratios), 4) if ratios else None
+def ratio_of(mine: Series, other: Series) -> tuple[float, float] | None:
+    """How many times as fast one method was as another, and the standard error of that.
+
+    The median of the turns of both. Its error is read off the order of the values, of whatever
+    distribution they are: two in three medians lie between the values that are half a root of the
+    number of turns before and behind the middle.
+    """
+    of_mine, of_other = mine.seconds_per_byte(), other.seconds_per_byte()
+    ratios = sorted(of_other[turn] / time for turn, time in of_mine.items() if turn in of_other)
+    if not ratios:
+        return None
+    count = len(ratios)
+    reach = math.sqrt(count) / 2
+    low = max(math.floor(count / 2 - reach), 0)
+    high = min(math.ceil(count / 2 + reach), count) - 1
+    return statistics.median(ratios), (ratios[high] - ratios[low]) / 2
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -1059,8 +1072,8 @@ class Bench:
             if left <= 0:
                 self.result["skipped"] += [asdict(c) for c in self.cells[done:]]
                 break
-            # What one cell leaves over, the others have; a cell may take two shares.
-            share = 2 * left / (len(self.cells) - done)
+            # What one cell leaves over, the others have.
+            share = SHARES * left / (len(self.cells) - done)
             try:
                 entry = self.measure(cell, memory, now + min(left, share))
             except (RuntimeError, ValueError, kvsig.BindError) as error:
@@ -1201,9 +1214,8 @@ class Bench:
         gc.collect()
         gc.disable()
         try:
-            begin = time.monotonic()
             for turn in range(self.options.runs * (MORE_RUNS if self.real else 1)):
-                if turn >= self.options.runs and time.monotonic() - begin > SHORT_SECONDS:
+                if turn >= self.options.runs and self.known(series):
                     break
                 racing = series
                 if turn >= FEW_RUNS:
@@ -1216,6 +1228,18 @@ class Bench:
                     self.time_one(one)
         finally:
             gc.enable()
+
+    def known(self, series: list[Series]) -> bool:
+        """Whether auto's ratio to every method that is about as fast is known well enough."""
+        auto = next((one for one in series if one.name == "auto"), None)
+        if auto is None:
+            return True
+        for one in series:
+            if one is not auto and one.name != "one-copy":
+                found = ratio_of(auto, one)
+                if found is not None and found[0] < AS_FAST and found[1] > PRECISION:
+                    return False
+        return True
 
     def racing(self, series: list[Series], turn: int) -> list[Series]:
         """Choose the methods that are worth another turn: auto, and those that come close."""
@@ -1285,8 +1309,9 @@ class Bench:
             if self.real:
                 row["ms"] = spread(one.ms)
                 row["gb_s"] = round(outcome.bytes / statistics.median(one.ms) / 1e6, 3)
-                if auto is not None and one is not auto:
-                    row["auto_ratio"] = ratio_of(auto, one)
+                found = ratio_of(auto, one) if auto is not None and one is not auto else None
+                if found is not None:
+                    row["auto_ratio"], row["auto_ratio_error"] = (round(x, 4) for x in found)
             methods[one.name] = row
         limit = methods.get("one-copy", {}).get("gb_s")
         if limit:
@@ -1508,10 +1533,83 @@ def host_costs(seconds: float = 20.0, seed: int = 0) -> dict[str, Any]:
 # --- Beside computing --------------------------------------------------------------------------
 
 
+class Product:
+    """Matrix products on a stream of their own, launched one by one, and transfers beside them.
+
+    Parameters
+    ----------
+    device : torch.device
+        A CUDA device.
+    seed : int
+        Of the matrices.
+    count : int
+        Products that are timed together.
+    """
+
+    def __init__(self, device: torch.device, seed: int, count: int = 16) -> None:
+        self.device = device
+        self.count = count
+        generator = torch.Generator(device).manual_seed(seed)
+        self.left, self.right = (
+            torch.randn((PRODUCT, PRODUCT), device=device, generator=generator).to(torch.bfloat16)
+            for _ in range(2)
+        )
+        self.out = torch.empty_like(self.left)
+        self.working, self.moving = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self.alone()
+
+    def alone(self) -> list[float]:
+        """Milliseconds of each product but the first one, which starts on an idle GPU."""
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(self.count + 1)]
+        with torch.cuda.stream(self.working):
+            events[0].record()
+            for event in events[1:]:
+                torch.mm(self.left, self.right, out=self.out)
+                event.record()
+        events[-1].synchronize()
+        return [a.elapsed_time(b) for a, b in itertools.pairwise(events)][1:]
+
+    def beside(self, submit: Callable[[], Outcome]) -> tuple[list[float], float]:
+        """Milliseconds of products beside transfers of another thread, and GB/s of these."""
+        stop, going = threading.Event(), threading.Event()
+        moved, failures = [0], []
+
+        def move() -> None:
+            # At most two transfers are in the queue; the products run in the middle of them.
+            try:
+                torch.cuda.set_device(self.device)
+                queued: list[torch.cuda.Event] = []
+                while not stop.is_set():
+                    moved[0] += submit().bytes
+                    mark = torch.cuda.Event()
+                    mark.record(self.moving)
+                    queued.append(mark)
+                    if len(queued) > 1:
+                        queued.pop(0).synchronize()
+                        going.set()
+                self.moving.synchronize()
+            except Exception as error:
+                failures.append(error)
+                going.set()
+
+        thread = threading.Thread(target=move)
+        thread.start()
+        going.wait(10)
+        begin, before = time.perf_counter(), moved[0]
+        times = self.alone()
+        took = time.perf_counter() - begin
+        rate = (moved[0] - before) / took / 1e9
+        stop.set()
+        thread.join()
+        if failures:
+            raise failures[0]
+        return times, rate
+
+
 def compute(
     seconds: float = 40.0,
     methods: Sequence[str] = ("auto", "batch", "strided", "loop"),
-    page_bytes: Sequence[int] = (4 * KIB, 32 * KIB),
+    transfers: Sequence[tuple[str, int]] = COMPUTE,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Measure by how much transfers slow a matrix product on another stream.
@@ -1522,8 +1620,8 @@ def compute(
         Time for all.
     methods : sequence of str
         Of kvsig, to be compared with one big copy.
-    page_bytes : sequence of int
-        Page sizes of the transfers; 32 layers of K and V, all layers in one call.
+    transfers : sequence of (str, int)
+        Scope and page size of the transfers: 32 layers of K and V, each way.
     seed : int
         Of page numbers and bytes.
 
@@ -1540,100 +1638,50 @@ def compute(
     device = target()
     if device.type != "cuda":
         raise ValueError("--compute needs a GPU: the runtime in use is the emulated one")
-    size, products = PRODUCT, 16
-    generator = torch.Generator(device).manual_seed(seed)
-    left, right = (
-        torch.randn((size, size), device=device, generator=generator).to(torch.bfloat16)
-        for _ in range(2)
-    )
-    out = torch.empty_like(left)
-    working, moving = torch.cuda.Stream(device), torch.cuda.Stream(device)
+    product = Product(device, seed)
     memory = Memory(device, 512 * MIB, seed)
-    result: dict[str, Any] = {"product": f"{size}^3 bf16", "cells": []}
+    result: dict[str, Any] = {"product": f"{PRODUCT}^3 bf16", "cells": []}
     deadline = time.monotonic() + seconds
-
-    def products_ms() -> list[float]:
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(products + 1)]
-        with torch.cuda.stream(working):
-            events[0].record()
-            for event in events[1:]:
-                torch.mm(left, right, out=out)
-                event.record()
-        events[-1].synchronize()
-        return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
-
-    def beside(submit: Callable[[], Outcome] | None) -> tuple[list[float], float]:
-        if submit is None:
-            return products_ms(), 0.0
-        stop, going = threading.Event(), threading.Event()
-        moved, failures = [0], []
-
-        def move() -> None:
-            # At most two transfers are in the queue; the products run in the middle of them.
-            try:
-                torch.cuda.set_device(device)
-                queued: list[torch.cuda.Event] = []
-                count = 0
-                while not stop.is_set():
-                    moved[0] += submit().bytes
-                    mark = torch.cuda.Event()
-                    mark.record(moving)
-                    queued.append(mark)
-                    count += 1
-                    if len(queued) > 1:
-                        queued.pop(0).synchronize()
-                        going.set()
-                moving.synchronize()
-            except Exception as error:
-                failures.append(error)
-                going.set()
-
-        thread = threading.Thread(target=move)
-        thread.start()
-        going.wait(10)
-        begin, before = time.perf_counter(), moved[0]
-        times = products_ms()
-        took = time.perf_counter() - begin
-        rate = (moved[0] - before) / took / 1e9
-        stop.set()
-        thread.join()
-        if failures:
-            raise failures[0]
-        return times, rate
-
-    products_ms()
-    cases = list(itertools.product(page_bytes, ("offload", "load")))
-    for page, direction in cases:
+    shuffled = random.Random(seed)
+    cases = [(scope, page, way) for scope, page in transfers for way in ("offload", "load")]
+    for scope, page, direction in cases:
         if time.monotonic() > deadline:
             break
         pages = auto_pages(page, 64, emulated=False)
-        cell = Cell(page, min(pages, memory.near.numel() // (2 * 64 * page)), direction=direction)
-        job = Job(cell, memory, seed, PYTHON_COPIES)
+        pages = min(pages, memory.near.numel() // (2 * 64 * page))
+        job = Job(Cell(page, pages, direction=direction, scope=scope), memory, seed, PYTHON_COPIES)
         job.fill()
         job.drop()
         runs: dict[str, Callable[[], Outcome] | None] = {"alone": None}
         for name in ("one-copy", *methods):
             runner = make_runner(name, job)
-            runs[name] = lambda runner=runner, job=job: runner(job, job.cell.direction, moving)  # type: ignore[misc]
+            runs[name] = lambda runner=runner, job=job: runner(  # type: ignore[misc]
+                job, job.cell.direction, product.moving
+            )
         times: dict[str, list[float]] = {name: [] for name in runs}
         rates: dict[str, list[float]] = {name: [] for name in runs}
         notes: dict[str, str] = {}
         share = time.monotonic() + (deadline - time.monotonic()) / max(
             1, len(cases) - len(result["cells"])
         )
-        for turn in range(7):
+        for turn in range(COMPUTE_RUNS):
             if turn >= 2 and time.monotonic() > share:
                 break
-            for name, submit in runs.items():
+            # In another order each time: a GPU that has just been idle, or busy, runs at another
+            # speed, and none should always come behind the same other.
+            for name in shuffled.sample(list(runs), len(runs)):
                 if name in notes:
                     continue
+                submit = runs[name]
                 torch.cuda.synchronize()
                 try:
-                    found, rate = beside(submit)
+                    found, rate = (product.alone(), 0.0) if submit is None else (
+                        product.beside(submit)
+                    )
                 except (RuntimeError, kvsig.BindError) as error:
                     notes[name] = str(error)
                     continue
-                times[name] += found[1:]  # the first one starts on an idle GPU
+                times[name] += found
                 rates[name].append(rate)
         alone = statistics.median(times["alone"])
         rows = {
@@ -1650,5 +1698,5 @@ def compute(
                 row["against_one_copy"] = round(
                     float(str(row["slowdown"])) / float(str(rows["one-copy"]["slowdown"])), 4
                 )
-        result["cells"].append(asdict(cell) | {"methods": rows, "notes": notes})
+        result["cells"].append(asdict(job.cell) | {"methods": rows, "notes": notes})
     return result

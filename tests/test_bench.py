@@ -259,10 +259,10 @@ class TestTurns:
         """A machine that is twice as slow in some of the turns does not count for either."""
         mine = self.series("auto", 1.0, 2.0, 1.0, 2.0, 2.0)
         other = self.series("batch", 1.1, 2.2, 1.1)
-        assert bench.ratio_of(mine, other) == pytest.approx(1.1)
-        assert bench.ratio_of(other, mine) == pytest.approx(1 / 1.1, abs=1e-4)
+        assert bench.ratio_of(mine, other) == pytest.approx((1.1, 0))
+        assert bench.ratio_of(other, mine)[0] == pytest.approx(1 / 1.1)
         half = self.series("torch", 1.1, 2.2, 1.1, size=500)
-        assert bench.ratio_of(mine, half) == pytest.approx(2.2)
+        assert bench.ratio_of(mine, half)[0] == pytest.approx(2.2)
         assert bench.ratio_of(mine, self.series("loop")) is None
 
     def test_slow_methods_are_timed_three_times(self, on_emulated):
@@ -277,15 +277,33 @@ class TestTurns:
         assert racing(3) == ["auto", "batch", "strided", "one-copy"]
         assert racing(bench.LIMIT_RUNS) == ["auto", "batch", "strided"]
 
-    @pytest.mark.parametrize(("seconds", "turns"), [(0.0, 5), (10.0, 50)])
-    def test_short_runs_are_timed_more_often(self, on_emulated, monkeypatch, seconds, turns):
+    def test_the_error_of_a_ratio(self):
+        """As often as it should, the median of noisy turns is within so much of the truth."""
+        rng = np.random.default_rng(0)
+        within = []
+        for _ in range(200):
+            mine = self.series("auto", *([1.0] * 60))
+            other = self.series("batch", *rng.normal(1.1, 0.05, 60).tolist())
+            ratio, error = bench.ratio_of(mine, other)
+            within.append(abs(ratio - 1.1) < error)
+        assert 0.5 < np.mean(within) < 0.85  # 0.68 where both are normal
+
+    @pytest.mark.parametrize(
+        ("times", "turns"),
+        [((1.0,), 5), ((1.0, 1.0, 0.9), 5), ((0.5, 1.5), 100), ((1.4, 1.6), 5)],
+        ids=["quiet", "outliers", "very noisy", "noisy, but clearly slower"],
+    )
+    def test_goes_on_until_the_ratios_are_known(self, on_emulated, monkeypatch, times, turns):
         found = bench.Bench([], bench.Options(runs=5))
         found.real = True
-        monkeypatch.setattr(bench, "SHORT_SECONDS", seconds)
-        one = self.series("auto")
-        monkeypatch.setattr(found, "time_one", lambda one: one.ms.append(1.0))
-        found.time_all([one], bench.time.monotonic() + 60)
-        assert len(one.ms) == turns
+        auto, batch = self.series("auto"), self.series("batch")
+
+        def time_one(one):
+            one.ms.append(times[len(one.ms) % len(times)] if one is batch else 1.0)
+
+        monkeypatch.setattr(found, "time_one", time_one)
+        found.time_all([auto, batch], bench.time.monotonic() + 60)
+        assert len(auto.ms) == len(batch.ms) == turns
 
 
 class TestSummary:

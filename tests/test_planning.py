@@ -1063,7 +1063,7 @@ class TestModelAgreesWithMeasurement:
         assert transfer.method == "batch"
 
     def test_knows_what_its_stream_has_to_do(self, monkeypatch):
-        """By the model, without asking CUDA; every stream by itself, and no longer than it takes."""
+        """By the model, without asking CUDA; each stream by itself, no longer than it takes."""
         monkeypatch.setattr("kvsig._pack.look", lambda: 1.0)
         ready = prepare(page_first(1, 64 * KIB, 4096), H100)
         pages = np.random.default_rng(4).permutation(4096)[:1000]

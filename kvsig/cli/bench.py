@@ -84,7 +84,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--seconds", type=positive, help="time for all cells (default: 300, with --quick 45)"
     )
-    parser.add_argument("--runs", type=positive, help="timed runs (default: 31, --quick 9)")
+    parser.add_argument(
+        "--runs", type=positive, help="timed runs; more where it is noisy (default: 15, --quick 9)"
+    )
     parser.add_argument("--seed", type=natural, default=0, help="of pages and bytes (default: 0)")
     parser.add_argument(
         "--no-verify", action="store_true", help="do not compare bytes before timing"
@@ -274,7 +276,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"method {method!r} is not one of: {', '.join(bench.METHODS)}")
     options = bench.Options(
         methods=tuple(methods),
-        runs=args.runs or (9 if args.quick else 31),
+        runs=args.runs or (9 if args.quick else 15),
         seconds=float(args.seconds or (45 if args.quick else 300)),
         seed=args.seed,
         verify=not args.no_verify,
@@ -439,6 +441,7 @@ def compute_text(result: dict[str, Any]) -> str:
                 [
                     bench.size_text(cell["page_bytes"]),
                     cell["direction"],
+                    cell["scope"],
                     name,
                     f"{row['ms']['median']:.3f}",
                     f"{row['slowdown'] - 1:+.1%}",
@@ -446,7 +449,8 @@ def compute_text(result: dict[str, Any]) -> str:
                     f"{row['gb_s_meanwhile']:.1f}",
                 ]
             )
-    head = ["page", "direction", "transfer", "ms", "slower", "than one copy", "GB/s meanwhile"]
+    head = ["page", "direction", "scope", "transfer", "ms", "slower", "than one copy"]
+    head.append("GB/s meanwhile")
     return "\n".join(lines + table(head, rows))
 
 
