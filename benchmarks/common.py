@@ -37,6 +37,7 @@ class Clock:
         self.stream = self.streams[0]
         self.handles = [int(stream.cuda_stream) for stream in self.streams]
         self.inside = inside
+        self.speed = bench.FullSpeed()
 
     def once(self, run: Run, others: int = 0) -> Times:
         """Time a run; `others` more streams are tied in.
@@ -44,6 +45,7 @@ class Clock:
         A run that returns nanoseconds has measured its host time itself.
         """
         torch.cuda.synchronize()
+        self.speed.settle()
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
         start.record(self.stream)

@@ -157,7 +157,7 @@ class Run:
     # The sections.
 
     def build(self, seconds: float) -> int:
-        return self.python(["setup.py", "-q", "build_ext", "--inplace"], seconds, echo=6)[0]
+        return self.python(["setup.py", "-q", "build_ext", "--inplace", "-j4"], seconds, echo=6)[0]
 
     def machine(self, seconds: float) -> int:
         code, text = self.python(["-c", MACHINE], seconds)

@@ -35,11 +35,11 @@ cdef double TRANSFER_SUBMIT = 4
 # A transfer follows another one if it comes before that should have ended, or so many nanoseconds
 # later: layers are loaded in a loop, in which callers do a little more than call.
 cdef int64_t FOLLOWS = 50_000
-# A CPU that needs twice as long for the copies of a batch needs half as long again for single and
-# strided copies, and three times as long for what it stages, as measured; a batch call by itself
-# takes hardly longer.
-cdef double SINGLE_SLOWS = 0.55
-cdef double STAGED_SLOWS = 2.2
+# Beside a CPU that needs twice as long for Python, the copies of a batch take twice as long, single
+# and strided ones 1.44 times, and what the CPU stages three times, as measured; a batch call by
+# itself takes hardly longer.
+cdef double SINGLE_SLOWS = 0.44
+cdef double STAGED_SLOWS = 2.0
 # From this many copies on, several threads may submit.
 cdef Py_ssize_t TOGETHER_FROM = FEWEST
 # A batch call has no more copies, whatever the cost model says.
@@ -171,7 +171,7 @@ cdef struct Layout:
     Py_ssize_t batch_size[8]
     int64_t device_pages, host_pages
     uint64_t page_bytes
-    bint any_merges
+    bint any_merges, any_seamed
 
 
 cdef inline Choice *choice_of(const Layout *p, Py_ssize_t side, Py_ssize_t mode,
@@ -399,6 +399,7 @@ cdef class Workspace:
     cdef uint64_t *cube
     cdef uint64_t *mark             # a bit for each page; all are 0 between uses
     cdef Py_ssize_t copies, copy_room, strided, strided_room, cubic, cubic_room, mark_room
+    cdef uint64_t alike             # what every entry of sizes is; 0 where nobody knows
     # runs of the block at hand: lowest page on each side, pages, and distance of pages
     cdef int64_t *run_device
     cdef int64_t *run_host
@@ -417,6 +418,7 @@ cdef class Workspace:
         self.run_host_step = self.run_device_step + BLOCK_RUNS
         self.copies = self.copy_room = self.strided = self.strided_room = 0
         self.cubic = self.cubic_room = self.mark_room = 0
+        self.alike = 0
         self.grow_copies(256)
         self.grow_strided(64)
 
@@ -441,6 +443,7 @@ cdef class Workspace:
         self.size = &view[0]
         self.dsts, self.srcs, self.sizes = dsts, srcs, sizes
         self.copy_room = room
+        self.alike = 0
         return 0
 
     cdef int grow_strided(self, Py_ssize_t more) except -1 with gil:
@@ -785,6 +788,7 @@ cdef class Prepared:
                 self.at.host_base[at] = host
                 at += 1
             group.seamed = apart.anywhere(members)
+            self.at.any_seamed = self.at.any_seamed or group.seamed
             merges = group.width == group.device_pitch == group.host_pitch
             rows = group.device_pitch >= group.width and group.host_pitch >= group.width
             slabs = (
@@ -1062,12 +1066,15 @@ cdef class Transfer:
     cdef bint following             # it comes right behind another transfer of its stream
     cdef bint met                   # its stream has been looked at: by `decide_now`
     cdef int64_t begin, behind      # when that was, and until when the stream had work
+    cdef uint64_t stream
     cdef double slow
     cdef double time[MODES]
     cdef double rank[MODES]         # what the choice goes by
     cdef Py_ssize_t size_of[MODES]
     cdef Py_ssize_t first_of[MODES]
     cdef Tally tally[MODES]
+    cdef readonly uint64_t same_size
+    """Bytes of every plain copy, 0 where they may differ."""
     cdef readonly Py_ssize_t batch_size
     """Copies per batch call."""
     cdef readonly Py_ssize_t first_size
@@ -1162,6 +1169,7 @@ cdef class Transfer:
         cdef int64_t submitted, moved
         if not self.met:
             self.met = True
+            self.stream = stream
             self.begin = clock_ns()
             self.behind = queue.until if queue.stream == stream else 0
         self.decide(
@@ -1230,6 +1238,12 @@ cdef class Transfer:
         self.batch_size = self.size_of[best]
         self.first_size = self.first_of[best]
         self.rewind()
+        self.same_size = 0
+        if (
+            (self.mode == BATCH or self.mode == LOOP)
+            and self.p.kinds == 1 and not self.p.any_seamed and not self.uses_runs()
+        ):
+            self.same_size = self.p.kind[0].width
         self.ended = self.cubes_wait = self.plain_waits = False
         self.piece = FIRST_PIECE
         self.given = 0
@@ -1255,6 +1269,9 @@ cdef class Transfer:
         self.scan.unit = 2 if self.p.any_merges else shortest
         # Steps of one pair occur by chance among random pages.
         self.scan.step = shortest if shortest > 3 else 3
+
+    cdef bint uses_runs(self) noexcept nogil:
+        return self.scan.unit <= LONGEST_RUN or self.scan.step <= LONGEST_RUN
 
     cdef void predict(self, const bint *wanted) noexcept nogil:
         cdef const Layout *p = self.p
@@ -1423,7 +1440,17 @@ cdef class Transfer:
         self.ended = True
         self.workspace = None
         keep_workspace(w)
+        if self.met:
+            self.submitted()
         raise StopIteration
+
+    cdef void submitted(self) noexcept nogil:
+        # The host may have taken longer than the model says: beside others on its CPU, or for
+        # want of room in the queue.
+        cdef Queue *queue = queue_of(self.stream)
+        cdef int64_t now = clock_ns()
+        if queue.stream == self.stream and queue.until < now:
+            queue.until = now
 
     cdef object _plain(self, Workspace w):
         # Whole batch calls, until the end; the rest waits for the next pages.
@@ -1434,6 +1461,11 @@ cdef class Transfer:
         if n == 0:
             return None
         self.given = n
+        if self.same_size and w.alike != self.same_size:
+            # Written once for all transfers of such pages: half of what packing writes otherwise
+            # goes through caches that copies have emptied.
+            w.sizes[:] = self.same_size
+            w.alike = self.same_size
         piece = slice(n)
         return "batch" if batched else "loop", (w.dsts[piece], w.srcs[piece], w.sizes[piece])
 
@@ -1460,7 +1492,9 @@ cdef class Transfer:
             room = BLOCK_RUNS
         if room < 1:
             room = 1
-        if s.unit > LONGEST_RUN and s.step > LONGEST_RUN:
+        if not self.same_size:
+            w.alike = 0
+        if not self.uses_runs():
             # No run is of use: the pages are the block.
             if room > s.count - s.at:
                 room = s.count - s.at
@@ -1523,7 +1557,9 @@ cdef class Transfer:
                     for i in range(n):
                         of[i] = device_base + <uint64_t>device[i] * device_pitch
                         to[i] = host_base + <uint64_t>host[i] * host_pitch
-                        size[i] = width
+                    if not self.same_size:
+                        for i in range(n):
+                            size[i] = width
                     w.copies += n
                 continue
             if form == STACK and g.depth > 1:

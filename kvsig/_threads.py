@@ -22,7 +22,7 @@ FEWEST = 256
 # Copies in one call of a thread, at most, so that a short piece has a call for each.
 SHARE = 64
 # One transfer in so many is submitted by one thread alone, to measure the pace anew.
-AGAIN = 32
+AGAIN = 64
 # Nanoseconds per copy of two threads together: the driver has a lock that they share.
 FASTEST = 560
 # Two threads are worth it from this much more time of the CPU than that or the engine's, and
@@ -32,27 +32,32 @@ WORTH_MORE = 1.4
 # Steps of the loop that is looked at: about half a microsecond.
 STEPS = 20
 # A CPU this much slower than it was at its best counts as slow, and none counts as slower than so.
-SLOW, SLOWEST = 1.25, 1.9
+SLOW, SLOWEST = 1.25, 2.1
 
 # Nanoseconds of that loop at the best that this process has seen.
 _best = float("inf")
 
 
-def look() -> float:
-    """Return how many times as long as at its best the CPU needs, 1 where it makes no difference.
-
-    The virtual CPUs beside GPUs run at half their speed for seconds or minutes when others are at
-    work on the same cores; Python and the driver slow down alike.
-    """
-    global _best
-    took = float("inf")
-    for _ in range(2):  # the better of two: an interruption is no slowness
+def loop_ns(times: int = 2) -> int:
+    """Nanoseconds of a short loop on the CPU at hand: the best of some, for interruptions."""
+    best = 1 << 62
+    for _ in range(times):
         begin = time.perf_counter_ns()
         total = 0
         for step in range(STEPS):
             total += step
-        took = min(took, time.perf_counter_ns() - begin)
-    took = max(took, 1)
+        best = min(best, time.perf_counter_ns() - begin)
+    return max(best, 1)
+
+
+def look() -> float:
+    """Return how many times as long as at its best the CPU needs, 1 where it makes no difference.
+
+    The virtual CPUs beside GPUs run at half their speed, each for some time, when others are at
+    work on the same core; Python and the driver slow down alike.
+    """
+    global _best
+    took = loop_ns()
     _best = min(_best, took)
     return 1.0 if took < SLOW * _best else min(took / _best, SLOWEST)
 

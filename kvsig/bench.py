@@ -36,7 +36,7 @@ import numpy.typing as npt
 import torch
 
 import kvsig
-from kvsig import _core, planning
+from kvsig import _core, _threads, planning
 from kvsig.geometry import Planes
 from kvsig.models import MODELS
 
@@ -217,6 +217,8 @@ class Options:
         Of page numbers and bytes.
     verify : bool
         Compare bytes once per cell and method.
+    full_speed : bool
+        Begin each timed run on a CPU that is at full speed, see `FullSpeed`.
     """
 
     methods: Sequence[str] = tuple(METHODS)
@@ -224,6 +226,7 @@ class Options:
     seconds: float = 300.0
     seed: int = 0
     verify: bool = True
+    full_speed: bool = True
 
 
 def auto_pages(page_bytes: int, planes: int, emulated: bool) -> int:
@@ -932,6 +935,7 @@ class Series:
     turns: list[int] = field(default_factory=list)
     ms: list[float] = field(default_factory=list)
     host_ms: list[float] = field(default_factory=list)
+    full_speed: int = 0  # runs whose CPU was at full speed when they ended
 
     def seconds_per_byte(self) -> dict[int, float]:
         """Time of a byte by turn."""
@@ -1011,6 +1015,57 @@ def make_stream(device: torch.device) -> Any:
     return emulated.Stream()
 
 
+class FullSpeed:
+    """Puts a thread on a CPU that runs at full speed.
+
+    The virtual CPUs of rented machines run at half their speed while others are at work on the same
+    core, each by itself and for some time. A run that meets one says nothing of what is compared,
+    so one is looked for that is free: by the time of a loop of Python, 2 us where the CPU at hand
+    is good. Afterwards the thread may move again, and mostly stays.
+
+    Parameters
+    ----------
+    wanted : bool
+        Otherwise it does nothing.
+    """
+
+    #: A CPU that takes so much longer than the best one is not at full speed.
+    NEAR = 1.15
+
+    def __init__(self, wanted: bool = True) -> None:
+        self.cpus = sorted(os.sched_getaffinity(0)) if wanted else []
+        self.best = math.inf
+        self.turn = 0
+        for _ in self.cpus:
+            self._next()
+        self._anywhere()
+
+    def here(self) -> bool:
+        """Whether the CPU at hand is at full speed."""
+        took = _threads.loop_ns(5)
+        self.best = min(self.best, took)
+        return took <= self.NEAR * self.best
+
+    def settle(self) -> None:
+        """Move to a CPU at full speed, if this one is not and another one is."""
+        if not self.cpus or self.here():
+            return
+        for _ in self.cpus:
+            if self._next():
+                break
+        self._anywhere()
+
+    def _next(self) -> bool:
+        self.turn += 1
+        os.sched_setaffinity(0, {self.cpus[self.turn % len(self.cpus)]})
+        return self.here()
+
+    def _anywhere(self) -> None:
+        # Threads that are started from here would otherwise all have the one CPU.
+        if self.cpus:
+            os.sched_setaffinity(0, self.cpus)
+
+
 class Bench:
     """Measures cells.
 
@@ -1040,6 +1095,7 @@ class Bench:
         self.save = save
         self.device = target()
         self.real = self.device.type == "cuda"
+        self.speed = FullSpeed(options.full_speed and self.real)
         self.streams = [make_stream(self.device) for _ in range(3)]
         self.workers = ThreadPoolExecutor(2)
         self.result: dict[str, Any] = {
@@ -1072,8 +1128,8 @@ class Bench:
             if left <= 0:
                 self.result["skipped"] += [asdict(c) for c in self.cells[done:]]
                 break
-            # What one cell leaves over, the others have.
-            share = SHARES * left / (len(self.cells) - done)
+            # What one cell leaves over, the others have; none has all of it.
+            share = SHARES * left / (len(self.cells) - done + SHARES - 1)
             try:
                 entry = self.measure(cell, memory, now + min(left, share))
             except (RuntimeError, ValueError, kvsig.BindError) as error:
@@ -1267,10 +1323,12 @@ class Bench:
             one.host_ms.append((time.perf_counter() - begin) * 1e3)
             one.stream.synchronize()
             return
+        self.speed.settle()
         if one.first_ms < WARM_MS:
             # What ran before leaves the CPU's caches cold, which would count as this one's time.
             one.submit()
         torch.cuda.synchronize()
+        self.speed.settle()
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
         start.record(one.stream)
@@ -1280,6 +1338,7 @@ class Bench:
         end.record(one.stream)
         end.synchronize()
         one.ms.append(start.elapsed_time(end))
+        one.full_speed += self.speed.here()
 
     def entry(self, job: Job, series: list[Series], notes: dict[str, str]) -> dict[str, Any]:
         """Write down what a cell gave."""
@@ -1307,6 +1366,7 @@ class Bench:
                 ),
             }
             if self.real:
+                row["full_speed"] = round(one.full_speed / len(one.ms), 2)
                 row["ms"] = spread(one.ms)
                 row["gb_s"] = round(outcome.bytes / statistics.median(one.ms) / 1e6, 3)
                 found = ratio_of(auto, one) if auto is not None and one is not auto else None

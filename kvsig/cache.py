@@ -150,6 +150,7 @@ class PagedKVCache:
         self.pinned = all(item.tensor.is_pinned() for item in host_named)
         self._tensors = tuple(item.tensor for item in named + host_named)
         self._names = tuple(item.name for item in named)
+        self._index = self.device.index if self.device.type == "cuda" else None
         self._one_device = self.device.type != "cuda" or torch.cuda.device_count() == 1
         self._planes = geometry.join(device_side, host_side, layers)
         given: Iterable[int] = () if host_seams is None else _addresses(host_seams, "host_seams")
@@ -348,6 +349,8 @@ class PagedKVCache:
         # What callers in a hurry give.
         if type(stream) is int and 0 <= stream < 1 << 64:
             handle = stream
+        elif type(stream) is torch.cuda.Stream and stream.device_index == self._index:
+            handle = stream.cuda_stream
         else:
             handle = _torch.stream_handle(stream, self.device)
         if self._one_device and events is None:
@@ -480,6 +483,8 @@ class PagedKVCache:
     ) -> Report | None:
         """Queue plain copies, from as many threads as it takes to keep the copy engine busy."""
         dsts, srcs, sizes = arrays
+        if transfer.same_size:
+            sizes = transfer.same_size
         count = len(dsts)
         batch_size, first_size = transfer.batch_size, transfer.first_size if starts else 0
         # Once something is queued, the rest goes one way or the other.
@@ -488,7 +493,7 @@ class PagedKVCache:
             return _core.copy_batch(
                 dsts, srcs, sizes, handle, path, batch_size, give_up=give_up
             )
-        size = int(sizes[0])
+        size = transfer.same_size or int(arrays[2][0])
         cost = self.model.load if load else self.model.offload
         engine_ns = 1e3 * (cost.copy_engine + size * cost.byte)
         threads = self._pace.choose(load, count, size, engine_ns)

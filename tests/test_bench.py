@@ -306,6 +306,67 @@ class TestTurns:
         assert len(auto.ms) == len(batch.ms) == turns
 
 
+class TestFullSpeed:
+    """A machine of four CPUs, of which some are slow."""
+
+    @pytest.fixture
+    def machine(self, monkeypatch):
+        class Machine:
+            ns = [400, 400, 400, 400]
+            mask = {0, 1, 2, 3}
+            moves = 0
+
+            @property
+            def here(self):
+                return min(self.mask)
+
+            def move(self, pid, mask):
+                assert pid == 0
+                self.mask = set(mask)
+                self.moves += 1
+
+        found = Machine()
+        monkeypatch.setattr(bench.os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
+        monkeypatch.setattr(bench.os, "sched_setaffinity", found.move)
+        monkeypatch.setattr(bench._threads, "loop_ns", lambda times: found.ns[found.here])
+        return found
+
+    def test_stays_where_it_is_good(self, machine):
+        speed = bench.FullSpeed()
+        assert machine.mask == {0, 1, 2, 3}, "threads that are started may go anywhere"
+        machine.moves = 0
+        speed.settle()
+        assert machine.moves == 0 and speed.here()
+
+    @pytest.mark.parametrize("good", [1, 2, 3])
+    def test_moves_to_one_at_full_speed(self, machine, monkeypatch, good):
+        speed = bench.FullSpeed()
+        machine.ns = [800] * 4
+        machine.ns[good] = 410
+        places = []
+        move = machine.move
+        monkeypatch.setattr(
+            bench.os, "sched_setaffinity", lambda pid, mask: places.append(mask) or move(pid, mask)
+        )
+        speed.settle()
+        assert places[-2:] == [{good}, [0, 1, 2, 3]]
+
+    def test_where_none_is_it_goes_on(self, machine):
+        speed = bench.FullSpeed()
+        machine.ns = [800] * 4
+        speed.settle()
+        assert machine.mask == {0, 1, 2, 3} and not speed.here()
+
+    def test_a_slow_start_is_not_taken_for_full_speed(self, machine):
+        machine.ns = [800, 800, 400, 800]
+        assert not bench.FullSpeed().here()
+
+    def test_not_wanted(self, machine):
+        machine.ns = [800, 400, 400, 400]
+        bench.FullSpeed(False).settle()
+        assert machine.moves == 0
+
+
 class TestSummary:
     def test_ratios_are_those_of_the_turns(self):
         result = gpu_result()
@@ -503,6 +564,35 @@ class TestScripts:
             assert getattr(c, name)(dsts, srcs, sizes, [stream.cuda_stream]) > 0
             stream.synchronize()
             assert torch.equal(target, source.flip(0)), name
+
+    def test_a_libcudart_that_times_its_copies(self, on_emulated, monkeypatch, tmp_path):
+        """kvsig binds to it, all bytes arrive, and only copying functions are counted."""
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+        import timed
+
+        from kvsig import emulated
+
+        info = _core.info()
+        library = timed.Timed(tmp_path, info["runtime_version"], info["library"])
+        with emulated.Stream() as stream:
+            handle = stream.cuda_stream
+            _core.rebind(str(library.path))
+            try:
+                bound = _core.info()
+                assert bound["library"] == str(library.path) and not bound["emulated"]
+                assert bound["runtime_version"] == info["runtime_version"]
+                before = library.calls, library.us
+                source = np.arange(1000, dtype=np.uint64)
+                target = np.zeros_like(source)
+                place = np.arange(1000, dtype=np.uint64) * np.uint64(8)
+                dsts, srcs = target.ctypes.data + place, source.ctypes.data + place
+                report = _core.copy_batch(dsts, srcs, 8, handle, "batch")
+                _core.call("cudaStreamSynchronize", stream=handle)
+                assert (report.calls, library.calls - before[0]) == (4, 4)
+                assert library.us > before[1]
+                assert np.array_equal(source, target)
+            finally:
+                _core.rebind(f"emulated:{info['runtime_version'] // 1000}.0")
 
     def test_sessions_sections(self, tmp_path):
         done = subprocess.run(

@@ -92,6 +92,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--no-verify", action="store_true", help="do not compare bytes before timing"
     )
     parser.add_argument(
+        "--any-cpu",
+        action="store_true",
+        help="time runs on whatever CPU they are on, also where others slow it down",
+    )
+    parser.add_argument(
         "--compute",
         action="store_true",
         help="measure instead how much transfers slow a matrix product on another stream",
@@ -280,6 +285,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         seconds=float(args.seconds or (45 if args.quick else 300)),
         seed=args.seed,
         verify=not args.no_verify,
+        full_speed=not args.any_cpu,
     )
     return bench.Bench(cells, options, save).run()
 
