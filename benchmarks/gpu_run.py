@@ -37,8 +37,8 @@ SECTIONS = {
     "calibrate": 45,
     "quick": 90,
     "grid": 400,
-    "targets": 290,
-    "compute": 70,
+    "targets": 340,
+    "compute": 63,
     "nullstream": 60,
     "host": 40,
 }

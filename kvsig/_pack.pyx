@@ -35,6 +35,9 @@ cdef double TRANSFER_SUBMIT = 4
 # A transfer follows another one if it comes before that should have ended, or so many nanoseconds
 # later: layers are loaded in a loop, in which callers do a little more than call.
 cdef int64_t FOLLOWS = 50_000
+# A stream is never taken to have more work than that, in nanoseconds: a model that is wrong about a
+# device would otherwise be wrong by more and more.
+cdef int64_t MOST_QUEUED = 100_000_000
 # Beside a CPU that needs twice as long for Python, the copies of a batch take twice as long, single
 # and strided ones 1.44 times, and what the CPU stages three times, as measured; a batch call by
 # itself takes hardly longer.
@@ -1172,13 +1175,17 @@ cdef class Transfer:
             self.stream = stream
             self.begin = clock_ns()
             self.behind = queue.until if queue.stream == stream else 0
+        # Only a choice between methods is worth another look.
         self.decide(
-            method, batch, slowness_at(self.begin), self.begin < self.behind + FOLLOWS
+            method, batch, slowness_at(self.begin) if method == "auto" else slow_now,
+            self.begin < self.behind + FOLLOWS,
         )
         submitted = self.begin + <int64_t>(1e3 * self.tally[self.mode].submit)
         moved = self.behind if self.behind > self.begin else self.begin
         moved += <int64_t>(1e3 * self.tally[self.mode].engine)
         queue.stream = stream
+        if moved > self.begin + MOST_QUEUED:
+            moved = self.begin + MOST_QUEUED
         queue.until = submitted if submitted > moved else moved
 
     def decide(self, method, bint batch, double slow=1, bint following=False):

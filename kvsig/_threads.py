@@ -32,13 +32,13 @@ WORTH_MORE = 1.4
 # Steps of the loop that is looked at: about half a microsecond.
 STEPS = 20
 # A CPU this much slower than it was at its best counts as slow, and none counts as slower than so.
-SLOW, SLOWEST = 1.25, 2.1
+SLOW, SLOWEST = 1.4, 2.1
 
 # Nanoseconds of that loop at the best that this process has seen.
 _best = float("inf")
 
 
-def loop_ns(times: int = 2) -> int:
+def loop_ns(times: int) -> int:
     """Nanoseconds of a short loop on the CPU at hand: the best of some, for interruptions."""
     best = 1 << 62
     for _ in range(times):
@@ -57,7 +57,8 @@ def look() -> float:
     work on the same core; Python and the driver slow down alike.
     """
     global _best
-    took = loop_ns()
+    # The first ones may find cold caches, which is no slowness either.
+    took = loop_ns(4)
     _best = min(_best, took)
     return 1.0 if took < SLOW * _best else min(took / _best, SLOWEST)
 

@@ -1055,6 +1055,18 @@ class FullSpeed:
                 break
         self._anywhere()
 
+    def warm(self, run: Callable[[], Any]) -> None:
+        """Run something until the CPU that it ran on is still at full speed, four times at most.
+
+        Moving on is no way out then: the next CPU would not have in its caches what was run.
+        """
+        for _ in range(4):
+            run()
+            torch.cuda.synchronize()
+            if not self.cpus or self.here():
+                break
+            self.settle()
+
     def _next(self) -> bool:
         self.turn += 1
         os.sched_setaffinity(0, {self.cpus[self.turn % len(self.cpus)]})
@@ -1270,6 +1282,7 @@ class Bench:
         gc.collect()
         gc.disable()
         try:
+            order: list[Series] = []
             for turn in range(self.options.runs * (MORE_RUNS if self.real else 1)):
                 if turn >= self.options.runs and self.known(series):
                     break
@@ -1278,8 +1291,13 @@ class Bench:
                     if time.monotonic() > deadline:
                         break
                     racing = self.racing(series, turn)
-                # In another order each time, so that none always comes behind the same other.
-                for one in shuffled.sample(racing, len(racing)):
+                # In another order each time, then in that backwards, so that each comes as often
+                # before every other one as behind it.
+                if turn % 2 and len(order) == len(racing):
+                    order.reverse()
+                else:
+                    order = shuffled.sample(racing, len(racing))
+                for one in order:
                     one.turns.append(turn)
                     self.time_one(one)
         finally:
@@ -1326,9 +1344,8 @@ class Bench:
         self.speed.settle()
         if one.first_ms < WARM_MS:
             # What ran before leaves the CPU's caches cold, which would count as this one's time.
-            one.submit()
+            self.speed.warm(one.submit)
         torch.cuda.synchronize()
-        self.speed.settle()
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
         start.record(one.stream)

@@ -1108,6 +1108,19 @@ class TestModelAgreesWithMeasurement:
         time.sleep(0.1)
         assert first_size(one) == 64
 
+    def test_work_that_is_queued_without_end_is_not_believed(self, monkeypatch):
+        """A model of a link that is too slow adds up more than there is to do."""
+        monkeypatch.setattr("kvsig._pack.look", lambda: 1.0)
+        ready = prepare(page_first(1, 64 * KIB, 4096), H100)
+        pages = np.random.default_rng(4).permutation(4096)[:1000]
+        order = pages[::-1].copy()
+        for _ in range(200):  # half a second of work
+            ready.transfer(pages, order, "offload").decide_now("auto", True, 16 * 1004)
+        time.sleep(0.15)
+        transfer = ready.transfer(pages, order, "offload")
+        transfer.decide_now("auto", True, 16 * 1004)
+        assert transfer.first_size == 64
+
     def test_a_host_that_takes_longer_than_predicted_is_followed_too(self, monkeypatch):
         monkeypatch.setattr("kvsig._pack.look", lambda: 1.0)
         ready = prepare(page_first(1, 64 * KIB, 4096), H100)
