@@ -30,7 +30,8 @@ def main() -> None:
     cpus = sorted(os.sched_getaffinity(0))
     for cpu in cpus[:2]:
         place = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        print(f"cpu {cpu}: shares a core with {place.read_text(encoding='ascii').strip()}")
+        if place.exists():
+            print(f"cpu {cpu}: shares a core with {place.read_text(encoding='ascii').strip()}")
     print("ns per loop on each CPU; ticks stolen")
     for _ in range(8):
         before = stolen()

@@ -33,8 +33,9 @@ cdef double GROWING_CALLS = 0.99
 # other it is part of what each adds to the host's time, so methods of few calls gain from it.
 cdef double TRANSFER_SUBMIT = 4
 # A transfer follows another one if it comes before that should have ended, or so many nanoseconds
-# later: layers are loaded in a loop, in which callers do a little more than call.
-cdef int64_t FOLLOWS = 50_000
+# later: layers are loaded in a loop, in which callers do a little more than call. Who waits for a
+# stream takes longer to come back.
+cdef int64_t FOLLOWS = 20_000
 # A stream is never taken to have more work than that, in nanoseconds: a model that is wrong about a
 # device would otherwise be wrong by more and more.
 cdef int64_t MOST_QUEUED = 100_000_000
@@ -94,8 +95,10 @@ CHECK_REPEATED = REPEATED
 CHECK_LENGTHS = LENGTHS
 CHECK_NOT_PAGES = NOT_PAGES
 
-# Nanoseconds from one look at the CPU's speed to the next one, at least.
+# Nanoseconds from one look at the CPU's speed to the next one, at least; and how long a look is
+# believed where no choice between methods hangs on it.
 cdef int64_t LOOK_AGAIN = 500_000
+cdef int64_t LOOK_BELIEVED = 1_000_000_000
 cdef int64_t looked = 0
 cdef double slow_now = 1
 
@@ -402,7 +405,8 @@ cdef class Workspace:
     cdef uint64_t *cube
     cdef uint64_t *mark             # a bit for each page; all are 0 between uses
     cdef Py_ssize_t copies, copy_room, strided, strided_room, cubic, cubic_room, mark_room
-    cdef uint64_t alike             # what every entry of sizes is; 0 where nobody knows
+    cdef uint64_t alike             # what the first entries of sizes are, and how many
+    cdef Py_ssize_t alike_count
     # runs of the block at hand: lowest page on each side, pages, and distance of pages
     cdef int64_t *run_device
     cdef int64_t *run_host
@@ -421,7 +425,7 @@ cdef class Workspace:
         self.run_host_step = self.run_device_step + BLOCK_RUNS
         self.copies = self.copy_room = self.strided = self.strided_room = 0
         self.cubic = self.cubic_room = self.mark_room = 0
-        self.alike = 0
+        self.alike = self.alike_count = 0
         self.grow_copies(256)
         self.grow_strided(64)
 
@@ -446,7 +450,7 @@ cdef class Workspace:
         self.size = &view[0]
         self.dsts, self.srcs, self.sizes = dsts, srcs, sizes
         self.copy_room = room
-        self.alike = 0
+        self.alike_count = 0
         return 0
 
     cdef int grow_strided(self, Py_ssize_t more) except -1 with gil:
@@ -1175,11 +1179,9 @@ cdef class Transfer:
             self.stream = stream
             self.begin = clock_ns()
             self.behind = queue.until if queue.stream == stream else 0
-        # Only a choice between methods is worth another look.
-        self.decide(
-            method, batch, slowness_at(self.begin) if method == "auto" else slow_now,
-            self.begin < self.behind + FOLLOWS,
-        )
+        if method == "auto" or self.begin - looked > LOOK_BELIEVED:
+            slowness_at(self.begin)
+        self.decide(method, batch, slow_now, self.begin < self.behind + FOLLOWS)
         submitted = self.begin + <int64_t>(1e3 * self.tally[self.mode].submit)
         moved = self.behind if self.behind > self.begin else self.begin
         moved += <int64_t>(1e3 * self.tally[self.mode].engine)
@@ -1468,11 +1470,10 @@ cdef class Transfer:
         if n == 0:
             return None
         self.given = n
-        if self.same_size and w.alike != self.same_size:
-            # Written once for all transfers of such pages: half of what packing writes otherwise
-            # goes through caches that copies have emptied.
-            w.sizes[:] = self.same_size
-            w.alike = self.same_size
+        if self.same_size and (w.alike != self.same_size or w.alike_count < n):
+            # Written once for all transfers of such pages: a third of what packing writes.
+            w.sizes[:n] = self.same_size
+            w.alike, w.alike_count = self.same_size, n
         piece = slice(n)
         return "batch" if batched else "loop", (w.dsts[piece], w.srcs[piece], w.sizes[piece])
 
@@ -1500,7 +1501,7 @@ cdef class Transfer:
         if room < 1:
             room = 1
         if not self.same_size:
-            w.alike = 0
+            w.alike_count = 0
         if not self.uses_runs():
             # No run is of use: the pages are the block.
             if room > s.count - s.at:

@@ -102,8 +102,10 @@ FEW_RUNS, LIMIT_RUNS, CLOSE = 3, 9, 1.5
 #: A cell goes on, for so many times as many runs at most, until the standard error of auto's ratio
 #: to each method that is about as fast is so small.
 MORE_RUNS, PRECISION, AS_FAST = 20, 0.004, 1.05
-#: Shares of the time that is left that one cell may take.
-SHARES = 3
+#: Cells' shares of the time by which one cell may run ahead.
+AHEAD = 2
+#: Seconds after the last work of a stream from which on a transfer follows nothing.
+APART = 60e-6
 #: Methods that cost microseconds of Python per copy move only so many copies of a cell.
 PYTHON_COPIES = 4096
 MOST_BYTES = 2 * GIB
@@ -955,6 +957,8 @@ def ratio_of(mine: Series, other: Series) -> tuple[float, float] | None:
     if not ratios:
         return None
     count = len(ratios)
+    if count < 3:
+        return statistics.median(ratios), math.inf
     reach = math.sqrt(count) / 2
     low = max(math.floor(count / 2 - reach), 0)
     high = min(math.ceil(count / 2 + reach), count) - 1
@@ -1015,6 +1019,13 @@ def make_stream(device: torch.device) -> Any:
     return emulated.Stream()
 
 
+def apart() -> None:
+    """Wait until what comes next follows nothing: kvsig plans it as a transfer by itself then."""
+    end = time.perf_counter() + APART
+    while time.perf_counter() < end:
+        pass
+
+
 class FullSpeed:
     """Puts a thread on a CPU that runs at full speed.
 
@@ -1034,7 +1045,7 @@ class FullSpeed:
 
     def __init__(self, wanted: bool = True) -> None:
         self.cpus = sorted(os.sched_getaffinity(0)) if wanted else []
-        self.best = math.inf
+        self.best = self.least = math.inf
         self.turn = 0
         for _ in self.cpus:
             self._next()
@@ -1043,16 +1054,21 @@ class FullSpeed:
     def here(self) -> bool:
         """Whether the CPU at hand is at full speed."""
         took = _threads.loop_ns(5)
-        self.best = min(self.best, took)
+        self.best, self.least = min(self.best, took), min(self.least, took)
         return took <= self.NEAR * self.best
 
     def settle(self) -> None:
         """Move to a CPU at full speed, if this one is not and another one is."""
         if not self.cpus or self.here():
             return
+        found, self.least = False, math.inf
         for _ in self.cpus:
-            if self._next():
+            found = self._next()
+            if found:
                 break
+        if not found:
+            # None is as fast as one once was: what is best now is the best there is.
+            self.best = self.least
         self._anywhere()
 
     def warm(self, run: Callable[[], Any]) -> None:
@@ -1060,10 +1076,10 @@ class FullSpeed:
 
         Moving on is no way out then: the next CPU would not have in its caches what was run.
         """
-        for _ in range(4):
+        for last in (False, False, False, True):
             run()
             torch.cuda.synchronize()
-            if not self.cpus or self.here():
+            if last or not self.cpus or self.here():
                 break
             self.settle()
 
@@ -1140,10 +1156,10 @@ class Bench:
             if left <= 0:
                 self.result["skipped"] += [asdict(c) for c in self.cells[done:]]
                 break
-            # What one cell leaves over, the others have; none has all of it.
-            share = SHARES * left / (len(self.cells) - done + SHARES - 1)
+            # What cells leave over, later ones have; none takes what others are sure of.
+            share = (done + 1 + AHEAD) / (len(self.cells) + AHEAD)
             try:
-                entry = self.measure(cell, memory, now + min(left, share))
+                entry = self.measure(cell, memory, begin + share * self.options.seconds)
             except (RuntimeError, ValueError, kvsig.BindError) as error:
                 # One cell must not lose the others; memory that ran out is given back.
                 entry = asdict(cell) | {"error": f"{type(error).__name__}: {error}", "methods": {}}
@@ -1284,16 +1300,16 @@ class Bench:
         try:
             order: list[Series] = []
             for turn in range(self.options.runs * (MORE_RUNS if self.real else 1)):
-                if turn >= self.options.runs and self.known(series):
-                    break
                 racing = series
                 if turn >= FEW_RUNS:
                     if time.monotonic() > deadline:
                         break
                     racing = self.racing(series, turn)
+                if turn >= self.options.runs and self.known(racing):
+                    break
                 # In another order each time, then in that backwards, so that each comes as often
                 # before every other one as behind it.
-                if turn % 2 and len(order) == len(racing):
+                if turn % 2 and {one.name for one in order} == {one.name for one in racing}:
                     order.reverse()
                 else:
                     order = shuffled.sample(racing, len(racing))
@@ -1346,6 +1362,7 @@ class Bench:
             # What ran before leaves the CPU's caches cold, which would count as this one's time.
             self.speed.warm(one.submit)
         torch.cuda.synchronize()
+        apart()
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
         start.record(one.stream)
@@ -1383,12 +1400,16 @@ class Bench:
                 ),
             }
             if self.real:
-                row["full_speed"] = round(one.full_speed / len(one.ms), 2)
+                if cell.direction != "both":  # two other threads submit there
+                    row["full_speed"] = round(one.full_speed / len(one.ms), 2)
                 row["ms"] = spread(one.ms)
                 row["gb_s"] = round(outcome.bytes / statistics.median(one.ms) / 1e6, 3)
                 found = ratio_of(auto, one) if auto is not None and one is not auto else None
                 if found is not None:
-                    row["auto_ratio"], row["auto_ratio_error"] = (round(x, 4) for x in found)
+                    row["auto_ratio"] = round(found[0], 4)
+                    row["auto_ratio_error"] = (
+                        round(found[1], 4) if math.isfinite(found[1]) else None
+                    )
             methods[one.name] = row
         limit = methods.get("one-copy", {}).get("gb_s")
         if limit:
@@ -1671,13 +1692,16 @@ class Product:
 
         thread = threading.Thread(target=move)
         thread.start()
-        going.wait(10)
-        begin, before = time.perf_counter(), moved[0]
-        times = self.alone()
-        took = time.perf_counter() - begin
-        rate = (moved[0] - before) / took / 1e9
-        stop.set()
-        thread.join()
+        try:
+            if not going.wait(10):
+                raise RuntimeError("no transfer has ended after 10 seconds")
+            begin, before = time.perf_counter(), moved[0]
+            times = self.alone()
+            took = time.perf_counter() - begin
+            rate = (moved[0] - before) / took / 1e9
+        finally:
+            stop.set()
+            thread.join()
         if failures:
             raise failures[0]
         return times, rate
@@ -1765,7 +1789,8 @@ def compute(
             name: {
                 "ms": spread(values),
                 "slowdown": round(statistics.median(values) / alone, 4),
-                "gb_s_meanwhile": round(statistics.median(rates[name]), 2),
+                # Whole transfers are counted: only many turns together say how fast they are.
+                "gb_s_meanwhile": round(statistics.fmean(rates[name]), 2),
             }
             for name, values in times.items()
             if values

@@ -265,7 +265,7 @@ class PagedKVCache:
         stream: _torch.Stream = None,
         path: str = "auto",
     ) -> Plan:
-        """Show what `offload` would do, without moving anything.
+        """Show what `offload` would do by itself, behind no other transfer; nothing is moved.
 
         Parameters
         ----------
@@ -293,7 +293,7 @@ class PagedKVCache:
         stream: _torch.Stream = None,
         path: str = "auto",
     ) -> Plan:
-        """Show what `load` would do, without moving anything.
+        """Show what `load` would do by itself, behind no other transfer; nothing is moved.
 
         Parameters
         ----------

@@ -351,11 +351,16 @@ class TestFullSpeed:
         speed.settle()
         assert places[-2:] == [{good}, [0, 1, 2, 3]]
 
-    def test_where_none_is_it_goes_on(self, machine):
+    def test_where_none_is_the_best_there_is_counts(self, machine):
         speed = bench.FullSpeed()
-        machine.ns = [800] * 4
+        machine.ns = [900, 800, 820, 1000]
+        assert not speed.here()
         speed.settle()
-        assert machine.mask == {0, 1, 2, 3} and not speed.here()
+        assert machine.mask == {0, 1, 2, 3}
+        machine.ns = [810, 1000, 1000, 1000]
+        assert speed.here()
+        machine.ns[0] = 1000
+        assert not speed.here()
 
     def test_a_slow_start_is_not_taken_for_full_speed(self, machine):
         machine.ns = [800, 800, 400, 800]

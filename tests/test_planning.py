@@ -1010,11 +1010,28 @@ class TestModelAgreesWithMeasurement:
                 if kind in ("batch", "loop"):
                     assert set(arrays[2].tolist()) == {expected} or not expected
                     assert arrays[2].sum() == transfer.bytes
-        # neighbours that become wider pages
+        # neighbours that become wider pages, which leave their sizes in the buffers
         merged = prepare(layer_first(1, 512, 64), H100).transfer(
             np.arange(4), np.arange(4), "load", "batch"
         )
-        assert merged.same_size == 0
+        assert merged.same_size == 0 and next(merged)[1][2].tolist() == [4 * 512] * 2
+
+    def test_sizes_of_caches_that_take_turns(self):
+        """Two widths on one thread, in transfers that grow: each finds the other's sizes."""
+        rng = np.random.default_rng(0)
+        ready = [prepare(page_first(1, width, 20_000), H100) for width in (512, 768)]
+        mixed = prepare(layer_first(1, 64, 20_000), H100)
+        for count in (3, 40, 5, 900, 7, 9000, 2, 300):
+            for one, width in zip(ready, (512, 768), strict=True):
+                pages = rng.permutation(10_000)[:count] * 2
+                far = rng.permutation(10_000)[:count] * 2
+                for _, arrays in one.transfer(pages, far, "load", "batch"):
+                    assert set(arrays[2].tolist()) == {width}
+                    if rng.random() < 0.3:  # another one in between, with buffers of its own
+                        deque(mixed.transfer(pages, far, "offload", "batch"), 0)
+            runs = np.arange(count)
+            total = sum(int(a[2].sum()) for _, a in mixed.transfer(runs, runs, "load", "batch"))
+            assert total == count * 2 * 64
 
     def test_pieces_cost_no_calls(self):
         """Every call but the last one is full, whatever piece its copies were packed in."""
