@@ -4,8 +4,11 @@ Submitting a copy costs the CPU 0.4 to 0.9 us, by the machine and the moment, an
 the copy engine its bytes. Where the first is the longer, several threads submit side by side.
 Measured on an H100 beside slow CPUs (benchmarks/results/2026-11-24-h100/threads.json): layer by
 layer 4 KiB pages go from 4.1 to 7.2 GB/s to the device with four threads, those of 32 KiB from 35
-to 48, and products that another thread launches meanwhile take no longer. Beside fast CPUs one
-thread is as fast, so several submit only where one has been measured to be the bottleneck.
+to 48. Beside fast CPUs one thread is as fast.
+
+Threads in the driver keep others out of it. Layer by layer no product that another thread launched
+took longer; beside one transfer of 65,536 batched copies many took 2.5 times as long (compute.json
+there). So several submit only where one has been measured to be the bottleneck.
 """
 
 from __future__ import annotations
