@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import time
 
-__all__ = ["FEWEST", "Pace", "look"]
+__all__ = ["FEWEST", "Pace", "look", "loop_ns"]
 
 # Fewer copies than this are submitted before another thread has woken up.
 FEWEST = 256

@@ -404,7 +404,7 @@ def _counts(cell: Cell, inline_bytes: float) -> tuple[dict[str, float], dict[str
     raise ValueError(f"method is {cell.method!r}: it is 'batch', 'loop' or 'strided'")
 
 
-def predict(costs: DirectionCosts, cell: Cell, wait: float = 1.0) -> float:
+def predict(costs: DirectionCosts, cell: Cell) -> float:
     """Time that a cell should take.
 
     Parameters
@@ -413,9 +413,6 @@ def predict(costs: DirectionCosts, cell: Cell, wait: float = 1.0) -> float:
         Figures of the cell's direction.
     cell : Cell
         What is moved, and how.
-    wait : float
-        How much of what the first call keeps waiting counts: all in a time that is to be
-        measured, half in the planner's choice, as transfers mostly follow each other.
 
     Returns
     -------
@@ -438,7 +435,7 @@ def predict(costs: DirectionCosts, cell: Cell, wait: float = 1.0) -> float:
         one, copies = (costs.call_submit, submit) if busy >= submit else (costs.call_engine, busy)
         part = sizes[0] if busy >= submit else sizes[-1]
         first = one + (copies - calls * one) * part / cell.copies
-    return float(max(submit, busy) + wait * first + costs.latency)
+    return float(max(submit, busy) + first + costs.latency)
 
 
 def _least_squares(
