@@ -1,9 +1,13 @@
-"""Layer by layer from one thread and from several: how fast it is, and what it costs a model.
+"""Transfers from one thread and from several: how fast they are, and what they cost a model.
 
-Each number of threads, used but for every 64th call, and kvsig's own choice of up to four; 4, 16
-and 32 KiB pages of 32 layers of K and V, random, each way. GB/s by themselves, then beside matrix
-products that another thread launches one by one: how much longer these take, and how fast the pages
-are meanwhile. All in turn, in another order each time.
+Each number of threads, used but for every 64th call, kvsig's own choice of up to four, and one
+thread with calls of 64 copies in place of 256; 4, 16 and 32 KiB pages of 32 layers of K and V layer
+by layer, and batches of all layers at once, random, each way. Three things are measured, all in
+turn, in another order each time:
+
+- GB/s by themselves;
+- beside matrix products that another thread launches one by one: how much longer these take;
+- beside small kernels that another thread launches as fast as it can: how long a launch takes.
 """
 
 from __future__ import annotations
@@ -12,102 +16,160 @@ import argparse
 import random
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from common import Clock, Report, say
 
 import kvsig
 from kvsig import _threads, bench
 
 KIB = 1 << 10
-PAGES = (4 * KIB, 16 * KIB, 32 * KIB)
-#: Name, threads, and whether these are used however long submitting takes.
-WAYS = (("1", 1, True), ("2", 2, True), ("4", 4, True), ("up to 4", 4, False))
+CASES = [
+    (scope, size, way)
+    for scope, size in (("layer", 4 * KIB), ("layer", 16 * KIB), ("layer", 32 * KIB))
+    + (("all", 4 * KIB),)
+    for way in ("load", "offload")
+]
+#: Name, threads, whether these are used however long submitting takes, and copies a call at most.
+WAYS = (
+    ("1", 1, False, 256),
+    ("1, calls of 64", 1, False, 64),
+    ("2", 2, True, 256),
+    ("4", 4, True, 256),
+    ("up to 4", 4, False, 256),
+)
 
 
 class Way:
     """The transfers of a cell with some threads."""
 
-    def __init__(self, job: bench.Job, name: str, threads: int, always: bool) -> None:
+    def __init__(
+        self, job: bench.Job, name: str, threads: int, always: bool, most: int
+    ) -> None:
         cell = job.cell
+        model = job.cache.model
         self.name = name
         self.cell = cell
         self.pages = job.pages[cell.direction]
+        sizes = tuple(size for size in model.batch_sizes if size <= most)
         self.cache = kvsig.PagedKVCache(
-            device=tuple(job.near), host=tuple(job.far), page_size=1, threads=threads
+            device=tuple(job.near),
+            host=tuple(job.far),
+            page_size=1,
+            model=replace(model, batch_sizes=sizes),
+            threads=threads,
         )
         self.worth = (-1.0, -1.0) if always else (_threads.WORTH, _threads.WORTH_MORE)
         self.calls = 0
         self.gb_s: list[float] = []
         self.ms: list[float] = []
+        self.launches: list[float] = []
         self.meanwhile: list[float] = []
 
     def submit(self, stream: Any) -> bench.Outcome:
-        """Make one transfer, layer by layer."""
+        """Make one transfer: by batches, where it is of all layers."""
         near, far = self.pages
         _threads.WORTH, _threads.WORTH_MORE = self.worth
         outcome = bench.Outcome()
-        for layer in range(self.cell.layers):
+        whole = self.cell.scope == "all"
+        path = "batch" if whole else "auto"
+        for layer in (None,) if whole else range(self.cell.layers):
             if self.cell.direction == "load":
-                report = self.cache.load(far, near, layers=layer, stream=stream)
+                report = self.cache.load(far, near, layers=layer, stream=stream, path=path)
             else:
-                report = self.cache.offload(near, far, layers=layer, stream=stream)
+                report = self.cache.offload(near, far, layers=layer, stream=stream, path=path)
             outcome.bytes += report.bytes
             outcome.calls += report.calls
         self.calls = outcome.calls
         return outcome
 
 
+def launch_row(values: list[float]) -> dict[str, float]:
+    """Microseconds of launches: what most take, and what the slow ones do."""
+    found = np.percentile(values, (50, 90, 99, 99.9))
+    names = ("median", "p90", "p99", "p99.9")
+    row = {name: round(float(value), 2) for name, value in zip(names, found, strict=True)}
+    return row | {"max": round(max(values), 2), "mean": round(statistics.fmean(values), 2)}
+
+
+def measure(
+    clock: Clock, product: bench.Product, ways: list[Way], seconds: float
+) -> dict[str, Any]:
+    """Measure a cell: rows by way."""
+    shuffled = random.Random(0)
+    begin = time.monotonic()
+    ends = [begin + seconds * part for part in (0.3, 0.65, 1.0)]
+    nbytes = ways[0].cell.bytes
+    small = product.launches
+    alone: list[float] = []
+    alone_small: list[float] = []
+    while len(ways[0].gb_s) < 5 or time.monotonic() < ends[0]:
+        for way in shuffled.sample(ways, len(ways)):
+            way.submit(clock.stream)
+            took, _, _ = clock.once(lambda w=way: w.submit(clock.stream) and None)
+            way.gb_s.append(nbytes / took / 1e3)
+    while len(alone) < 45 or time.monotonic() < ends[1]:
+        alone += product.alone()
+        for way in shuffled.sample(ways, len(ways)):
+            found, rate = product.beside(lambda w=way: w.submit(product.moving))
+            way.ms += found
+            way.meanwhile.append(rate)
+    while len(alone_small) < 4000 or time.monotonic() < ends[2]:
+        alone_small += small()
+        for way in shuffled.sample(ways, len(ways)):
+            way.launches += product.beside(lambda w=way: w.submit(product.moving), small)[0]
+    rows: dict[str, Any] = {
+        "alone": {"ms": bench.spread(alone), "launch_us": launch_row(alone_small)}
+    }
+    for way in ways:
+        rows[way.name] = {
+            "gb_s": bench.spread(way.gb_s),
+            "calls": way.calls,
+            "ms": bench.spread(way.ms),
+            "slowdown": round(statistics.median(way.ms) / statistics.median(alone), 4),
+            "gb_s_meanwhile": round(statistics.fmean(way.meanwhile), 2),
+            "launch_us": launch_row(way.launches),
+        }
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seconds", type=float, default=90)
     args = parser.parse_args()
     clock = Clock()
     report = Report(args.json, "threads")
     product = bench.Product(clock.device, 0)
+    product.launches(100)
     memory = bench.Memory(clock.device, 512 << 20, 0)
-    shuffled = random.Random(0)
     deadline = time.monotonic() + args.seconds
-    cases = [(size, way) for size in PAGES for way in ("load", "offload")]
-    say("                threads    GB/s  calls   product, ms  slower  GB/s meanwhile")
-    for done, (size, direction) in enumerate(cases):
+    say(
+        f"{'':<25}{'threads':>15}{'GB/s':>8}{'calls':>7}{'product, ms':>13}{'p90':>8}"
+        f"{'launch, us':>12}{'p90':>8}{'p99':>9}{'max':>9}"
+    )
+    for done, (scope, size, direction) in enumerate(CASES):
         pages = min(bench.auto_pages(size, 64, emulated=False), (512 << 20) // (128 * size))
-        cell = bench.Cell(size, pages, direction=direction, scope="layer")
+        cell = bench.Cell(size, pages, direction=direction, scope=scope)
         job = bench.Job(cell, memory, 0, bench.PYTHON_COPIES)
         ways = [Way(job, *way) for way in WAYS]
-        alone: list[float] = []
-        share = (deadline - time.monotonic()) / (len(cases) - done)
-        half, end = time.monotonic() + share / 2, time.monotonic() + share
-        while len(ways[0].gb_s) < 5 or time.monotonic() < half:
-            for way in shuffled.sample(ways, len(ways)):
-                way.submit(clock.stream)
-                took = clock.once(lambda w=way: w.submit(clock.stream) and None)[0]
-                way.gb_s.append(cell.bytes / took / 1e3)
-        while len(alone) < 60 or time.monotonic() < end:
-            alone += product.alone()
-            for way in shuffled.sample(ways, len(ways)):
-                found, rate = product.beside(lambda w=way: w.submit(product.moving))
-                way.ms += found
-                way.meanwhile.append(rate)
-        rows: dict[str, Any] = {"alone": {"ms": bench.spread(alone)}}
-        for way in ways:
-            slower = statistics.median(way.ms) / statistics.median(alone)
-            rows[way.name] = {
-                "gb_s": bench.spread(way.gb_s),
-                "calls": way.calls,
-                "ms": bench.spread(way.ms),
-                "slowdown": round(slower, 4),
-                "gb_s_meanwhile": round(statistics.fmean(way.meanwhile), 2),
-            }
+        share = (deadline - time.monotonic()) / (len(CASES) - done)
+        rows = measure(clock, product, ways, share)
+        for name, row in rows.items():
+            ms, us = row["ms"], row["launch_us"]
+            rate, calls = row.get("gb_s", {}).get("median", 0), row.get("calls", 0)
             say(
-                f"{direction:>8} {size // KIB:>3} KiB {way.name:>8}"
-                f" {statistics.median(way.gb_s):>7.2f} {way.calls:>6}"
-                f" {statistics.median(way.ms):>12.3f} {slower - 1:>+7.1%}"
-                f" {statistics.fmean(way.meanwhile):>9.2f}"
+                f"{direction:>8} {size // KIB:>3} KiB, {scope:<9}{name:>15}{rate:>8.2f}{calls:>7}"
+                f"{ms['median']:>13.3f}{ms['p90']:>8.3f}"
+                f"{us['median']:>12.1f}{us['p90']:>8.1f}{us['p99']:>9.1f}{us['max']:>9.0f}"
             )
-        report.add(what="threads", direction=direction, page_bytes=size, pages=pages, rows=rows)
+        report.add(
+            what="threads", scope=scope, direction=direction, page_bytes=size, pages=pages,
+            rows=rows,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

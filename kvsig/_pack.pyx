@@ -19,7 +19,7 @@ from bisect import bisect_right
 
 import numpy as np
 
-from kvsig._threads import FEWEST, look
+from kvsig._threads import FEWEST, SLOWEST, look
 
 # cudaDevAttrMaxPitch of every device so far: a strided copy takes no longer pitch.
 cdef uint64_t LONGEST_PITCH = 0x7FFFFFFF
@@ -96,11 +96,13 @@ CHECK_LENGTHS = LENGTHS
 CHECK_NOT_PAGES = NOT_PAGES
 
 # Nanoseconds from one look at the CPU's speed to the next one, at least; and how long a look is
-# believed where no choice between methods hangs on it.
-cdef int64_t LOOK_AGAIN = 500_000
+# believed where no choice between methods hangs on it. A look takes 3 us, or 20 with caches that
+# copies have gone through.
+cdef int64_t LOOK_AGAIN = 5_000_000
 cdef int64_t LOOK_BELIEVED = 1_000_000_000
 cdef int64_t looked = 0
 cdef double slow_now = 1
+cdef double SLOWEST_CPU = SLOWEST
 
 METHODS = ("batch", "loop", "strided", "strided+batch", "strided+loop")
 
@@ -380,6 +382,19 @@ cdef inline Py_ssize_t lone_pages(const Scan *s) noexcept nogil:
         a, b = c, e
         i += 1
     return i - s.at
+
+
+cdef struct Runs:
+    # What a scan has found: pages in no run, and runs by kind and length. The kinds are 1 for
+    # neighbours on both sides, and 0 for any other constant step.
+    double single
+    uint64_t used[2]        # a bit for each bucket that has something in it
+    double *count[2]        # runs in each bucket, and
+    double *pages[2]        # their pages: one block of memory, made where there is a run
+
+
+cdef extern from *:
+    int lowest_bit "__builtin_ctzll"(uint64_t bits) noexcept nogil
 
 
 cdef inline int bucket_of(Py_ssize_t pages) noexcept nogil:
@@ -1069,6 +1084,8 @@ cdef class Transfer:
     cdef Py_ssize_t side, piece, given
     cdef int mode
     cdef bint cubes_wait, plain_waits, ended
+    cdef Runs runs
+    cdef bint surveyed              # they have been found
     cdef bint lone                  # no page is in a run
     cdef bint following             # it comes right behind another transfer of its stream
     cdef bint met                   # its stream has been looked at: by `decide_now`
@@ -1092,6 +1109,7 @@ cdef class Transfer:
     """
 
     def __dealloc__(self):
+        free(self.runs.count[0])
         if self.views > 0:
             PyBuffer_Release(&self.device_view)
         if self.views > 1:
@@ -1174,14 +1192,19 @@ cdef class Transfer:
         """
         cdef Queue *queue = queue_of(stream)
         cdef int64_t submitted, moved
+        cdef bint following
         if not self.met:
             self.met = True
             self.stream = stream
             self.begin = clock_ns()
             self.behind = queue.until if queue.stream == stream else 0
-        if method == "auto" or self.begin - looked > LOOK_BELIEVED:
+        following = self.begin < self.behind + FOLLOWS
+        if self.begin - looked > LOOK_AGAIN and (
+            self.begin - looked > LOOK_BELIEVED
+            or method == "auto" and self.hangs(batch, following)
+        ):
             slowness_at(self.begin)
-        self.decide(method, batch, slow_now, self.begin < self.behind + FOLLOWS)
+        self.decide(method, batch, slow_now, following)
         submitted = self.begin + <int64_t>(1e3 * self.tally[self.mode].submit)
         moved = self.behind if self.behind > self.begin else self.begin
         moved += <int64_t>(1e3 * self.tally[self.mode].engine)
@@ -1212,37 +1235,23 @@ cdef class Transfer:
             If the method is unknown.
         """
         cdef bint wanted[MODES]
-        cdef Py_ssize_t m, best = -1
-        for m in range(MODES):
-            wanted[m] = False
+        cdef Py_ssize_t best
         if method == "auto":
-            for m in range(MODES):
-                wanted[m] = batch or (m != BATCH and m != STRIDED_BATCH)
-        elif method == "batch":
-            wanted[BATCH] = True
-        elif method == "strided":
-            wanted[STRIDED] = True
-        elif method == "loop":
-            wanted[LOOP] = True
+            want_all(wanted, batch)
         else:
-            raise ValueError(
-                f"method is {method!r}: it is 'auto', 'batch', 'strided' or 'loop'"
-            )
-        self.slow, self.following = slow, following
-        if self.scan.count < KEEP_GIL:
-            self.predict(wanted)
-        else:
-            with nogil:
-                self.predict(wanted)
-        for m in range(MODES):
-            if wanted[m] and (best < 0 or self.rank[m] < self.rank[best]):
-                best = m
-        # A mixture in which one part is empty goes by the plain name.
-        if best == STRIDED_BATCH or best == STRIDED_LOOP:
-            if self.tally[best].copies == 0 and self.rank[STRIDED] <= self.rank[best]:
-                best = STRIDED
-            elif self.tally[best].strided == 0:
-                best = BATCH if best == STRIDED_BATCH else LOOP
+            wanted[:] = [False, False, False, False, False]
+            if method == "batch":
+                wanted[BATCH] = True
+            elif method == "strided":
+                wanted[STRIDED] = True
+            elif method == "loop":
+                wanted[LOOP] = True
+            else:
+                raise ValueError(
+                    f"method is {method!r}: it is 'auto', 'batch', 'strided' or 'loop'"
+                )
+        self.survey()
+        best = self.best_of(wanted, slow, following)
         self.mode = <int>best
         self.batch_size = self.size_of[best]
         self.first_size = self.first_of[best]
@@ -1258,6 +1267,35 @@ cdef class Transfer:
         self.given = 0
         if self.workspace is not None:
             self.workspace.copies = 0
+
+    cdef bint hangs(self, bint batch, bint following) except -1:
+        # Whether the CPU's speed decides what is chosen.
+        cdef bint wanted[MODES]
+        cdef Py_ssize_t best, size, first
+        want_all(wanted, batch)
+        self.survey()
+        best = self.best_of(wanted, 1, following)
+        size, first = self.size_of[best], self.first_of[best]
+        if best != self.best_of(wanted, SLOWEST_CPU, following):
+            return True
+        return size != self.size_of[best] or first != self.first_of[best]
+
+    cdef Py_ssize_t best_of(self, const bint *wanted, double slow,
+                            bint following) noexcept nogil:
+        # Price methods beside a CPU of some speed; the mode that is best.
+        cdef Py_ssize_t m, best = -1
+        self.slow, self.following = slow, following
+        self.predict(wanted)
+        for m in range(MODES):
+            if wanted[m] and (best < 0 or self.rank[m] < self.rank[best]):
+                best = m
+        # A mixture in which one part is empty goes by the plain name.
+        if best == STRIDED_BATCH or best == STRIDED_LOOP:
+            if self.tally[best].copies == 0 and self.rank[STRIDED] <= self.rank[best]:
+                best = STRIDED
+            elif self.tally[best].strided == 0:
+                best = BATCH if best == STRIDED_BATCH else LOOP
+        return best
 
     cdef void rewind(self) noexcept nogil:
         # Keep together only the runs that some group makes use of.
@@ -1282,41 +1320,68 @@ cdef class Transfer:
     cdef bint uses_runs(self) noexcept nogil:
         return self.scan.unit <= LONGEST_RUN or self.scan.step <= LONGEST_RUN
 
-    cdef void predict(self, const bint *wanted) noexcept nogil:
-        cdef const Layout *p = self.p
+    cdef int survey(self) except -1:
+        # Find the runs, once for all times that the transfer is decided on.
+        if self.surveyed:
+            return 0
+        if self.scan.count < KEEP_GIL:
+            self.find_runs()
+        else:
+            with nogil:
+                self.find_runs()
+        self.surveyed = True
+        return 0
+
+    cdef int find_runs(self) except -1 nogil:
         cdef Scan *s = &self.scan
-        cdef const Costs *c = &p.cost[self.side]
+        cdef Runs *found = &self.runs
         cdef int64_t a = 0, b = 0
-        cdef double runs[2][BUCKETS]
-        cdef double pages[2][BUCKETS]
-        cdef uint64_t used[2]
-        cdef double single = 0, length
-        cdef Py_ssize_t m, k, r, unit, q
-        cdef Kind *kind
-        cdef Choice *choice
-        cdef Tally *t
-        used[0] = used[1] = 0
+        cdef Py_ssize_t r, unit, q
+        found.single = 0
+        found.used[0] = found.used[1] = 0
         s.at = s.known = 0
         s.unit = 2
         s.step = 3
         while s.at < s.count:
             r = lone_pages(s)
             s.at += r
-            single += r
+            found.single += r
             r = next_run(s, &a, &b)
             s.at += r
             if r == 1:
-                single += 1
+                found.single += 1
                 continue
+            if found.count[0] == NULL:
+                self.make_buckets()
             unit = 1 if a == b and (a == 1 or a == -1) else 0
             q = bucket_of(r)
-            if not (used[unit] >> q) & 1:
-                used[unit] |= <uint64_t>1 << q
-                runs[unit][q] = 0
-                pages[unit][q] = 0
-            runs[unit][q] += 1
-            pages[unit][q] += r
-        self.lone = not (used[0] | used[1])
+            found.used[unit] |= <uint64_t>1 << q
+            found.count[unit][q] += 1
+            found.pages[unit][q] += r
+        self.lone = not (found.used[0] | found.used[1])
+        return 0
+
+    cdef int make_buckets(self) except -1 with gil:
+        # Most transfers have no run, and need none.
+        cdef Py_ssize_t unit
+        cdef double *block = <double *>calloc(4 * BUCKETS, sizeof(double))
+        if block == NULL:
+            raise MemoryError("no memory for the runs of a transfer")
+        for unit in range(2):
+            self.runs.count[unit] = block + unit * BUCKETS
+            self.runs.pages[unit] = block + (2 + unit) * BUCKETS
+        return 0
+
+    cdef void predict(self, const bint *wanted) noexcept nogil:
+        cdef const Layout *p = self.p
+        cdef const Runs *found = &self.runs
+        cdef const Costs *c = &p.cost[self.side]
+        cdef double length, runs, pages
+        cdef Py_ssize_t m, k, unit, q
+        cdef uint64_t bits
+        cdef const Kind *kind
+        cdef const Choice *choice
+        cdef Tally *t
         for m in range(MODES):
             self.time[m] = self.rank[m] = NEVER
             t = &self.tally[m]
@@ -1329,28 +1394,29 @@ cdef class Transfer:
             for k in range(p.kinds):
                 kind = &p.kind[k]
                 choice = choice_of(p, self.side, m, k)
-                count_page(t, c, kind, <int>m, choice.form, single, <double>kind.width)
-                if self.lone:
-                    continue
+                count_page(
+                    t, c, kind, <int>m, choice.form, found.single, <double>kind.width
+                )
                 for unit in range(2):
-                    for q in range(BUCKETS):
-                        if not (used[unit] >> q) & 1:
-                            continue
-                        length = pages[unit][q] / runs[unit][q]
+                    bits = found.used[unit]
+                    while bits:
+                        q = lowest_bit(bits)
+                        bits &= bits - 1
+                        runs, pages = found.count[unit][q], found.pages[unit][q]
+                        length = pages / runs
                         if unit and kind.merges:
                             count_page(
                                 t, c, kind, <int>m,
                                 form_of(c, kind, <int>m, length * kind.width),
-                                runs[unit][q], length * kind.width,
+                                runs, length * kind.width,
                             )
                         elif unit and length >= choice.slab:
-                            count_rows(t, c, kind, runs[unit][q], pages[unit][q], True)
+                            count_rows(t, c, kind, runs, pages, True)
                         elif length >= choice.shortest:
-                            count_rows(t, c, kind, runs[unit][q], pages[unit][q], False)
+                            count_rows(t, c, kind, runs, pages, False)
                         else:
                             count_page(
-                                t, c, kind, <int>m, choice.form, pages[unit][q],
-                                <double>kind.width,
+                                t, c, kind, <int>m, choice.form, pages, <double>kind.width
                             )
             self.price(<int>m)
 
@@ -1818,6 +1884,12 @@ cdef class Transfer:
         op[5] = rows
         w.strided += 1
         return 0
+
+
+cdef inline void want_all(bint *wanted, bint batch) noexcept nogil:
+    cdef Py_ssize_t m
+    for m in range(MODES):
+        wanted[m] = batch or (m != BATCH and m != STRIDED_BATCH)
 
 
 cdef inline uint64_t seam_after(const uint64_t *seam, Py_ssize_t seams,

@@ -13,7 +13,6 @@ there). So several submit only where one has been measured to be the bottleneck.
 
 from __future__ import annotations
 
-import os
 import time
 
 __all__ = ["FEWEST", "Pace", "look", "loop_ns"]
@@ -69,8 +68,8 @@ class Pace:
 
     Parameters
     ----------
-    threads : int or None
-        The most threads that submit, the caller's counted in; None goes by the CPUs.
+    threads : int
+        The most threads that submit, the caller's counted in, 1 to 8.
 
     Attributes
     ----------
@@ -80,12 +79,9 @@ class Pace:
 
     __slots__ = ("_costs", "most")
 
-    def __init__(self, threads: int | None = None) -> None:
-        if threads is None:
-            usable = len(os.sched_getaffinity(0))
-            threads = max(1, min(4, usable // 4))
-        elif isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 8:
-            raise ValueError(f"threads must be an int from 1 to 8, or None, not {threads!r}")
+    def __init__(self, threads: int) -> None:
+        if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 8:
+            raise ValueError(f"threads must be an int from 1 to 8, not {threads!r}")
         self.most = threads
         # By direction and size class: nanoseconds per copy, and uses since they were measured.
         self._costs: dict[tuple[bool, int], list[float]] = {}

@@ -102,8 +102,9 @@ FEW_RUNS, LIMIT_RUNS, CLOSE = 3, 9, 1.5
 #: A cell goes on, for so many times as many runs at most, until the standard error of auto's ratio
 #: to each method that is about as fast is so small.
 MORE_RUNS, PRECISION, AS_FAST = 20, 0.004, 1.05
-#: Cells' shares of the time by which one cell may run ahead.
-AHEAD = 2
+#: Cells' shares of the time by which one cell may run ahead. Most cells need a fraction of theirs,
+#: and a few, of long runs beside a CPU that others use, many times as much.
+AHEAD = 25
 #: Seconds after the last work of a stream from which on a transfer follows nothing.
 APART = 60e-6
 #: Methods that cost microseconds of Python per copy move only so many copies of a cell.
@@ -221,6 +222,8 @@ class Options:
         Compare bytes once per cell and method.
     full_speed : bool
         Begin each timed run on a CPU that is at full speed, see `FullSpeed`.
+    threads : int
+        Of kvsig's caches: how many may submit a transfer, see `kvsig.PagedKVCache`.
     """
 
     methods: Sequence[str] = tuple(METHODS)
@@ -229,6 +232,7 @@ class Options:
     seed: int = 0
     verify: bool = True
     full_speed: bool = True
+    threads: int = 1
 
 
 def auto_pages(page_bytes: int, planes: int, emulated: bool) -> int:
@@ -529,7 +533,9 @@ class Memory:
 class Job:
     """The data of one cell, and the calls that every method is made of."""
 
-    def __init__(self, cell: Cell, memory: Memory, seed: int, python_copies: int) -> None:
+    def __init__(
+        self, cell: Cell, memory: Memory, seed: int, python_copies: int, threads: int = 1
+    ) -> None:
         self.cell = cell
         self.memory = memory
         total = cell.pool_bytes
@@ -560,6 +566,7 @@ class Job:
             host=tuple(self.far) if two else self.far[0],
             layout=cell.layout,
             page_size=1,
+            threads=threads,
         )
         rng = np.random.default_rng(seed)
         near_first, near_other = page_numbers(cell, rng)
@@ -1180,7 +1187,7 @@ class Bench:
 
     def measure(self, cell: Cell, memory: Memory, deadline: float) -> dict[str, Any]:
         """Measure one cell: verify every method, then time them in turn."""
-        job = Job(cell, memory, self.options.seed, PYTHON_COPIES)
+        job = Job(cell, memory, self.options.seed, PYTHON_COPIES, self.options.threads)
         job.fill()
         notes: dict[str, str] = {}
         series = self.series(job, notes)
@@ -1653,6 +1660,7 @@ class Product:
             for _ in range(2)
         )
         self.out = torch.empty_like(self.left)
+        self.small = torch.zeros(1024, device=device)
         self.working, self.moving = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self.alone()
 
@@ -1667,8 +1675,23 @@ class Product:
         events[-1].synchronize()
         return [a.elapsed_time(b) for a, b in itertools.pairwise(events)][1:]
 
-    def beside(self, submit: Callable[[], Outcome]) -> tuple[list[float], float]:
-        """Milliseconds of products beside transfers of another thread, and GB/s of these."""
+    def launches(self, count: int = 2000) -> list[float]:
+        """Microseconds that launching a small kernel takes the host, for each of some."""
+        times = []
+        with torch.cuda.stream(self.working):
+            for _ in range(count):
+                begin = time.perf_counter_ns()
+                self.small.add_(1)
+                times.append((time.perf_counter_ns() - begin) / 1e3)
+        self.working.synchronize()
+        return times
+
+    def beside(
+        self,
+        submit: Callable[[], Outcome],
+        work: Callable[[], list[float]] | None = None,
+    ) -> tuple[list[float], float]:
+        """Times of products, or of other work, beside transfers of another thread; their GB/s."""
         stop, going = threading.Event(), threading.Event()
         moved, failures = [0], []
 
@@ -1696,7 +1719,7 @@ class Product:
             if not going.wait(10):
                 raise RuntimeError("no transfer has ended after 10 seconds")
             begin, before = time.perf_counter(), moved[0]
-            times = self.alone()
+            times = (work or self.alone)()
             took = time.perf_counter() - begin
             rate = (moved[0] - before) / took / 1e9
         finally:
@@ -1712,6 +1735,7 @@ def compute(
     methods: Sequence[str] = ("auto", "batch", "strided", "loop"),
     transfers: Sequence[tuple[str, int]] = COMPUTE,
     seed: int = 0,
+    threads: int = 1,
 ) -> dict[str, Any]:
     """Measure by how much transfers slow a matrix product on another stream.
 
@@ -1725,6 +1749,8 @@ def compute(
         Scope and page size of the transfers: 32 layers of K and V, each way.
     seed : int
         Of page numbers and bytes.
+    threads : int
+        That may submit a transfer, see `kvsig.PagedKVCache`.
 
     Returns
     -------
@@ -1741,7 +1767,7 @@ def compute(
         raise ValueError("--compute needs a GPU: the runtime in use is the emulated one")
     product = Product(device, seed)
     memory = Memory(device, 512 * MIB, seed)
-    result: dict[str, Any] = {"product": f"{PRODUCT}^3 bf16", "cells": []}
+    result: dict[str, Any] = {"product": f"{PRODUCT}^3 bf16", "threads": threads, "cells": []}
     deadline = time.monotonic() + seconds
     shuffled = random.Random(seed)
     cases = [(scope, page, way) for scope, page in transfers for way in ("offload", "load")]
@@ -1750,7 +1776,8 @@ def compute(
             break
         pages = auto_pages(page, 64, emulated=False)
         pages = min(pages, memory.near.numel() // (2 * 64 * page))
-        job = Job(Cell(page, pages, direction=direction, scope=scope), memory, seed, PYTHON_COPIES)
+        cell = Cell(page, pages, direction=direction, scope=scope)
+        job = Job(cell, memory, seed, PYTHON_COPIES, threads)
         job.fill()
         job.drop()
         runs: dict[str, Callable[[], Outcome] | None] = {"alone": None}

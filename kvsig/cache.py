@@ -66,11 +66,10 @@ class PagedKVCache:
         a copy that has rows on both sides of one, so copies are split there. Where the driver
         can be asked for the allocations and blocks that the tensors lie in, it has been.
     threads : int, optional
-        Threads that may submit the copies of one transfer, the caller's counted in, 1 to 8.
-        More than one are used where submitting copies has been measured to take longer than
-        moving them; the order of the stream stays. By default a quarter of the CPUs, 4 at
-        most; 1 keeps to the caller's thread, which is kinder to a thread that launches
-        kernels meanwhile.
+        Threads that may submit the copies of one transfer, the caller's counted in, 1 to 8; by
+        default the caller's alone. More are used where submitting copies has been measured to
+        take longer than moving them; the order of the stream stays. They keep other threads,
+        which launch kernels meanwhile, out of the driver: see docs/performance.md.
 
     Attributes
     ----------
@@ -110,7 +109,7 @@ class PagedKVCache:
         *,
         model: CostModel | None = None,
         host_seams: Sequence[int] | npt.NDArray[Any] | None = None,
-        threads: int | None = None,
+        threads: int = 1,
     ) -> None:
         if layout not in LAYOUTS:
             raise ValueError(f"layout must be 'layer_first' or 'page_first_direct', not {layout!r}")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import kvsig
 from kvsig import _core, bench, cli, costs
 from kvsig.cli import bench as command
 
@@ -222,6 +223,29 @@ class TestEmulated:
         methods = self.run(cell, methods=("auto",))["cells"][0]["methods"]
         assert set(methods) == {"auto", "auto, default stream"}
         assert methods["auto, default stream"]["verified"]
+
+    def test_threads_that_may_submit(self, on_emulated, monkeypatch, tmp_path):
+        made = []
+        real = kvsig.PagedKVCache
+
+        def cache(*args, **options):
+            made.append(options["threads"])
+            return real(*args, **options)
+
+        monkeypatch.setattr(bench.kvsig, "PagedKVCache", cache)
+        path = tmp_path / "x.json"
+        assert cli.main(["bench", *SMALL, "--method", "auto", "--json", str(path)]) == 0
+        assert set(made) == {1}
+        assert json.loads(path.read_text(encoding="utf-8"))["options"]["threads"] == 1
+        del made[:]
+        assert cli.main(["bench", *SMALL, "--method", "auto", "--threads", "3"]) == 0
+        assert set(made) == {3}
+
+    @pytest.mark.parametrize("threads", ["0", "9", "two"])
+    def test_threads_that_cannot_be(self, threads, capsys):
+        with pytest.raises(SystemExit):
+            cli.main(["bench", "--threads", threads])
+        assert "--threads" in capsys.readouterr().err
 
     def test_time_that_is_too_short_leaves_cells_out(self):
         result = self.run(*[bench.Cell(512, 8, layers=2)] * 3, seconds=0.0)

@@ -847,9 +847,9 @@ class TestPlans:
     def test_plans_are_for_the_cpu_that_transfers_meet(self, stream, path, monkeypatch):
         model = costs.builtin("NVIDIA H100 80GB HBM3")
         monkeypatch.setattr("kvsig._pack.look", lambda: 1.9)
-        time.sleep(0.001)
+        time.sleep(0.006)
         device, host = torch.zeros(400, 4096), torch.zeros(400, 1, 1, 4096)
-        cache = kvsig.PagedKVCache([device], host, page_size=1, model=model, threads=1)
+        cache = kvsig.PagedKVCache([device], host, page_size=1, model=model)
         order = np.random.default_rng(0).permutation(400)
         for count in (3, 70, 130, 300):
             pages = {"host_pages": order[:count], "device_pages": order[::-1][:count]}
@@ -859,7 +859,7 @@ class TestPlans:
             stream.synchronize()
             time.sleep(0.01)  # a plan is of a transfer that follows no other one
         monkeypatch.setattr("kvsig._pack.look", lambda: 1.0)
-        time.sleep(0.001)
+        time.sleep(0.006)
         assert _pack.slowness() == 1.0
 
     def test_of_bad_requests(self, stream):
@@ -892,7 +892,7 @@ class TestCalls:
         return [call["observed"]["copies"] for call in control.calls(BATCH)]
 
     def test_grow_until_the_engine_is_busy(self, control):
-        cache = self.large(threads=1)
+        cache = self.large()
         order = np.random.default_rng(0).permutation(700)
         with emulated.Stream() as stream:
             control.record()

@@ -16,6 +16,7 @@ import pytest
 from kvsig import _core, _threads
 from kvsig import costs as costs_module
 from kvsig import emulated as emulated_runtimes
+from kvsig._pack import slowness
 from kvsig.costs import Cell, CostModel, DirectionCosts, Sample, builtin, cells, fit, predict
 from kvsig.geometry import Planes
 from kvsig.planning import (
@@ -1154,6 +1155,45 @@ class TestModelAgreesWithMeasurement:
             found.append(other.first_size)
             time.sleep(0.01)
         assert 0 in found
+
+    @pytest.mark.parametrize("pages", [1, 4, 16, 200])
+    @pytest.mark.parametrize("kib", [4, 32])
+    @pytest.mark.parametrize("direction", ["load", "offload"])
+    def test_looks_at_the_cpu_only_where_the_choice_hangs_on_it(
+        self, monkeypatch, direction, kib, pages
+    ):
+        looks = []
+        monkeypatch.setattr("kvsig._pack.look", lambda: looks.append(1) or 1.0)
+        slowness()  # a look that is more than a second old is not believed by anyone
+        del looks[:]
+        ready = prepare(page_first(1, kib * KIB, 500), H100)
+        order = np.random.default_rng(4).permutation(500)[:pages]
+        transfer = ready.transfer(order, order[::-1].copy(), direction)
+        chosen = set()
+        for slow in (1, _threads.SLOWEST):
+            transfer.decide("auto", True, slow)
+            chosen.add((transfer.method, transfer.batch_size, transfer.first_size))
+        time.sleep(0.006)
+        transfer.decide_now("auto", True, 16 * 1005)
+        assert len(looks) == len(chosen) - 1
+        del looks[:]
+        time.sleep(0.006)
+        for method in ("batch", "strided", "loop"):
+            forced = ready.transfer(order, order[::-1].copy(), direction)
+            forced.decide_now(method, True, 16 * 1006)
+        assert not looks
+
+    def test_goes_by_the_cpu_that_it_has_looked_at(self, monkeypatch):
+        """K and V of 4 pages of 4 KiB: a batch, and rows beside a CPU at half its speed."""
+        ready = prepare(page_first(1, 4 * KIB, 500), H100)
+        pages = np.array([7, 300, 40, 123])
+        for slow, method in ((1.0, "batch"), (_threads.SLOWEST, "strided"), (1.0, "batch")):
+            monkeypatch.setattr("kvsig._pack.look", lambda slow=slow: slow)
+            time.sleep(0.006)
+            for _ in range(3):  # and no other one comes before the next look
+                transfer = ready.transfer(pages, pages[::-1].copy(), "load")
+                transfer.decide_now("auto", True, 16 * 1007)
+                assert transfer.method == method
 
     def test_auto_scores_no_worse_than_any_forced_method(self):
         rng = np.random.default_rng(7)

@@ -97,6 +97,14 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="time runs on whatever CPU they are on, also where others slow it down",
     )
     parser.add_argument(
+        "--threads",
+        type=int,
+        choices=range(1, 9),
+        default=1,
+        metavar="1-8",
+        help="threads that may submit a transfer of kvsig (default: 1)",
+    )
+    parser.add_argument(
         "--compute",
         action="store_true",
         help="measure instead how much transfers slow a matrix product on another stream",
@@ -243,9 +251,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.compute or args.host:
         kind = "compute" if args.compute else "host"
-        found = bench.compute if args.compute else bench.host_costs
         seconds = float(args.seconds or 40)
-        part = found(seconds=seconds, seed=args.seed)
+        if args.compute:
+            part = bench.compute(seconds, seed=args.seed, threads=args.threads)
+        else:
+            part = bench.host_costs(seconds, seed=args.seed)
         result = {"schema": bench.SCHEMA, "kind": kind, "provenance": bench.provenance()} | part
         save(result)
         return result
@@ -286,6 +296,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         seed=args.seed,
         verify=not args.no_verify,
         full_speed=not args.any_cpu,
+        threads=args.threads,
     )
     return bench.Bench(cells, options, save).run()
 
