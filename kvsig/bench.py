@@ -102,6 +102,8 @@ FEW_RUNS, LIMIT_RUNS, CLOSE = 3, 9, 1.5
 #: A cell goes on, for so many times as many runs at most, until the standard error of auto's ratio
 #: to each method that is about as fast is so small.
 MORE_RUNS, PRECISION, AS_FAST = 20, 0.004, 1.05
+#: A run whose CPU was slowed down by others when it ended is made again, so many times at most.
+RUNS_AGAIN = 3
 #: Cells' shares of the time by which one cell may run ahead. Most cells need a fraction of theirs,
 #: and a few, of long runs beside a CPU that others use, many times as much.
 AHEAD = 25
@@ -1364,22 +1366,27 @@ class Bench:
             one.host_ms.append((time.perf_counter() - begin) * 1e3)
             one.stream.synchronize()
             return
-        self.speed.settle()
-        if one.first_ms < WARM_MS:
-            # What ran before leaves the CPU's caches cold, which would count as this one's time.
-            self.speed.warm(one.submit)
-        torch.cuda.synchronize()
-        apart()
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
-        start.record(one.stream)
-        begin = time.perf_counter()
-        one.outcome = one.submit()
-        one.host_ms.append((time.perf_counter() - begin) * 1e3)
-        end.record(one.stream)
-        end.synchronize()
+        for last in range(RUNS_AGAIN, -1, -1):
+            self.speed.settle()
+            if one.first_ms < WARM_MS:
+                # What ran before leaves the CPU's caches cold, which would count as this one's.
+                self.speed.warm(one.submit)
+            torch.cuda.synchronize()
+            apart()
+            start.record(one.stream)
+            begin = time.perf_counter()
+            one.outcome = one.submit()
+            host = time.perf_counter() - begin
+            end.record(one.stream)
+            end.synchronize()
+            full = self.speed.here()
+            if full or not last or not self.speed.cpus:
+                break
+        one.host_ms.append(host * 1e3)
         one.ms.append(start.elapsed_time(end))
-        one.full_speed += self.speed.here()
+        one.full_speed += full
 
     def entry(self, job: Job, series: list[Series], notes: dict[str, str]) -> dict[str, Any]:
         """Write down what a cell gave."""
