@@ -640,6 +640,7 @@ cdef class Prepared:
     """
 
     cdef Layout at
+    cdef int64_t asked              # when its transfers last asked whether the CPU's speed matters
     cdef readonly object model
     """The cost model that it was made with."""
 
@@ -1199,11 +1200,14 @@ cdef class Transfer:
             self.begin = clock_ns()
             self.behind = queue.until if queue.stream == stream else 0
         following = self.begin < self.behind + FOLLOWS
-        if self.begin - looked > LOOK_AGAIN and (
-            self.begin - looked > LOOK_BELIEVED
-            or method == "auto" and self.hangs(batch, following)
-        ):
-            slowness_at(self.begin)
+        if self.begin - looked > LOOK_AGAIN:
+            if self.begin - looked > LOOK_BELIEVED:
+                slowness_at(self.begin)
+            elif method == "auto" and self.begin - self.prepared.asked > LOOK_AGAIN:
+                # Asked now and then as well: it is two more predictions.
+                self.prepared.asked = self.begin
+                if self.hangs(batch, following):
+                    slowness_at(self.begin)
         self.decide(method, batch, slow_now, following)
         submitted = self.begin + <int64_t>(1e3 * self.tally[self.mode].submit)
         moved = self.behind if self.behind > self.begin else self.begin
