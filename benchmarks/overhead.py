@@ -49,7 +49,7 @@ def main() -> int:
             pages = max(count, (1 << 28) // width)
             device = torch.empty(pages, width, dtype=torch.uint8)
             host = torch.empty(pages, 1, 1, width, dtype=torch.uint8)
-            cache = kvsig.PagedKVCache([device], host, page_size=1, model=MODEL)
+            cache = kvsig.PagedKVCache([device], host, page_size=1, model=MODEL, threads=1)
             a, b = rng.permutation(pages)[:count], rng.permutation(pages)[:count]
             dsts = np.uint64(device.data_ptr()) + a.astype(np.uint64) * np.uint64(width)
             srcs = np.uint64(host.data_ptr()) + b.astype(np.uint64) * np.uint64(width)
@@ -69,7 +69,7 @@ def main() -> int:
         print(f"\n{'pages':>7} {'path':>8} {'load':>8} {'offload':>8}   us per call, one layer")
         pair = [[torch.empty(512, 4 * KIB, dtype=torch.uint8) for _ in range(4)] for _ in "kv"]
         pools = [torch.empty(512, 4, 1, 4 * KIB, dtype=torch.uint8) for _ in "kv"]
-        cache = kvsig.PagedKVCache((pair[0], pair[1]), pools, page_size=1, model=MODEL)
+        cache = kvsig.PagedKVCache((pair[0], pair[1]), pools, page_size=1, model=MODEL, threads=1)
         for pages in (1, 16):
             a, b = rng.permutation(512)[:pages], rng.permutation(512)[:pages]
             for path in ("auto", "batch"):

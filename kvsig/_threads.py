@@ -13,6 +13,7 @@ there). So several submit only where one has been measured to be the bottleneck.
 
 from __future__ import annotations
 
+import os
 import time
 
 __all__ = ["FEWEST", "Pace", "look", "loop_ns"]
@@ -29,6 +30,8 @@ FASTEST = 560
 # four from the next.
 WORTH = 1.12
 WORTH_MORE = 1.4
+# From so many CPUs on, two threads may submit where nobody has said how many.
+CPUS = 8
 # Steps of the loop that is looked at: about half a microsecond.
 STEPS = 20
 # A CPU this much slower than it was at its best counts as slow, and none counts as slower than so.
@@ -68,8 +71,9 @@ class Pace:
 
     Parameters
     ----------
-    threads : int
-        The most threads that submit, the caller's counted in, 1 to 8.
+    threads : int or None
+        The most threads that submit, the caller's counted in; None is 2 where there are 8 CPUs or
+        more, and 1 elsewhere.
 
     Attributes
     ----------
@@ -79,9 +83,11 @@ class Pace:
 
     __slots__ = ("_costs", "most")
 
-    def __init__(self, threads: int) -> None:
-        if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 8:
-            raise ValueError(f"threads must be an int from 1 to 8, not {threads!r}")
+    def __init__(self, threads: int | None = None) -> None:
+        if threads is None:
+            threads = 2 if len(os.sched_getaffinity(0)) >= CPUS else 1
+        elif isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= 8:
+            raise ValueError(f"threads must be an int from 1 to 8, or None, not {threads!r}")
         self.most = threads
         # By direction and size class: nanoseconds per copy, and uses since they were measured.
         self._costs: dict[tuple[bool, int], list[float]] = {}

@@ -93,6 +93,9 @@ PAGE_BYTES = tuple(256 << i for i in range(13))
 LIMIT_BYTES = 256 * MIB
 #: A cell moves no more than this, unless pages are asked for by number.
 CELL_BYTES, CELL_COPIES = 256 * MIB, 65536
+#: And no more copies than this layer by layer, where the host is the slower one with small pages:
+#: long runs beside a CPU that changes its speed say little.
+LAYER_COPIES = 16384
 EMULATED_BYTES, EMULATED_COPIES = MIB, 2048
 #: Milliseconds: where the first run takes less, one more is made before each that is timed.
 WARM_MS = 20.0
@@ -224,8 +227,8 @@ class Options:
         Compare bytes once per cell and method.
     full_speed : bool
         Begin each timed run on a CPU that is at full speed, see `FullSpeed`.
-    threads : int
-        Of kvsig's caches: how many may submit a transfer, see `kvsig.PagedKVCache`.
+    threads : int, optional
+        That may submit a transfer; by default as `kvsig.PagedKVCache` has it.
     """
 
     methods: Sequence[str] = tuple(METHODS)
@@ -234,14 +237,16 @@ class Options:
     seed: int = 0
     verify: bool = True
     full_speed: bool = True
-    threads: int = 1
+    threads: int | None = None
 
 
-def auto_pages(page_bytes: int, planes: int, emulated: bool) -> int:
+def auto_pages(page_bytes: int, planes: int, emulated: bool, scope: str = "all") -> int:
     """Pages that a cell moves where no number is given."""
     most_bytes, most_copies = (
         (EMULATED_BYTES, EMULATED_COPIES) if emulated else (CELL_BYTES, CELL_COPIES)
     )
+    if scope == "layer":
+        most_copies = min(most_copies, LAYER_COPIES)
     pages = min(most_bytes // (page_bytes * planes), most_copies // planes)
     return max(2, pages // 8 * 8 if pages >= 8 else pages)
 
@@ -275,7 +280,9 @@ def preset(
 
     def some(page_bytes: int, **values: Any) -> Cell:
         planes = values.get("layers", 32) * values.get("kinds", 2)
-        pages = values.pop("pages", 0) or auto_pages(page_bytes, planes, emulated)
+        pages = values.pop("pages", 0) or auto_pages(
+            page_bytes, planes, emulated, values.get("scope", "all")
+        )
         return Cell(page_bytes=page_bytes, pages=pages, **values)
 
     cells: list[Cell] = []
@@ -402,7 +409,7 @@ def product(
         planes = shape["layers"] * shape["kinds"]
         cells.append(
             Cell(
-                pages=count or auto_pages(shape["page_bytes"], planes, emulated),
+                pages=count or auto_pages(shape["page_bytes"], planes, emulated, scope),
                 direction=direction,
                 order=order,
                 layout=layout,
@@ -536,7 +543,12 @@ class Job:
     """The data of one cell, and the calls that every method is made of."""
 
     def __init__(
-        self, cell: Cell, memory: Memory, seed: int, python_copies: int, threads: int = 1
+        self,
+        cell: Cell,
+        memory: Memory,
+        seed: int,
+        python_copies: int,
+        threads: int | None = None,
     ) -> None:
         self.cell = cell
         self.memory = memory
@@ -1139,7 +1151,8 @@ class Bench:
             "schema": SCHEMA,
             "kind": "bench",
             "provenance": provenance(),
-            "options": asdict(options) | {"methods": list(options.methods)},
+            "options": asdict(options)
+            | {"methods": list(options.methods), "threads": usual(options.threads)},
             "cells": [],
             "skipped": [],
         }
@@ -1450,6 +1463,11 @@ class Legacy:
         kvsig.call("cudaStreamSynchronize", stream=0)
 
 
+def usual(threads: int | None) -> int:
+    """Threads that may submit a transfer, where they may not have been given."""
+    return _threads.Pace(threads).most
+
+
 def target() -> torch.device:
     """Return the device to measure on; the CPU stands for the emulated runtime's."""
     if _core.is_emulated():
@@ -1672,7 +1690,10 @@ class Product:
         self.alone()
 
     def alone(self) -> list[float]:
-        """Milliseconds of each product but the first one, which starts on an idle GPU."""
+        """Milliseconds of each product but the first one, which starts on an idle GPU.
+
+        With an event behind each, which the next one waits for.
+        """
         events = [torch.cuda.Event(enable_timing=True) for _ in range(self.count + 1)]
         with torch.cuda.stream(self.working):
             events[0].record()
@@ -1681,6 +1702,18 @@ class Product:
                 event.record()
         events[-1].synchronize()
         return [a.elapsed_time(b) for a, b in itertools.pairwise(events)][1:]
+
+    def unbroken(self) -> list[float]:
+        """Milliseconds of a product where no event is between them, as one value."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.stream(self.working):
+            torch.mm(self.left, self.right, out=self.out)
+            start.record()
+            for _ in range(self.count):
+                torch.mm(self.left, self.right, out=self.out)
+            end.record()
+        end.synchronize()
+        return [start.elapsed_time(end) / self.count]
 
     def launches(self, count: int = 2000) -> list[float]:
         """Microseconds that launching a small kernel takes the host, for each of some."""
@@ -1742,7 +1775,7 @@ def compute(
     methods: Sequence[str] = ("auto", "batch", "strided", "loop"),
     transfers: Sequence[tuple[str, int]] = COMPUTE,
     seed: int = 0,
-    threads: int = 1,
+    threads: int | None = None,
 ) -> dict[str, Any]:
     """Measure by how much transfers slow a matrix product on another stream.
 
@@ -1756,8 +1789,8 @@ def compute(
         Scope and page size of the transfers: 32 layers of K and V, each way.
     seed : int
         Of page numbers and bytes.
-    threads : int
-        That may submit a transfer, see `kvsig.PagedKVCache`.
+    threads : int, optional
+        That may submit a transfer; by default as `kvsig.PagedKVCache` has it.
 
     Returns
     -------
@@ -1774,7 +1807,8 @@ def compute(
         raise ValueError("--compute needs a GPU: the runtime in use is the emulated one")
     product = Product(device, seed)
     memory = Memory(device, 512 * MIB, seed)
-    result: dict[str, Any] = {"product": f"{PRODUCT}^3 bf16", "threads": threads, "cells": []}
+    result: dict[str, Any] = {"product": f"{PRODUCT}^3 bf16", "threads": usual(threads)}
+    result["cells"] = []
     deadline = time.monotonic() + seconds
     shuffled = random.Random(seed)
     cases = [(scope, page, way) for scope, page in transfers for way in ("offload", "load")]

@@ -67,9 +67,9 @@ class PagedKVCache:
         can be asked for the allocations and blocks that the tensors lie in, it has been.
     threads : int, optional
         Threads that may submit the copies of one transfer, the caller's counted in, 1 to 8; by
-        default the caller's alone. More are used where submitting copies has been measured to
-        take longer than moving them; the order of the stream stays. They keep other threads,
-        which launch kernels meanwhile, out of the driver: see docs/performance.md.
+        default 2 where there are 8 CPUs or more. More than one are used where submitting copies
+        has been measured to take longer than moving them; the order of the stream stays. What
+        each number wins, and costs others, is in docs/performance.md.
 
     Attributes
     ----------
@@ -109,7 +109,7 @@ class PagedKVCache:
         *,
         model: CostModel | None = None,
         host_seams: Sequence[int] | npt.NDArray[Any] | None = None,
-        threads: int = 1,
+        threads: int | None = None,
     ) -> None:
         if layout not in LAYOUTS:
             raise ValueError(f"layout must be 'layer_first' or 'page_first_direct', not {layout!r}")

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import kvsig
-from kvsig import _core, bench, cli, costs
+from kvsig import _core, _threads, bench, cli, costs
 from kvsig.cli import bench as command
 
 KIB = 1 << 10
@@ -103,6 +103,7 @@ class TestCells:
         assert {cell.model for cell in cells} == {"", *bench.MODELS}
         assert max(cell.copies for cell in cells) == 1_000_000
         assert max(cell.pool_bytes for cell in cells) <= bench.MOST_BYTES
+        assert max(cell.copies for cell in cells if cell.scope == "layer") == bench.LAYER_COPIES
 
     def test_quick_is_small(self):
         cells = bench.preset(emulated=False, quick=True)
@@ -235,8 +236,9 @@ class TestEmulated:
         monkeypatch.setattr(bench.kvsig, "PagedKVCache", cache)
         path = tmp_path / "x.json"
         assert cli.main(["bench", *SMALL, "--method", "auto", "--json", str(path)]) == 0
-        assert set(made) == {1}
-        assert json.loads(path.read_text(encoding="utf-8"))["options"]["threads"] == 1
+        assert set(made) == {None}
+        threads = json.loads(path.read_text(encoding="utf-8"))["options"]["threads"]
+        assert threads == _threads.Pace().most
         del made[:]
         assert cli.main(["bench", *SMALL, "--method", "auto", "--threads", "3"]) == 0
         assert set(made) == {3}

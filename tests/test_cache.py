@@ -849,7 +849,7 @@ class TestPlans:
         monkeypatch.setattr("kvsig._pack.look", lambda: 1.9)
         time.sleep(0.006)
         device, host = torch.zeros(400, 4096), torch.zeros(400, 1, 1, 4096)
-        cache = kvsig.PagedKVCache([device], host, page_size=1, model=model)
+        cache = kvsig.PagedKVCache([device], host, page_size=1, model=model, threads=1)
         order = np.random.default_rng(0).permutation(400)
         for count in (3, 70, 130, 300):
             pages = {"host_pages": order[:count], "device_pages": order[::-1][:count]}
@@ -892,7 +892,7 @@ class TestCalls:
         return [call["observed"]["copies"] for call in control.calls(BATCH)]
 
     def test_grow_until_the_engine_is_busy(self, control):
-        cache = self.large()
+        cache = self.large(threads=1)
         order = np.random.default_rng(0).permutation(700)
         with emulated.Stream() as stream:
             control.record()

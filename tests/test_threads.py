@@ -230,9 +230,15 @@ class TestPace:
         time.sleep(LOOKED)
         assert _pack.slowness() == 1
 
-    @pytest.mark.parametrize("threads", [0, 9, True, "4", 1.0, None])
+    @pytest.mark.parametrize(("cpus", "threads"), [(1, 1), (2, 1), (7, 1), (8, 2), (64, 2)])
+    def test_two_where_there_are_cpus(self, monkeypatch, cpus, threads):
+        monkeypatch.setattr(_threads.os, "sched_getaffinity", lambda pid: set(range(cpus)))
+        assert _threads.Pace().most == threads
+        assert _threads.Pace(4).most == 4
+
+    @pytest.mark.parametrize("threads", [0, 9, True, "4", 1.0])
     def test_bad_number(self, threads):
-        text = f"threads must be an int from 1 to 8, not {threads!r}"
+        text = f"threads must be an int from 1 to 8, or None, not {threads!r}"
         with pytest.raises(ValueError) as caught:
             _threads.Pace(threads)
         assert str(caught.value) == text

@@ -100,9 +100,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--threads",
         type=int,
         choices=range(1, 9),
-        default=1,
         metavar="1-8",
-        help="threads that may submit a transfer of kvsig (default: 1)",
+        help="threads that may submit a transfer of kvsig (default: as PagedKVCache has it)",
     )
     parser.add_argument(
         "--compute",
