@@ -8,6 +8,7 @@ random, each way. Three things are measured, all in turn, in another order each 
 - beside matrix products that another thread launches one by one: how much longer these take, with
   an event behind each and with none between them;
 - beside small kernels that another thread launches as fast as it can: how long a launch takes.
+  Both threads are Python's, which hand the interpreter to each other, so some of it is that.
 """
 
 from __future__ import annotations

@@ -96,10 +96,10 @@ CHECK_LENGTHS = LENGTHS
 CHECK_NOT_PAGES = NOT_PAGES
 
 # Nanoseconds from one look at the CPU's speed to the next one, at least; and how long a look is
-# believed where no choice between methods hangs on it. A look takes 3 us, or 20 with caches that
-# copies have gone through.
+# believed where no choice between methods hangs on it, but predicted times. A look takes 3 us, or
+# 20 with caches that copies have gone through.
 cdef int64_t LOOK_AGAIN = 5_000_000
-cdef int64_t LOOK_BELIEVED = 1_000_000_000
+cdef int64_t LOOK_BELIEVED = 50_000_000
 cdef int64_t looked = 0
 cdef double slow_now = 1
 cdef double SLOWEST_CPU = SLOWEST
@@ -636,11 +636,14 @@ cdef class Prepared:
 
     Notes
     -----
-    Immutable, and safe to use from many threads at a time.
+    Safe to use from many threads at a time: nothing changes that a plan hangs on.
     """
 
     cdef Layout at
-    cdef int64_t asked              # when its transfers last asked whether the CPU's speed matters
+    # When one of its transfers last asked in vain whether its choice hangs on the CPU, and which.
+    cdef int64_t asked
+    cdef Py_ssize_t asked_count
+    cdef int asked_how
     cdef readonly object model
     """The cost model that it was made with."""
 
@@ -1203,11 +1206,8 @@ cdef class Transfer:
         if self.begin - looked > LOOK_AGAIN:
             if self.begin - looked > LOOK_BELIEVED:
                 slowness_at(self.begin)
-            elif method == "auto" and self.begin - self.prepared.asked > LOOK_AGAIN:
-                # Asked now and then as well: it is two more predictions.
-                self.prepared.asked = self.begin
-                if self.hangs(batch, following):
-                    slowness_at(self.begin)
+            elif method == "auto" and self.hangs(batch, following):
+                slowness_at(self.begin)
         self.decide(method, batch, slow_now, following)
         submitted = self.begin + <int64_t>(1e3 * self.tally[self.mode].submit)
         moved = self.behind if self.behind > self.begin else self.begin
@@ -1275,14 +1275,27 @@ cdef class Transfer:
     cdef bint hangs(self, bint batch, bint following) except -1:
         # Whether the CPU's speed decides what is chosen.
         cdef bint wanted[MODES]
-        cdef Py_ssize_t best, size, first
-        want_all(wanted, batch)
+        cdef Py_ssize_t best, other, size, first
+        cdef Prepared ready = self.prepared
+        cdef int how = self.side + 2 * following + 4 * batch
+        cdef double slow
         self.survey()
+        if (
+            self.lone and self.begin - ready.asked < LOOK_AGAIN
+            and ready.asked_count == self.scan.count and ready.asked_how == how
+        ):
+            # The last transfer was like this one, and it did not.
+            return False
+        want_all(wanted, batch)
         best = self.best_of(wanted, 1, following)
         size, first = self.size_of[best], self.first_of[best]
-        if best != self.best_of(wanted, SLOWEST_CPU, following):
-            return True
-        return size != self.size_of[best] or first != self.first_of[best]
+        for slow in (SLOWEST_CPU, (1 + SLOWEST_CPU) / 2):
+            other = self.best_of(wanted, slow, following)
+            if other != best or self.size_of[best] != size or self.first_of[best] != first:
+                return True
+        if self.lone:
+            ready.asked, ready.asked_count, ready.asked_how = self.begin, self.scan.count, how
+        return False
 
     cdef Py_ssize_t best_of(self, const bint *wanted, double slow,
                             bint following) noexcept nogil:
@@ -1555,7 +1568,8 @@ cdef class Transfer:
         if rest:
             memmove(w.dst, w.dst + self.given, rest * sizeof(uint64_t))
             memmove(w.src, w.src + self.given, rest * sizeof(uint64_t))
-            memmove(w.size, w.size + self.given, rest * sizeof(uint64_t))
+            if not self.same_size:  # otherwise only so many were written as are the same
+                memmove(w.size, w.size + self.given, rest * sizeof(uint64_t))
         w.copies = rest
         self.given = 0
 

@@ -107,8 +107,9 @@ FEW_RUNS, LIMIT_RUNS, CLOSE = 3, 9, 1.5
 MORE_RUNS, PRECISION, AS_FAST = 20, 0.004, 1.05
 #: A run whose CPU was slowed down by others when it ended is made again, so many times at most.
 RUNS_AGAIN = 3
-#: Cells' shares of the time by which one cell may run ahead. Most cells need a fraction of theirs,
-#: and a few, of long runs beside a CPU that others use, many times as much.
+#: Cells' shares of the time by which one cell may run ahead, a sixth of all at most. Most cells
+#: need a fraction of theirs, and a few, of long runs beside a CPU that others use, many times as
+#: much.
 AHEAD = 25
 #: Seconds after the last work of a stream from which on a transfer follows nothing.
 APART = 60e-6
@@ -959,6 +960,7 @@ class Series:
     ms: list[float] = field(default_factory=list)
     host_ms: list[float] = field(default_factory=list)
     full_speed: int = 0  # runs whose CPU was at full speed when they ended
+    again: int = 0  # runs that were made again, because it was not
 
     def seconds_per_byte(self) -> dict[int, float]:
         """Time of a byte by turn."""
@@ -1178,8 +1180,9 @@ class Bench:
             if left <= 0:
                 self.result["skipped"] += [asdict(c) for c in self.cells[done:]]
                 break
-            # What cells leave over, later ones have; none takes what others are sure of.
-            share = (done + 1 + AHEAD) / (len(self.cells) + AHEAD)
+            # What cells leave over, later ones have; some is left for each, whatever others take.
+            ahead = min(AHEAD, len(self.cells) // 6)
+            share = (done + 1 + ahead) / (len(self.cells) + ahead)
             try:
                 entry = self.measure(cell, memory, begin + share * self.options.seconds)
             except (RuntimeError, ValueError, kvsig.BindError) as error:
@@ -1221,7 +1224,8 @@ class Bench:
         # The copies for verification are not needed any more; sources keep their bytes.
         job.restore()
         job.drop()
-        self.time_all(ready, deadline)
+        # Both directions are submitted by threads whose CPUs nobody looks at.
+        self.time_all(ready, deadline, cell.direction != "both")
         return self.entry(job, ready, notes)
 
     def series(self, job: Job, notes: dict[str, str]) -> list[Series]:
@@ -1314,8 +1318,11 @@ class Bench:
         if self.real:
             torch.cuda.synchronize()
 
-    def time_all(self, series: list[Series], deadline: float) -> None:
-        """Time methods in turn, as often as asked for or as there is time."""
+    def time_all(self, series: list[Series], deadline: float, again: bool = True) -> None:
+        """Time methods in turn, as often as asked for or as there is time.
+
+        With `again`, runs whose CPU was slowed down are made again.
+        """
         shuffled = random.Random(self.options.seed)
         gc.collect()
         gc.disable()
@@ -1337,7 +1344,7 @@ class Bench:
                     order = shuffled.sample(racing, len(racing))
                 for one in order:
                     one.turns.append(turn)
-                    self.time_one(one)
+                    self.time_one(one, again and time.monotonic() < deadline)
         finally:
             gc.enable()
 
@@ -1371,8 +1378,8 @@ class Bench:
             or pace.get(one.name, math.inf) <= CLOSE * best
         ]
 
-    def time_one(self, one: Series) -> None:
-        """Time one submission."""
+    def time_one(self, one: Series, again: bool) -> None:
+        """Time one submission, and once more if others slowed its CPU down meanwhile."""
         if not self.real:
             begin = time.perf_counter()
             one.outcome = one.submit()
@@ -1381,7 +1388,7 @@ class Bench:
             return
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
-        for last in range(RUNS_AGAIN, -1, -1):
+        for left in range(RUNS_AGAIN if again else 0, -1, -1):
             self.speed.settle()
             if one.first_ms < WARM_MS:
                 # What ran before leaves the CPU's caches cold, which would count as this one's.
@@ -1395,8 +1402,9 @@ class Bench:
             end.record(one.stream)
             end.synchronize()
             full = self.speed.here()
-            if full or not last or not self.speed.cpus:
+            if full or not left or not self.speed.cpus:
                 break
+            one.again += 1
         one.host_ms.append(host * 1e3)
         one.ms.append(start.elapsed_time(end))
         one.full_speed += full
@@ -1429,6 +1437,7 @@ class Bench:
             if self.real:
                 if cell.direction != "both":  # two other threads submit there
                     row["full_speed"] = round(one.full_speed / len(one.ms), 2)
+                    row["made_again"] = one.again
                 row["ms"] = spread(one.ms)
                 row["gb_s"] = round(outcome.bytes / statistics.median(one.ms) / 1e6, 3)
                 found = ratio_of(auto, one) if auto is not None and one is not auto else None

@@ -324,12 +324,73 @@ class TestTurns:
         found.real = True
         auto, batch = self.series("auto"), self.series("batch")
 
-        def time_one(one):
+        def time_one(one, again):
+            assert again
             one.ms.append(times[len(one.ms) % len(times)] if one is batch else 1.0)
 
         monkeypatch.setattr(found, "time_one", time_one)
         found.time_all([auto, batch], bench.time.monotonic() + 60)
         assert len(auto.ms) == len(batch.ms) == turns
+
+    @pytest.mark.parametrize(
+        ("speeds", "again", "kept", "full"),
+        [
+            ([1, 1, 1], True, [1, 2, 3], 3),
+            ([0, 1, 0, 0, 1, 1], True, [2, 5, 6], 3),
+            ([0, 0, 0, 0, 1, 0, 1], True, [4, 5, 7], 2),
+            ([0, 1, 0], False, [1, 2, 3], 1),
+        ],
+        ids=["full speed", "slowed down", "no better", "not again"],
+    )
+    def test_a_run_that_was_slowed_down_is_made_again(
+        self, on_emulated, monkeypatch, speeds, again, kept, full
+    ):
+        made = []
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self, stream):
+                pass
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, other):
+                return float(len(made))
+
+        monkeypatch.setattr(bench.torch.cuda, "Event", Event)
+        monkeypatch.setattr(bench.torch.cuda, "synchronize", lambda: None)
+        found = bench.Bench([], bench.Options())
+        found.real = True
+        found.speed.cpus = [0, 1]
+        monkeypatch.setattr(found.speed, "settle", lambda: None)
+        monkeypatch.setattr(found.speed, "here", lambda: bool(speeds[len(made) - 1]))
+        one = bench.Series("auto", lambda: made.append(1) or bench.Outcome(), None)
+        one.first_ms = 100.0
+        for _ in range(3):
+            found.time_one(one, again)
+        assert one.ms == kept
+        assert len(one.host_ms) == 3
+        assert (len(made), one.again) == (len(speeds), len(speeds) - 3)
+        assert one.full_speed == full
+
+    def test_no_cell_takes_much_more_than_its_share(self, on_emulated, monkeypatch):
+        """A cell may run ahead by a sixth of the time, and by 25 shares at most."""
+        for count, least, most in ((6, 0.28, 0.29), (155, 0.14, 0.15)):
+            found = bench.Bench([bench.Cell(512, 8, layers=2)] * count, bench.Options(seconds=100))
+            ends = []
+
+            def measure(cell, memory, deadline, ends=ends):
+                ends.append(deadline)
+                return bench.asdict(cell) | {"methods": {}}
+
+            monkeypatch.setattr(found, "measure", measure)
+            begin = bench.time.monotonic()
+            found.run()
+            assert least < (ends[0] - begin) / 100 < most
+            assert 100 <= ends[-1] - begin < 101
 
 
 class TestFullSpeed:
