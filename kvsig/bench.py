@@ -98,19 +98,19 @@ CELL_BYTES, CELL_COPIES = 256 * MIB, 65536
 LAYER_COPIES = 16384
 EMULATED_BYTES, EMULATED_COPIES = MIB, 2048
 #: Milliseconds: where the first run takes less, one more is made before each that is timed.
-WARM_MS = 20.0
+WARM_MS = 4.0
 #: Runs that tell a slow method from a fast one, runs of the limit, and what is close: the time of
 #: a method over that of the fastest one.
 FEW_RUNS, LIMIT_RUNS, CLOSE = 3, 9, 1.5
-#: A cell goes on, for so many times as many runs at most, until the standard error of auto's ratio
-#: to each method that is about as fast is so small.
-MORE_RUNS, PRECISION, AS_FAST = 20, 0.004, 1.05
-#: A run whose CPU was slowed down by others when it ended is made again, so many times at most.
-RUNS_AGAIN = 3
-#: Cells' shares of the time by which one cell may run ahead, a sixth of all at most. Most cells
-#: need a fraction of theirs, and a few, of long runs beside a CPU that others use, many times as
-#: much.
-AHEAD = 25
+#: When all cells have been measured, those go on that are known least: for so many seconds at a
+#: time and so many times as many runs at most, until the standard error of auto's ratio to each
+#: method that is about as fast is so small.
+VISIT, MORE_RUNS, PRECISION, AS_FAST = 3.0, 40, 0.004, 1.05
+#: A run whose CPU was slowed down by others when it ended is made again, so many times at most,
+#: where submitting takes so much of its time.
+RUNS_AGAIN, SUBMITS = 3, 0.8
+#: Cells' shares of the time by which one cell may run ahead at first.
+AHEAD = 2
 #: Seconds after the last work of a stream from which on a transfer follows nothing.
 APART = 60e-6
 #: Methods that cost microseconds of Python per copy move only so many copies of a cell.
@@ -216,10 +216,11 @@ class Options:
     methods : sequence of str
         Of `METHODS`.
     runs : int
-        Timed runs of the fastest methods in a cell; up to twenty times as many where auto's ratio
-        to a method that is about as fast is not known to 0.4 % (standard error), as beside a CPU
-        that others use; fewer where the time is short, at least 3. Methods that are clearly
-        slower are timed three times, the limit nine times.
+        Timed runs of the fastest methods in a cell; fewer where the time is short, at least 3.
+        Methods that are clearly slower are timed three times, the limit nine times. In the time
+        that is left then, cells go on in which auto's ratio to a method that is about as fast is
+        not known to 0.4 % (standard error), as beside a CPU that others use: up to forty times as
+        many runs, and always where the error is the largest.
     seconds : float
         Time for everything. Cells that it does not last for are left out, and named.
     seed : int
@@ -951,6 +952,7 @@ class Series:
     name: str
     submit: Callable[[], Outcome]
     stream: Any
+    here: bool = True  # whether the thread that times it submits it
     outcome: Outcome = field(default_factory=Outcome)
     operations: int | None = None
     verified: bool | None = None
@@ -966,6 +968,26 @@ class Series:
         """Time of a byte by turn."""
         size = 1e3 * self.outcome.bytes
         return {turn: ms / size for turn, ms in zip(self.turns, self.ms, strict=False) if size}
+
+
+@dataclass(slots=True, eq=False)
+class Measured:
+    """A cell that has been measured once, and may be visited again."""
+
+    cell: Cell
+    series: list[Series]
+    notes: dict[str, str]
+    place: int  # of its entry in the result
+
+
+def park(series: list[Series]) -> None:
+    """Let go of the memory that methods of a cell hold; they cannot run before they get new."""
+
+    def parked() -> Outcome:
+        raise RuntimeError("this method has no memory to work on")
+
+    for one in series:
+        one.submit = parked
 
 
 def ratio_of(mine: Series, other: Series) -> tuple[float, float] | None:
@@ -986,6 +1008,23 @@ def ratio_of(mine: Series, other: Series) -> tuple[float, float] | None:
     low = max(math.floor(count / 2 - reach), 0)
     high = min(math.ceil(count / 2 + reach), count) - 1
     return statistics.median(ratios), (ratios[high] - ratios[low]) / 2
+
+
+def need(series: list[Series]) -> float:
+    """Standard error of auto's ratios to methods that are about as fast, over `PRECISION`."""
+    auto = next((one for one in series if one.name == "auto"), None)
+    errors = [0.0]
+    for one in series:
+        if auto is not None and one is not auto and one.name != "one-copy":
+            found = ratio_of(auto, one)
+            if found is not None and found[0] < AS_FAST:
+                errors.append(found[1])
+    return max(errors) / PRECISION
+
+
+def next_turn(series: list[Series]) -> int:
+    """Turn that comes after those that have been timed."""
+    return 1 + max((one.turns[-1] for one in series if one.turns), default=-1)
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -1173,6 +1212,7 @@ class Bench:
             self.device, max((c.pool_bytes for c in self.cells), default=0), self.options.seed
         )
         bar = Bar(len(self.cells), "kvsig bench")
+        measured: list[Measured] = []
         for done, cell in enumerate(self.cells):
             bar.show(done, describe(cell))
             now = time.monotonic()
@@ -1180,11 +1220,12 @@ class Bench:
             if left <= 0:
                 self.result["skipped"] += [asdict(c) for c in self.cells[done:]]
                 break
-            # What cells leave over, later ones have; some is left for each, whatever others take.
-            ahead = min(AHEAD, len(self.cells) // 6)
-            share = (done + 1 + ahead) / (len(self.cells) + ahead)
+            # What cells leave over, later ones have; none takes what others are sure of.
+            share = (done + 1 + AHEAD) / (len(self.cells) + AHEAD)
             try:
-                entry = self.measure(cell, memory, begin + share * self.options.seconds)
+                series, notes = self.measure(cell, memory, begin + share * self.options.seconds)
+                entry = self.entry(cell, series, notes)
+                measured.append(Measured(cell, series, notes, done))
             except (RuntimeError, ValueError, kvsig.BindError) as error:
                 # One cell must not lose the others; memory that ran out is given back.
                 entry = asdict(cell) | {"error": f"{type(error).__name__}: {error}", "methods": {}}
@@ -1195,6 +1236,8 @@ class Bench:
             self.result["seconds"] = round(time.monotonic() - begin, 1)
             if self.save is not None:
                 self.save(self.result)
+        if self.real:
+            self.refine(measured, memory, deadline, bar)
         bar.close()
         self.workers.shutdown()
         self.result["seconds"] = round(time.monotonic() - begin, 1)
@@ -1203,7 +1246,46 @@ class Bench:
             self.save(self.result)
         return self.result
 
-    def measure(self, cell: Cell, memory: Memory, deadline: float) -> dict[str, Any]:
+    def refine(
+        self, measured: list[Measured], memory: Memory, deadline: float, bar: Bar
+    ) -> None:
+        """Go on with the cells in which ratios are known least, while there is time."""
+        most = self.options.runs * MORE_RUNS
+        while True:
+            waiting = [
+                one for one in measured if need(one.series) > 1 and next_turn(one.series) < most
+            ]
+            left = deadline - time.monotonic()
+            if not waiting or left <= 0:
+                break
+            one = max(waiting, key=lambda one: need(one.series))
+            bar.show(len(self.cells), f"more runs: {describe(one.cell)}")
+            try:
+                self.visit(one, memory, time.monotonic() + min(VISIT, left))
+            except (RuntimeError, ValueError, kvsig.BindError) as error:
+                # What has been measured stays.
+                measured.remove(one)
+                one.notes["more runs"] = f"{type(error).__name__}: {error}"
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+            self.result["cells"][one.place] = self.entry(one.cell, one.series, one.notes)
+            if self.save is not None:
+                self.save(self.result)
+
+    def visit(self, one: Measured, memory: Memory, deadline: float) -> None:
+        """Time the methods of a cell that has been measured, some more."""
+        job = Job(one.cell, memory, self.options.seed, PYTHON_COPIES, self.options.threads)
+        racing = self.racing(one.series, next_turn(one.series))
+        for each in racing:
+            each.submit, each.stream = self.submission(each.name, job)
+            each.submit()
+        self.synchronize()
+        self.time_all(racing, deadline, self.options.runs * MORE_RUNS)
+        park(racing)
+
+    def measure(
+        self, cell: Cell, memory: Memory, deadline: float
+    ) -> tuple[list[Series], dict[str, str]]:
         """Measure one cell: verify every method, then time them in turn."""
         job = Job(cell, memory, self.options.seed, PYTHON_COPIES, self.options.threads)
         job.fill()
@@ -1224,14 +1306,13 @@ class Bench:
         # The copies for verification are not needed any more; sources keep their bytes.
         job.restore()
         job.drop()
-        # Both directions are submitted by threads whose CPUs nobody looks at.
-        self.time_all(ready, deadline, cell.direction != "both")
-        return self.entry(job, ready, notes)
+        self.time_all(ready, deadline, self.options.runs)
+        park(ready)
+        return ready, notes
 
     def series(self, job: Job, notes: dict[str, str]) -> list[Series]:
         """Make the methods of the options ready for a cell."""
         found = []
-        stream = self.streams[0]
         names = list(self.options.methods)
         if job.cell.stream == "default":
             if "auto" in names:
@@ -1245,21 +1326,26 @@ class Bench:
                 notes[name] = "not measured with a million copies"
                 continue
             try:
-                runner = make_runner(method, job)
+                submit, own = self.submission(name, job)
             except Unavailable as error:
                 notes[name] = str(error)
                 continue
-            own = stream
-            if name != method:
-                own = torch.cuda.default_stream() if self.real else Legacy()
-            submit = self.submitter(runner, job, own)
-            one = Series(name, submit, own)
+            one = Series(name, submit, own, here=job.cell.direction != "both")
             if method in KVSIG_METHODS:
                 plans = [plan for way in job.ways for plan in job.plans(way, method, own)]
                 one.operations = sum(plan.copies_out for plan in plans)
                 one.note = plans[0].method
             found.append(one)
         return found
+
+    def submission(self, name: str, job: Job) -> tuple[Callable[[], Outcome], Any]:
+        """Make a call that submits a cell by a method, and the stream that it works on."""
+        method = name.partition(",")[0]
+        runner = make_runner(method, job)
+        stream = self.streams[0]
+        if name != method:
+            stream = torch.cuda.default_stream() if self.real else Legacy()
+        return self.submitter(runner, job, stream), stream
 
     def submitter(self, runner: Runner, job: Job, stream: Any) -> Callable[[], Outcome]:
         """Make a call that submits a whole transfer: one way, or both from two threads."""
@@ -1318,23 +1404,21 @@ class Bench:
         if self.real:
             torch.cuda.synchronize()
 
-    def time_all(self, series: list[Series], deadline: float, again: bool = True) -> None:
-        """Time methods in turn, as often as asked for or as there is time.
-
-        With `again`, runs whose CPU was slowed down are made again.
-        """
-        shuffled = random.Random(self.options.seed)
+    def time_all(self, series: list[Series], deadline: float, most: int) -> None:
+        """Time methods in turn, so many times or as there is time, or until ratios are known."""
+        first = next_turn(series)
+        shuffled = random.Random(self.options.seed + first)
         gc.collect()
         gc.disable()
         try:
             order: list[Series] = []
-            for turn in range(self.options.runs * (MORE_RUNS if self.real else 1)):
+            for turn in range(first, most):
                 racing = series
                 if turn >= FEW_RUNS:
                     if time.monotonic() > deadline:
                         break
                     racing = self.racing(series, turn)
-                if turn >= self.options.runs and self.known(racing):
+                if turn >= self.options.runs and need(racing) <= 1:
                     break
                 # In another order each time, then in that backwards, so that each comes as often
                 # before every other one as behind it.
@@ -1344,21 +1428,10 @@ class Bench:
                     order = shuffled.sample(racing, len(racing))
                 for one in order:
                     one.turns.append(turn)
-                    self.time_one(one, again and time.monotonic() < deadline)
+                    # The first runs say which methods are slow, which need no more.
+                    self.time_one(one, turn >= FEW_RUNS and time.monotonic() < deadline)
         finally:
             gc.enable()
-
-    def known(self, series: list[Series]) -> bool:
-        """Whether auto's ratio to every method that is about as fast is known well enough."""
-        auto = next((one for one in series if one.name == "auto"), None)
-        if auto is None:
-            return True
-        for one in series:
-            if one is not auto and one.name != "one-copy":
-                found = ratio_of(auto, one)
-                if found is not None and found[0] < AS_FAST and found[1] > PRECISION:
-                    return False
-        return True
 
     def racing(self, series: list[Series], turn: int) -> list[Series]:
         """Choose the methods that are worth another turn: auto, and those that come close."""
@@ -1379,7 +1452,7 @@ class Bench:
         ]
 
     def time_one(self, one: Series, again: bool) -> None:
-        """Time one submission, and once more if others slowed its CPU down meanwhile."""
+        """Time one submission; with `again`, anew if others slowed its CPU down meanwhile."""
         if not self.real:
             begin = time.perf_counter()
             one.outcome = one.submit()
@@ -1388,7 +1461,7 @@ class Bench:
             return
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
-        for left in range(RUNS_AGAIN if again else 0, -1, -1):
+        for left in range(RUNS_AGAIN if again and one.here else 0, -1, -1):
             self.speed.settle()
             if one.first_ms < WARM_MS:
                 # What ran before leaves the CPU's caches cold, which would count as this one's.
@@ -1401,17 +1474,17 @@ class Bench:
             host = time.perf_counter() - begin
             end.record(one.stream)
             end.synchronize()
+            took = start.elapsed_time(end)
             full = self.speed.here()
-            if full or not left or not self.speed.cpus:
+            if full or not left or not self.speed.cpus or host * 1e3 < SUBMITS * took:
                 break
             one.again += 1
         one.host_ms.append(host * 1e3)
-        one.ms.append(start.elapsed_time(end))
+        one.ms.append(took)
         one.full_speed += full
 
-    def entry(self, job: Job, series: list[Series], notes: dict[str, str]) -> dict[str, Any]:
+    def entry(self, cell: Cell, series: list[Series], notes: dict[str, str]) -> dict[str, Any]:
         """Write down what a cell gave."""
-        cell = job.cell
         methods: dict[str, Any] = {}
         auto = next((one for one in series if one.name == "auto"), None)
         for one in series:

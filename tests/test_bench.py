@@ -277,7 +277,7 @@ class TestEmulated:
 
 class TestTurns:
     def series(self, name, *times, size=1000):
-        one = bench.Series(name, lambda: None, None, bench.Outcome(bytes=size))
+        one = bench.Series(name, lambda: None, None, outcome=bench.Outcome(bytes=size))
         one.ms, one.turns = list(times), list(range(len(times)))
         return one
 
@@ -316,35 +316,104 @@ class TestTurns:
 
     @pytest.mark.parametrize(
         ("times", "turns"),
-        [((1.0,), 5), ((1.0, 1.0, 0.9), 5), ((0.5, 1.5), 100), ((1.4, 1.6), 5)],
+        [((1.0,), 5), ((1.0, 1.0, 0.9), 5), ((0.5, 1.5), 200), ((1.4, 1.6), 5)],
         ids=["quiet", "outliers", "very noisy", "noisy, but clearly slower"],
     )
     def test_goes_on_until_the_ratios_are_known(self, on_emulated, monkeypatch, times, turns):
         found = bench.Bench([], bench.Options(runs=5))
         found.real = True
         auto, batch = self.series("auto"), self.series("batch")
+        carefully = []
 
         def time_one(one, again):
-            assert again
+            carefully.append(again)
             one.ms.append(times[len(one.ms) % len(times)] if one is batch else 1.0)
 
         monkeypatch.setattr(found, "time_one", time_one)
-        found.time_all([auto, batch], bench.time.monotonic() + 60)
+        for most in (5, 5 * bench.MORE_RUNS):
+            found.time_all([auto, batch], bench.time.monotonic() + 60, most)
         assert len(auto.ms) == len(batch.ms) == turns
+        assert auto.turns == batch.turns == list(range(turns))
+        assert carefully == [False] * 2 * bench.FEW_RUNS + [True] * 2 * (turns - bench.FEW_RUNS)
+
+    def test_what_is_known_least_goes_on(self, on_emulated, monkeypatch):
+        """Cells are visited until all are known; one that fails keeps what it has."""
+        monkeypatch.setattr(bench.torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(bench.torch.cuda, "empty_cache", lambda: None)
+        cells = [bench.Cell(512, 8, layers=layers) for layers in (2, 3, 4, 5)]
+        found = bench.Bench(cells, bench.Options(runs=5))
+        noise = {2: 0.0, 3: 0.2, 4: 0.1, 5: 0.3}
+        measured, visits = [], []
+
+        def more(one, count):
+            for series in one.series:
+                first = len(series.ms)
+                loud = noise[one.cell.layers] * (series.name != "auto")
+                series.ms += [1 + loud * (turn % 3 - 1) for turn in range(count)]
+                series.host_ms += [1.0] * count
+                series.turns += range(first, first + count)
+
+        for place, cell in enumerate(cells):
+            series = [self.series("auto"), self.series("batch")]
+            measured.append(bench.Measured(cell, series, {}, place))
+            more(measured[-1], 5)
+            found.result["cells"].append({})
+
+        def visit(one, memory, deadline):
+            if one.cell.layers == 5:
+                raise RuntimeError("out of memory")
+            visits.append(one.cell.layers)
+            noise[one.cell.layers] = 0.001
+            more(one, 20)
+
+        monkeypatch.setattr(found, "visit", visit)
+        bar = bench.Bar(4, "")
+        found.refine(measured, None, bench.time.monotonic() + 60, bar)
+        assert set(visits) == {3, 4}
+        assert visits[0] == 3
+        assert all(bench.need(one.series) <= 1 for one in measured)
+        entries = found.result["cells"]
+        assert [entry.get("layers") for entry in entries] == [None, 3, 4, 5]
+        assert entries[3]["notes"] == {"more runs": "RuntimeError: out of memory"}
+        assert entries[3]["methods"]["auto"]["runs"] == 5
+        del visits[:]
+        found.refine(measured, None, bench.time.monotonic() - 1, bar)
+        assert not visits
+
+    def test_a_visit_runs_what_the_cell_ran(self, on_emulated, monkeypatch):
+        """In memory of its own; only methods that come close run again."""
+        cell = bench.Cell(512, 8, layers=2)
+        options = bench.Options(methods=("auto", "batch", "loop"), runs=3, verify=False)
+        found = bench.Bench([cell], options)
+        memory = bench.Memory(found.device, cell.pool_bytes, 0)
+        series, notes = found.measure(cell, memory, bench.time.monotonic() + 60)
+        assert notes == {}
+        with pytest.raises(RuntimeError, match="no memory to work on"):
+            series[0].submit()
+        monkeypatch.setattr(found, "racing", lambda series, turn: series[:2])
+        monkeypatch.setattr(bench, "need", lambda series: 2.0)
+        monkeypatch.setattr(bench, "MORE_RUNS", 2)
+        found.visit(bench.Measured(cell, series, notes, 0), memory, bench.time.monotonic() + 60)
+        assert [len(one.host_ms) for one in series] == [6, 6, 3]
+        assert series[0].turns == [0, 1, 2, 3, 4, 5]
+        with pytest.raises(RuntimeError, match="no memory to work on"):
+            series[0].submit()
 
     @pytest.mark.parametrize(
-        ("speeds", "again", "kept", "full"),
+        ("speeds", "again", "submits", "kept", "full"),
         [
-            ([1, 1, 1], True, [1, 2, 3], 3),
-            ([0, 1, 0, 0, 1, 1], True, [2, 5, 6], 3),
-            ([0, 0, 0, 0, 1, 0, 1], True, [4, 5, 7], 2),
-            ([0, 1, 0], False, [1, 2, 3], 1),
+            ([1, 1, 1], True, 0.0, [1, 2, 3], 3),
+            ([0, 1, 0, 0, 1, 1], True, 0.0, [2, 5, 6], 3),
+            ([0, 0, 0, 0, 1, 0, 1], True, 0.0, [4, 5, 7], 2),
+            ([0, 1, 0], True, 0.8, [1, 2, 3], 1),
+            ([0, 1, 0], False, 0.0, [1, 2, 3], 1),
         ],
-        ids=["full speed", "slowed down", "no better", "not again"],
+        ids=["full speed", "slowed down", "no better", "the GPU is the slower one", "not again"],
     )
     def test_a_run_that_was_slowed_down_is_made_again(
-        self, on_emulated, monkeypatch, speeds, again, kept, full
+        self, on_emulated, monkeypatch, speeds, again, submits, kept, full
     ):
+        monkeypatch.setattr(bench, "SUBMITS", submits)
         made = []
 
         class Event:
@@ -375,22 +444,6 @@ class TestTurns:
         assert len(one.host_ms) == 3
         assert (len(made), one.again) == (len(speeds), len(speeds) - 3)
         assert one.full_speed == full
-
-    def test_no_cell_takes_much_more_than_its_share(self, on_emulated, monkeypatch):
-        """A cell may run ahead by a sixth of the time, and by 25 shares at most."""
-        for count, least, most in ((6, 0.28, 0.29), (155, 0.14, 0.15)):
-            found = bench.Bench([bench.Cell(512, 8, layers=2)] * count, bench.Options(seconds=100))
-            ends = []
-
-            def measure(cell, memory, deadline, ends=ends):
-                ends.append(deadline)
-                return bench.asdict(cell) | {"methods": {}}
-
-            monkeypatch.setattr(found, "measure", measure)
-            begin = bench.time.monotonic()
-            found.run()
-            assert least < (ends[0] - begin) / 100 < most
-            assert 100 <= ends[-1] - begin < 101
 
 
 class TestFullSpeed:
