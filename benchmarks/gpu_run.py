@@ -37,7 +37,7 @@ SECTIONS = {
     "calibrate": 45,
     "quick": 90,
     "grid": 400,
-    "targets": 440,
+    "targets": 415,
     "compute": 63,
     "nullstream": 60,
     "host": 40,
@@ -279,8 +279,9 @@ class Run:
         cells = "sizes,layers,orders,layer-first,both,pages,models,spacing,stream,million"
         methods = "auto,batch,strided,loop,one-call,one-copy"
         return self.bench(
-            seconds, "--section", cells, "--method", methods, name="targets", echo=120
-        )
+            seconds, "--section", cells, "--method", methods, "--runs", "9",
+            name="targets", echo=120,
+        )  # fmt: skip
 
     def compute(self, seconds: float) -> int:
         return self.bench(seconds, "--compute", name="compute")

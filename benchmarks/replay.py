@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from kvsig import bench, costs, planning
-from kvsig._threads import SLOWEST, Pace
+from kvsig._threads import SLOWEST, together_us
 
 METHODS = ("batch", "strided", "loop")
 LEAST = 0.95
@@ -30,7 +30,7 @@ def choices(result: dict[str, Any], slow: float) -> Iterator[tuple[bench.Cell, s
     """Cell, the planner's choice, the fastest method, and GB/s of the first over the second's."""
     model = costs.builtin(result["provenance"]["device"])
     # Results that do not say so are of up to four threads.
-    together = Pace(result["options"].get("threads", 4)).together_us
+    together = together_us(result["options"].get("threads", 4))
     for row in result["cells"]:
         cell = bench.Cell(**{name: row[name] for name in bench.Cell.__dataclass_fields__})
         speeds = {name: row["methods"][name]["gb_s"] for name in METHODS if name in row["methods"]}

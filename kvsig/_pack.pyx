@@ -19,7 +19,7 @@ from bisect import bisect_right
 
 import numpy as np
 
-from kvsig._threads import FEWEST, SLOWEST, look
+from kvsig._threads import FEWEST, SLOWEST, WORTH, look
 
 # cudaDevAttrMaxPitch of every device so far: a strided copy takes no longer pitch.
 cdef uint64_t LONGEST_PITCH = 0x7FFFFFFF
@@ -44,8 +44,9 @@ cdef int64_t MOST_QUEUED = 100_000_000
 # itself takes hardly longer.
 cdef double SINGLE_SLOWS = 0.44
 cdef double STAGED_SLOWS = 2.0
-# From this many copies on, several threads may submit.
+# From this many copies on, several threads may submit, where one needs so many times as long.
 cdef Py_ssize_t TOGETHER_FROM = FEWEST
+cdef double TOGETHER_WORTH = WORTH
 # A batch call has no more copies, whatever the cost model says.
 cdef Py_ssize_t LONGEST_CALL = 1 << 31
 # Runs are cut here, so that one run never fills a buffer without bound.
@@ -1101,6 +1102,9 @@ cdef class Transfer:
     cdef Py_ssize_t size_of[MODES]
     cdef Py_ssize_t first_of[MODES]
     cdef Tally tally[MODES]
+    cdef bint team_of[MODES]
+    cdef readonly bint together
+    """Whether several threads are to submit the copies, if they may."""
     cdef readonly uint64_t same_size
     """Bytes of every plain copy, 0 where they may differ."""
     cdef readonly Py_ssize_t batch_size
@@ -1203,11 +1207,10 @@ cdef class Transfer:
             self.begin = clock_ns()
             self.behind = queue.until if queue.stream == stream else 0
         following = self.begin < self.behind + FOLLOWS
-        if self.begin - looked > LOOK_AGAIN:
-            if self.begin - looked > LOOK_BELIEVED:
-                slowness_at(self.begin)
-            elif method == "auto" and self.hangs(batch, following):
-                slowness_at(self.begin)
+        if self.begin - looked > LOOK_AGAIN and (
+            self.begin - looked > LOOK_BELIEVED or self.hangs(method, batch, following)
+        ):
+            slowness_at(self.begin)
         self.decide(method, batch, slow_now, following)
         submitted = self.begin + <int64_t>(1e3 * self.tally[self.mode].submit)
         moved = self.behind if self.behind > self.begin else self.begin
@@ -1240,25 +1243,13 @@ cdef class Transfer:
         """
         cdef bint wanted[MODES]
         cdef Py_ssize_t best
-        if method == "auto":
-            want_all(wanted, batch)
-        else:
-            wanted[:] = [False, False, False, False, False]
-            if method == "batch":
-                wanted[BATCH] = True
-            elif method == "strided":
-                wanted[STRIDED] = True
-            elif method == "loop":
-                wanted[LOOP] = True
-            else:
-                raise ValueError(
-                    f"method is {method!r}: it is 'auto', 'batch', 'strided' or 'loop'"
-                )
+        want(wanted, method, batch)
         self.survey()
         best = self.best_of(wanted, slow, following)
         self.mode = <int>best
         self.batch_size = self.size_of[best]
         self.first_size = self.first_of[best]
+        self.together = self.team_of[best]
         self.rewind()
         self.same_size = 0
         if (
@@ -1272,13 +1263,23 @@ cdef class Transfer:
         if self.workspace is not None:
             self.workspace.copies = 0
 
-    cdef bint hangs(self, bint batch, bint following) except -1:
+    cdef bint hangs(self, object method, bint batch, bint following) except -1:
         # Whether the CPU's speed decides what is chosen.
         cdef bint wanted[MODES]
+        cdef bint team
         cdef Py_ssize_t best, other, size, first
         cdef Prepared ready = self.prepared
-        cdef int how = self.side + 2 * following + 4 * batch
+        cdef int how = self.side + 2 * following
         cdef double slow
+        want(wanted, method, batch)
+        if not wanted[STRIDED_BATCH] and not wanted[STRIDED_LOOP] and (
+            not wanted[BATCH]
+            or self.scan.count * self.p.weight[self.side][BATCH] <= self.p.batch_size[0]
+        ):
+            # A method is forced, and is not cut into calls.
+            return False
+        for other in range(MODES):
+            how += <int>wanted[other] << (2 + other)
         self.survey()
         if (
             self.lone and self.begin - ready.asked < LOOK_AGAIN
@@ -1286,12 +1287,14 @@ cdef class Transfer:
         ):
             # The last transfer was like this one, and it did not.
             return False
-        want_all(wanted, batch)
         best = self.best_of(wanted, 1, following)
-        size, first = self.size_of[best], self.first_of[best]
+        size, first, team = self.size_of[best], self.first_of[best], self.team_of[best]
         for slow in (SLOWEST_CPU, (1 + SLOWEST_CPU) / 2):
             other = self.best_of(wanted, slow, following)
-            if other != best or self.size_of[best] != size or self.first_of[best] != first:
+            if (
+                other != best or self.size_of[best] != size or self.first_of[best] != first
+                or self.team_of[best] != team
+            ):
                 return True
         if self.lone:
             ready.asked, ready.asked_count, ready.asked_how = self.begin, self.scan.count, how
@@ -1401,6 +1404,7 @@ cdef class Transfer:
         cdef Tally *t
         for m in range(MODES):
             self.time[m] = self.rank[m] = NEVER
+            self.team_of[m] = False
             t = &self.tally[m]
             t.submit = t.engine = t.copies = t.strided = t.plain = t.staged = 0
             if not wanted[m]:
@@ -1448,7 +1452,11 @@ cdef class Transfer:
         t.submit *= 1 + SINGLE_SLOWS * (self.slow - 1)
         t.plain *= self.slow if batched else 1 + SINGLE_SLOWS * (self.slow - 1)
         t.plain += t.staged * (1 + STAGED_SLOWS * (self.slow - 1))
-        if batched and t.copies >= TOGETHER_FROM and 0 < c.together * t.copies < t.plain:
+        self.team_of[mode] = (
+            batched and t.copies >= TOGETHER_FROM and c.together > 0
+            and t.plain > TOGETHER_WORTH * larger(c.together * t.copies, t.engine)
+        )
+        if self.team_of[mode]:
             t.plain = c.together * t.copies
         t.submit += t.plain
         if batched and t.copies == 1:
@@ -1904,10 +1912,23 @@ cdef class Transfer:
         return 0
 
 
-cdef inline void want_all(bint *wanted, bint batch) noexcept nogil:
+cdef int want(bint *wanted, object method, bint batch) except -1:
+    # The modes that a method may choose from.
     cdef Py_ssize_t m
+    cdef bint every = method == "auto"
     for m in range(MODES):
-        wanted[m] = batch or (m != BATCH and m != STRIDED_BATCH)
+        wanted[m] = every and (batch or (m != BATCH and m != STRIDED_BATCH))
+    if every:
+        return 0
+    if method == "batch":
+        wanted[BATCH] = True
+    elif method == "strided":
+        wanted[STRIDED] = True
+    elif method == "loop":
+        wanted[LOOP] = True
+    else:
+        raise ValueError(f"method is {method!r}: it is 'auto', 'batch', 'strided' or 'loop'")
+    return 0
 
 
 cdef inline uint64_t seam_after(const uint64_t *seam, Py_ssize_t seams,

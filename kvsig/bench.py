@@ -220,7 +220,7 @@ class Options:
         Methods that are clearly slower are timed three times, the limit nine times. In the time
         that is left then, cells go on in which auto's ratio to a method that is about as fast is
         not known to 0.4 % (standard error), as beside a CPU that others use: up to forty times as
-        many runs, and always where the error is the largest.
+        many runs, where the error is the largest first.
     seconds : float
         Time for everything. Cells that it does not last for are left out, and named.
     seed : int
@@ -978,6 +978,7 @@ class Measured:
     series: list[Series]
     notes: dict[str, str]
     place: int  # of its entry in the result
+    visits: int = 0
 
 
 def park(series: list[Series]) -> None:
@@ -1258,7 +1259,9 @@ class Bench:
             left = deadline - time.monotonic()
             if not waiting or left <= 0:
                 break
-            one = max(waiting, key=lambda one: need(one.series))
+            # Where visits help little, others come first in the end.
+            one = max(waiting, key=lambda one: need(one.series) / (1 + one.visits))
+            one.visits += 1
             bar.show(len(self.cells), f"more runs: {describe(one.cell)}")
             try:
                 self.visit(one, memory, time.monotonic() + min(VISIT, left))
@@ -1547,7 +1550,7 @@ class Legacy:
 
 def usual(threads: int | None) -> int:
     """Threads that may submit a transfer, where they may not have been given."""
-    return _threads.Pace(threads).most
+    return _threads.most(threads)
 
 
 def target() -> torch.device:

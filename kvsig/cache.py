@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -67,9 +66,9 @@ class PagedKVCache:
         can be asked for the allocations and blocks that the tensors lie in, it has been.
     threads : int, optional
         Threads that may submit the copies of one transfer, the caller's counted in, 1 to 8; by
-        default 2 where there are 8 CPUs or more. More than one are used where submitting copies
-        has been measured to take longer than moving them; the order of the stream stays. What
-        each number wins, and costs others, is in docs/performance.md.
+        default 2 where there are 8 CPUs or more. They are used where the CPU is too slow for the
+        copy engine: others on it slow it down, or the model says so. The order of the stream
+        stays. What each number wins, and costs others, is in docs/performance.md.
 
     Attributes
     ----------
@@ -159,7 +158,7 @@ class PagedKVCache:
         if model is None:
             model = costs.load(_torch.device_name(self.device))
         self.model = model
-        self._pace = _threads.Pace(threads)
+        self._threads = _threads.most(threads)
         # Tensors were looked at, so the runtime is bound, and stays so.
         self._rows = _core.strided_bound()
         self._all = self._select(tuple(range(layers)))
@@ -459,7 +458,7 @@ class PagedKVCache:
                     plain = path if path != "strided" else "auto"
                     if plain == "auto" and kind == "loop" and not refused:
                         plain = "loop"
-                    done = self._plain(arrays, handle, plain, kind, transfer, report is None, load)
+                    done = self._plain(arrays, handle, plain, kind, transfer, report is None)
             except _core.CudaError as error:
                 self._explain(error, selection, kind, arrays, load)
                 raise
@@ -478,35 +477,19 @@ class PagedKVCache:
         kind: str,
         transfer: planning.Transfer,
         starts: bool,
-        load: bool,
     ) -> Report | None:
-        """Queue plain copies, from as many threads as it takes to keep the copy engine busy."""
+        """Queue plain copies, from several threads where that is planned."""
         dsts, srcs, sizes = arrays
         if transfer.same_size:
             sizes = transfer.same_size
-        count = len(dsts)
-        batch_size, first_size = transfer.batch_size, transfer.first_size if starts else 0
+        threads, batch_size = 1, transfer.batch_size
+        if transfer.together and len(dsts) >= _threads.FEWEST:
+            threads, batch_size = self._threads, min(batch_size, _threads.SHARE)
         # Once something is queued, the rest goes one way or the other.
-        give_up = starts and kind == "batch"
-        if kind != "batch" or count < _threads.FEWEST and not first_size:
-            return _core.copy_batch(
-                dsts, srcs, sizes, handle, path, batch_size, give_up=give_up
-            )
-        size = transfer.same_size or int(arrays[2][0])
-        cost = self.model.load if load else self.model.offload
-        engine_ns = 1e3 * (cost.copy_engine + size * cost.byte)
-        threads = self._pace.choose(load, count, size, engine_ns)
-        begin = time.perf_counter_ns()
-        if threads > 1:
-            batch_size = min(batch_size, _threads.SHARE)
-        done: Report | None = _core.copy_batch(
-            dsts, srcs, sizes, handle, path, batch_size, threads, first_size, give_up
-        )
-        if done is None:
-            return None
-        if threads == 1:
-            self._pace.note(load, count, size, time.perf_counter_ns() - begin)
-        return done
+        return _core.copy_batch(
+            dsts, srcs, sizes, handle, path, batch_size, threads,
+            transfer.first_size if starts else 0, starts and kind == "batch",
+        )  # fmt: skip
 
     def _explain(
         self, error: _core.CudaError, selection: _Selection, kind: str, arrays: Any, load: bool
@@ -533,7 +516,11 @@ class PagedKVCache:
     def _select(self, layers: tuple[int, ...]) -> _Selection:
         planes = self._planes.select(layers)
         prepared = planning.prepare(
-            planes, self.model, self._host_seams, self._device_seams, self._pace.together_us
+            planes,
+            self.model,
+            self._host_seams,
+            self._device_seams,
+            _threads.together_us(self._threads),
         )
         return _Selection(layers, planes, prepared)
 

@@ -1165,27 +1165,31 @@ class TestModelAgreesWithMeasurement:
         ready = prepare(page_first(1, kib * KIB, 500), H100)
         order = np.random.default_rng(4).permutation(500)[:pages]
         transfer = ready.transfer(order, order[::-1].copy(), direction)
-        chosen = set()
-        for slow in (1, (1 + _threads.SLOWEST) / 2, _threads.SLOWEST):
-            transfer.decide("auto", True, slow)
-            chosen.add((transfer.method, transfer.batch_size, transfer.first_size))
 
-        def looks(*methods):
+        def hangs(method):
+            chosen = set()
+            for slow in (1, (1 + _threads.SLOWEST) / 2, _threads.SLOWEST):
+                transfer.decide(method, True, slow)
+                chosen.add((transfer.method, transfer.batch_size, transfer.first_size))
+            return len(chosen) > 1
+
+        def looks(method):
             for _ in range(20):
                 found = []
                 monkeypatch.setattr("kvsig._pack.look", lambda found=found: found.append(1) or 1.0)
                 slowness()
                 time.sleep(0.006)
                 begin, before = time.perf_counter(), len(found)
-                for method in methods:
+                for _ in range(3):
                     one = ready.transfer(order, order[::-1].copy(), direction)
                     one.decide_now(method, True, 16 * 1005)
                 if time.perf_counter() - begin < 0.003:  # nobody believes in a look of long ago
                     return len(found) - before
             raise AssertionError("this machine stands still again and again")
 
-        assert looks("auto") == (len(chosen) > 1)
-        assert looks("batch", "strided", "loop") == 0
+        for method in ("auto", "batch", "strided", "loop"):
+            assert looks(method) == hangs(method), method
+        assert looks("strided") == looks("loop") == 0
 
     def test_a_choice_that_hangs_on_the_cpu_is_not_missed_behind_others(self, monkeypatch):
         """One page is never a batch; four are, beside a CPU at full speed."""

@@ -162,31 +162,7 @@ def test_transfers_of_many_threads_at_once(control):
     assert not wrong
 
 
-class TestPace:
-    def test_one_until_measured_then_by_what_submitting_costs(self):
-        pace = _threads.Pace(4)
-        assert pace.choose(True, 1024, 16384, 300) == 1
-        for cost, threads in ((200, 1), (600, 1), (700, 2), (900, 4)):
-            pace = _threads.Pace(4)
-            pace.note(True, 1000, 16384, cost * 1000)
-            assert pace.choose(True, 1024, 16384, 300) == threads
-            assert pace.choose(False, 1024, 16384, 300) == 1, "the other direction is its own"
-            assert pace.choose(True, 100, 16384, 300) == 1, "too few copies"
-
-    def test_measured_again_now_and_then(self):
-        pace = _threads.Pace(2)
-        pace.note(True, 1000, 4096, 900_000)
-        # A copy of 4 KiB costs the engine next to nothing, submitting it does not.
-        chosen = [pace.choose(True, 1000, 4096, 100) for _ in range(_threads.AGAIN)]
-        assert chosen == [2] * (_threads.AGAIN - 1) + [1]
-
-    def test_follows_a_machine_that_changes(self):
-        pace = _threads.Pace(4)
-        pace.note(False, 1000, 4096, 900_000)
-        for _ in range(6):
-            pace.note(False, 1000, 4096, 200_000)
-        assert pace.choose(False, 1000, 4096, 200) == 1
-
+class TestCpu:
     def test_looks_at_the_cpu(self, monkeypatch):
         monkeypatch.setattr(_threads, "_best", float("inf"))
         assert _threads.look() == 1, "the first look is the best so far"
@@ -233,12 +209,12 @@ class TestPace:
     @pytest.mark.parametrize(("cpus", "threads"), [(1, 1), (2, 1), (7, 1), (8, 2), (64, 2)])
     def test_two_where_there_are_cpus(self, monkeypatch, cpus, threads):
         monkeypatch.setattr(_threads.os, "sched_getaffinity", lambda pid: set(range(cpus)))
-        assert _threads.Pace().most == threads
-        assert _threads.Pace(4).most == 4
+        assert _threads.most(None) == threads
+        assert _threads.most(4) == 4
 
     @pytest.mark.parametrize("threads", [0, 9, True, "4", 1.0])
     def test_bad_number(self, threads):
         text = f"threads must be an int from 1 to 8, or None, not {threads!r}"
         with pytest.raises(ValueError) as caught:
-            _threads.Pace(threads)
+            _threads.most(threads)
         assert str(caught.value) == text
