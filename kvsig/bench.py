@@ -12,7 +12,9 @@ On the emulated runtime there are no speeds: only host time per copy, and operat
 
 from __future__ import annotations
 
+import ctypes
 import datetime
+import functools
 import gc
 import itertools
 import json
@@ -1089,13 +1091,25 @@ def apart() -> None:
         pass
 
 
+@functools.cache
+def libc() -> ctypes.CDLL:
+    """Return the C library of this process."""
+    return ctypes.CDLL(None)
+
+
+def current_cpu() -> int:
+    """Return the number of the CPU that this thread is on, for Python cannot tell."""
+    return int(libc().sched_getcpu())
+
+
 class FullSpeed:
     """Puts a thread on a CPU that runs at full speed.
 
     The virtual CPUs of rented machines run at half their speed while others are at work on the same
     core, each by itself and for some time. A run that meets one says nothing of what is compared,
     so one is looked for that is free: by the time of a loop of Python, 2 us where the CPU at hand
-    is good. Afterwards the thread may move again, and mostly stays.
+    is good. Those that were free most often so far come first, as the others of a core are mostly
+    at work for longer than a run. Afterwards the thread may move again, and mostly stays.
 
     Parameters
     ----------
@@ -1105,31 +1119,38 @@ class FullSpeed:
 
     #: A CPU that takes so much longer than the best one is not at full speed.
     NEAR = 1.15
+    #: What one more look counts in a CPU's record, and how much better another's must be to move.
+    FRESH, BETTER = 0.05, 0.25
 
     def __init__(self, wanted: bool = True) -> None:
         self.cpus = sorted(os.sched_getaffinity(0)) if wanted else []
         self.best = self.least = math.inf
-        self.turn = 0
-        for _ in self.cpus:
-            self._next()
+        #: How often each CPU was at full speed, of late: from 0, never, to 1, always.
+        self.record = dict.fromkeys(self.cpus, 0.5)
+        for cpu in self.cpus:
+            self._try(cpu)
         self._anywhere()
 
     def here(self) -> bool:
         """Whether the CPU at hand is at full speed."""
         took = _threads.loop_ns(5)
         self.best, self.least = min(self.best, took), min(self.least, took)
-        return took <= self.NEAR * self.best
+        good = took <= self.NEAR * self.best
+        cpu = current_cpu()
+        if cpu in self.record:
+            self.record[cpu] += self.FRESH * (good - self.record[cpu])
+        return good
 
     def settle(self) -> None:
-        """Move to a CPU at full speed, if this one is not and another one is."""
-        if not self.cpus or self.here():
+        """Move to a CPU at full speed, if this one is not, or was so less often than another."""
+        if not self.cpus:
             return
-        found, self.least = False, math.inf
-        for _ in self.cpus:
-            found = self._next()
-            if found:
-                break
-        if not found:
+        good = self.here()
+        order = sorted(self.cpus, key=lambda cpu: -self.record[cpu])
+        if good and self.record[order[0]] - self.record.get(current_cpu(), 1.0) < self.BETTER:
+            return
+        self.least = math.inf
+        if not any(self._try(cpu) for cpu in order):
             # None is as fast as one once was: what is best now is the best there is.
             self.best = self.least
         self._anywhere()
@@ -1146,9 +1167,8 @@ class FullSpeed:
                 break
             self.settle()
 
-    def _next(self) -> bool:
-        self.turn += 1
-        os.sched_setaffinity(0, {self.cpus[self.turn % len(self.cpus)]})
+    def _try(self, cpu: int) -> bool:
+        os.sched_setaffinity(0, {cpu})
         return self.here()
 
     def _anywhere(self) -> None:

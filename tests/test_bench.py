@@ -474,6 +474,7 @@ class TestFullSpeed:
         monkeypatch.setattr(bench.os, "sched_getaffinity", lambda pid: {0, 1, 2, 3})
         monkeypatch.setattr(bench.os, "sched_setaffinity", found.move)
         monkeypatch.setattr(bench._threads, "loop_ns", lambda times: found.ns[found.here])
+        monkeypatch.setattr(bench, "current_cpu", lambda: found.here)
         return found
 
     def test_stays_where_it_is_good(self, machine):
@@ -495,6 +496,34 @@ class TestFullSpeed:
         )
         speed.settle()
         assert places[-2:] == [{good}, [0, 1, 2, 3]]
+
+    def test_those_that_were_good_most_often_come_first(self, machine, monkeypatch):
+        speed = bench.FullSpeed()
+        machine.ns = [800, 800, 800, 400]
+        for _ in range(20):  # only the last one is ever good
+            speed.settle()
+        machine.ns = [400] * 4
+        places = []
+        move = machine.move
+        monkeypatch.setattr(
+            bench.os, "sched_setaffinity", lambda pid, mask: places.append(mask) or move(pid, mask)
+        )
+        speed.settle()
+        assert places == [{3}, [0, 1, 2, 3]], "also where the one at hand is good just now"
+        for _ in range(60):  # the first one has been good for long
+            speed.here()
+        del places[:]
+        speed.settle()
+        assert not places
+
+    def test_knows_the_cpu_at_hand(self):
+        cpus = bench.os.sched_getaffinity(0)
+        try:
+            for cpu in cpus:
+                bench.os.sched_setaffinity(0, {cpu})
+                assert bench.current_cpu() == cpu
+        finally:
+            bench.os.sched_setaffinity(0, cpus)
 
     def test_where_none_is_the_best_there_is_counts(self, machine):
         speed = bench.FullSpeed()
