@@ -39,6 +39,7 @@ import torch
 
 import kvsig
 from kvsig import _core, _threads, planning
+from kvsig._commit import commit
 from kvsig.geometry import Planes
 from kvsig.models import MODELS
 
@@ -445,14 +446,14 @@ def size_text(count: int) -> str:
 def provenance() -> dict[str, Any]:
     """Say where results are from: device, driver, runtime, versions, date and commit.
 
-    The commit is that of ``KVSIG_COMMIT``, for machines that have no git, or else unknown.
+    The commit is that of ``KVSIG_COMMIT``, or of the checkout, or unknown.
     """
     info = kvsig.info()
     real = not info["emulated"]
     batch = next(row for row in info["functions"] if row["name"] == "cudaMemcpyBatchAsync")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": os.environ.get("KVSIG_COMMIT"),
+        "commit": commit(),
         "kvsig": kvsig.__version__,
         "emulated": info["emulated"],
         "device": torch.cuda.get_device_name() if real else None,

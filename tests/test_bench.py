@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import kvsig
-from kvsig import _core, _threads, bench, cli, costs
+from kvsig import _commit, _core, _threads, bench, cli, costs
 from kvsig.cli import bench as command
 
 KIB = 1 << 10
@@ -562,6 +562,35 @@ class TestSummary:
         assert summary["verified"] is True
 
 
+class TestCommit:
+    def test_what_the_environment_says(self, monkeypatch):
+        monkeypatch.setenv("KVSIG_COMMIT", "0123abc")
+        assert _commit.commit() == "0123abc"
+
+    def test_that_of_the_checkout(self, monkeypatch, tmp_path):
+        monkeypatch.delenv("KVSIG_COMMIT", raising=False)
+        package = tmp_path / "kvsig"
+        package.mkdir()
+        monkeypatch.setattr(_commit, "__file__", str(package / "_commit.py"))
+        assert _commit.commit() is None, "no checkout"
+
+        def git(*args):
+            command = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org", *args]
+            done = subprocess.run(
+                command, cwd=tmp_path, check=True, capture_output=True, text=True
+            )
+            return done.stdout.strip()
+
+        git("init", "-q")
+        assert _commit.commit() is None, "no commit yet"
+        (package / "a.py").write_text("1\n")
+        git("add", "-A")
+        git("commit", "-qm", "one")
+        assert _commit.commit() == git("rev-parse", "HEAD")
+        (package / "a.py").write_text("2\n")
+        assert _commit.commit() == git("rev-parse", "HEAD") + "-dirty"
+
+
 class TestCommand:
     def main(self, *args: str) -> int:
         return cli.main(["bench", *args])
@@ -580,6 +609,7 @@ class TestCommand:
             "library",
         }
         assert "/" not in result["provenance"]["library"]
+        assert result["provenance"]["commit"] == _commit.commit()
         assert len(result["cells"]) == 4
         assert capsys.readouterr().out.count("operations (in calls)") == 2
         assert self.main("--from", str(path)) == 0

@@ -6,11 +6,10 @@ import argparse
 import datetime
 import json
 import platform
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvsig._commit import commit
 from kvsig.models import MODELS, Model
 
 from . import wrap
@@ -246,16 +245,3 @@ def provenance(args: argparse.Namespace) -> dict[str, Any]:
         "path_asked": args.path or "default",
         "seed": args.seed,
     }
-
-
-def commit() -> str | None:
-    """Name the commit that kvsig runs from, with ``-dirty`` behind a changed one."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
