@@ -3,8 +3,8 @@
 Submitting a copy costs the CPU 0.4 to 0.9 us, as it runs at full speed or shares its core, and
 moving it costs the copy engine its bytes. Where the first is the longer, two threads side by side
 are faster than one: they need 0.6 us together, for the driver has locks. Measured on an H100 beside
-slow CPUs (benchmarks/results/2026-11-24-h100/threads.json): layer by layer, pages of 32 KiB go from
-39 to 47 GB/s to the device and from 38 to 49 to the host. Beside fast CPUs one thread is faster.
+slow CPUs (benchmarks/results/2026-11-24-h100-2/threads.json): layer by layer, pages of 32 KiB go
+from 39 to 47 GB/s to the device and from 38 to 49 to the host. Beside fast CPUs one is faster.
 """
 
 from __future__ import annotations
