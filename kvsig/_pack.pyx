@@ -19,7 +19,7 @@ from bisect import bisect_right
 
 import numpy as np
 
-from kvsig._threads import FEWEST, SLOWEST, WORTH, look
+from kvsig._threads import FEWEST, SHARE, SLOWEST, WORTH, look
 
 # cudaDevAttrMaxPitch of every device so far: a strided copy takes no longer pitch.
 cdef uint64_t LONGEST_PITCH = 0x7FFFFFFF
@@ -47,6 +47,7 @@ cdef double STAGED_SLOWS = 2.0
 # From this many copies on, several threads may submit, where one needs so many times as long.
 cdef Py_ssize_t TOGETHER_FROM = FEWEST
 cdef double TOGETHER_WORTH = WORTH
+cdef Py_ssize_t TOGETHER_SHARE = SHARE
 # A batch call has no more copies, whatever the cost model says.
 cdef Py_ssize_t LONGEST_CALL = 1 << 31
 # Runs are cut here, so that one run never fills a buffer without bound.
@@ -1250,6 +1251,11 @@ cdef class Transfer:
         self.batch_size = self.size_of[best]
         self.first_size = self.first_of[best]
         self.together = self.team_of[best]
+        if self.together:
+            # Whoever is free takes the next call.
+            self.first_size = 0
+            if self.batch_size > TOGETHER_SHARE:
+                self.batch_size = TOGETHER_SHARE
         self.rewind()
         self.same_size = 0
         if (

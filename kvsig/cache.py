@@ -482,14 +482,19 @@ class PagedKVCache:
         dsts, srcs, sizes = arrays
         if transfer.same_size:
             sizes = transfer.same_size
-        threads, batch_size = 1, transfer.batch_size
-        if transfer.together and len(dsts) >= _threads.FEWEST:
-            threads, batch_size = self._threads, min(batch_size, _threads.SHARE)
+        together = transfer.together and len(dsts) >= _threads.FEWEST
         # Once something is queued, the rest goes one way or the other.
         return _core.copy_batch(
-            dsts, srcs, sizes, handle, path, batch_size, threads,
-            transfer.first_size if starts else 0, starts and kind == "batch",
-        )  # fmt: skip
+            dsts,
+            srcs,
+            sizes,
+            handle,
+            path,
+            transfer.batch_size,
+            self._threads if together else 1,
+            transfer.first_size if starts else 0,
+            starts and kind == "batch",
+        )
 
     def _explain(
         self, error: _core.CudaError, selection: _Selection, kind: str, arrays: Any, load: bool

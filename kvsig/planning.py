@@ -268,7 +268,7 @@ class Plan:
         return plain + len(self.strided) + len(self.strided3)
 
     def batches(self) -> list[int]:
-        """Plain copies of each batch call, where one thread submits."""
+        """Plain copies of each batch call, in order where one thread submits."""
         return batches(len(self.dsts), self.batch_size, self.first_size)
 
     def pieces(self) -> Iterator[tuple[str, Any]]:

@@ -931,8 +931,10 @@ class TestCalls:
                 host.zero_()
                 time.sleep(0.006)
                 control.record()
+                planned = cache.plan_offload(order, np.arange(pages), stream=stream, path=path)
                 report = cache.offload(order, np.arange(pages), stream=stream, path=path)
                 stream.synchronize()
+                assert (planned.calls, planned.copies_out) == (report.calls, report.copies)
                 taken.append(sorted(self.sizes(control)))
                 assert len(taken[-1]) == report.calls
                 assert torch.equal(host.view(pages, -1), device[order])
