@@ -71,6 +71,7 @@ __all__ = [
     "runtime_version",
     "driver_version",
     "strided_bound",
+    "teams_bound",
 ]
 
 if _registry.digest() != DIGEST:
@@ -784,6 +785,12 @@ def strided_bound():
     return (
         slots[SLOT_cudaMemcpy2DAsync].variant >= 0 and slots[SLOT_cudaMemcpy3DAsync].variant >= 0
     )
+
+
+def teams_bound():
+    """Whether several threads can submit the copies of a batch."""
+    _ensure()
+    return _route == ROUTE_RUNTIME
 
 
 cdef struct Progress:

@@ -1111,7 +1111,7 @@ cdef class Transfer:
     cdef readonly Py_ssize_t batch_size
     """Copies per batch call."""
     cdef readonly Py_ssize_t first_size
-    """Copies of the first batch call, where calls grow; else 0.
+    """Copies of the first batch call, where calls grow; else 0, as where several threads submit.
 
     Each call then takes as many copies as are queued already, up to `batch_size`: the copy engine
     starts early, and is not kept waiting afterwards.
@@ -1251,11 +1251,6 @@ cdef class Transfer:
         self.batch_size = self.size_of[best]
         self.first_size = self.first_of[best]
         self.together = self.team_of[best]
-        if self.together:
-            # Whoever is free takes the next call.
-            self.first_size = 0
-            if self.batch_size > TOGETHER_SHARE:
-                self.batch_size = TOGETHER_SHARE
         self.rewind()
         self.same_size = 0
         if (
@@ -1469,6 +1464,11 @@ cdef class Transfer:
             # A batch of one copy was measured to take longer than the copy by itself.
             t.submit += c.loop_submit
             t.engine += c.loop_engine
+        if self.team_of[mode]:
+            # Whoever is free takes the next call; what calls cost is in the measured time.
+            self.consider(mode, TOGETHER_SHARE if TOGETHER_SHARE < size else size, 0)
+            t.engine += calls_of(t.copies, mode, self.size_of[mode], 0) * c.call_engine
+            return
         # Longest calls first: shorter ones cost the host more, and it may be a slow one.
         self.consider(mode, size, 0)
         if batched and t.copies > first:
@@ -1488,7 +1488,7 @@ cdef class Transfer:
         cdef double calls = calls_of(t.copies, mode, size, first)
         cdef double submit = t.submit, engine = t.engine, time, rank, wait = 0
         if mode == BATCH or mode == STRIDED_BATCH:
-            submit += calls * c.call_submit
+            submit += 0 if self.team_of[mode] else calls * c.call_submit
             engine += calls * c.call_engine
         if first and engine >= submit:
             wait = c.call_submit + t.submit * first / t.copies

@@ -18,7 +18,7 @@ __all__ = ["FEWEST", "SHARE", "look", "loop_ns", "most", "together_us"]
 FEWEST = 256
 # Copies in one call of a thread, at most, so that a short piece has a call for each.
 SHARE = 64
-# Several threads are worth it where one takes so many times as long, or the copy engine does.
+# Several threads are worth it where one takes so many times as long as they and as the copy engine.
 WORTH = 1.05
 # From so many CPUs on, two threads may submit where nobody has said how many.
 CPUS = 8
@@ -66,5 +66,8 @@ def most(threads: int | None) -> int:
 
 
 def together_us(threads: int) -> float:
-    """Host time of a copy that several threads submit, as measured; 0 where one submits."""
+    """Host time of a copy that several threads submit, its share of a call counted in.
+
+    As measured with calls of `SHARE` copies; 0 where one thread submits.
+    """
     return 0.38 + 0.48 / threads if threads > 1 else 0.0

@@ -1210,6 +1210,7 @@ class Bench:
         self.speed = FullSpeed(options.full_speed and self.real)
         self.streams = [make_stream(self.device) for _ in range(3)]
         self.workers = ThreadPoolExecutor(2)
+        self.begin = time.monotonic()
         self.result: dict[str, Any] = {
             "schema": SCHEMA,
             "kind": "bench",
@@ -1228,7 +1229,7 @@ class Bench:
         dict
             The result, as ``--json`` writes it.
         """
-        begin = time.monotonic()
+        self.begin = begin = time.monotonic()
         deadline = begin + self.options.seconds
         memory = Memory(
             self.device, max((c.pool_bytes for c in self.cells), default=0), self.options.seed
@@ -1248,7 +1249,7 @@ class Bench:
                 series, notes = self.measure(cell, memory, begin + share * self.options.seconds)
                 entry = self.entry(cell, series, notes)
                 measured.append(Measured(cell, series, notes, done))
-            except (RuntimeError, ValueError, kvsig.BindError) as error:
+            except Exception as error:
                 # One cell must not lose the others; memory that ran out is given back.
                 entry = asdict(cell) | {"error": f"{type(error).__name__}: {error}", "methods": {}}
                 if self.real:
@@ -1274,25 +1275,30 @@ class Bench:
         """Go on with the cells in which ratios are known least, while there is time."""
         most = self.options.runs * MORE_RUNS
         while True:
+            needs = {
+                one.place: need(self.racing(one.series, next_turn(one.series)))
+                for one in measured
+            }
             waiting = [
-                one for one in measured if need(one.series) > 1 and next_turn(one.series) < most
+                one for one in measured if needs[one.place] > 1 and next_turn(one.series) < most
             ]
             left = deadline - time.monotonic()
             if not waiting or left <= 0:
                 break
             # Where visits help little, others come first in the end.
-            one = max(waiting, key=lambda one: need(one.series) / (1 + one.visits))
+            one = max(waiting, key=lambda one: needs[one.place] / (1 + one.visits))
             one.visits += 1
             bar.show(len(self.cells), f"more runs: {describe(one.cell)}")
+            before = next_turn(one.series)
             try:
                 self.visit(one, memory, time.monotonic() + min(VISIT, left))
-            except (RuntimeError, ValueError, kvsig.BindError) as error:
-                # What has been measured stays.
-                measured.remove(one)
+            except Exception as error:
+                # What has been measured stays, whatever happens to more of it.
                 one.notes["more runs"] = f"{type(error).__name__}: {error}"
-                torch.cuda.synchronize()
-                torch.cuda.empty_cache()
+            if next_turn(one.series) == before:
+                measured.remove(one)
             self.result["cells"][one.place] = self.entry(one.cell, one.series, one.notes)
+            self.result["seconds"] = round(time.monotonic() - self.begin, 1)
             if self.save is not None:
                 self.save(self.result)
 
@@ -1300,12 +1306,14 @@ class Bench:
         """Time the methods of a cell that has been measured, some more."""
         job = Job(one.cell, memory, self.options.seed, PYTHON_COPIES, self.options.threads)
         racing = self.racing(one.series, next_turn(one.series))
-        for each in racing:
-            each.submit, each.stream = self.submission(each.name, job)
-            each.submit()
-        self.synchronize()
-        self.time_all(racing, deadline, self.options.runs * MORE_RUNS)
-        park(racing)
+        try:
+            for each in racing:
+                each.submit, each.stream = self.submission(each.name, job)
+                each.submit()
+            self.synchronize()
+            self.time_all(racing, deadline, self.options.runs * MORE_RUNS)
+        finally:
+            park(racing)
 
     def measure(
         self, cell: Cell, memory: Memory, deadline: float

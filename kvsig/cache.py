@@ -158,8 +158,8 @@ class PagedKVCache:
         if model is None:
             model = costs.load(_torch.device_name(self.device))
         self.model = model
-        self._threads = _threads.most(threads)
         # Tensors were looked at, so the runtime is bound, and stays so.
+        self._threads = _threads.most(threads) if _core.teams_bound() else _threads.most(1)
         self._rows = _core.strided_bound()
         self._all = self._select(tuple(range(layers)))
         self._selections: dict[int | range | tuple[int, ...], _Selection] = {}

@@ -341,10 +341,9 @@ class TestTurns:
 
         One that stays unknown leaves time to the others.
         """
-        monkeypatch.setattr(bench.torch.cuda, "synchronize", lambda: None)
-        monkeypatch.setattr(bench.torch.cuda, "empty_cache", lambda: None)
         cells = [bench.Cell(512, 8, layers=layers) for layers in (2, 3, 4, 5, 6)]
         found = bench.Bench(cells, bench.Options(runs=5))
+        found.real = True
         noise = {2: 0.0, 3: 0.2, 4: 0.1, 5: 0.3, 6: 0.6}
         measured, visits = [], []
 
@@ -384,6 +383,39 @@ class TestTurns:
         del visits[:]
         found.refine(measured, None, bench.time.monotonic() - 1, bar)
         assert not visits
+
+    @pytest.mark.parametrize("slower", [False, True], ids=["no time", "out of the race"])
+    def test_who_gets_no_more_runs_is_not_visited_again(self, on_emulated, monkeypatch, slower):
+        """A method that lost by its median is not run again, however little its ratio is known."""
+        cell = bench.Cell(512, 8, layers=2)
+        found = bench.Bench([cell], bench.Options(runs=3))
+        found.real = True
+        times = ((1.0, 1.0, 2.0), (1.0, 2.0, 2.0)) if slower else ((1.0, 1.1, 1.2), (1.2, 1.0, 1.1))
+        series = [self.series(name, *ms) for name, ms in zip(("auto", "batch"), times, strict=True)]
+        for one in series:
+            one.host_ms = list(one.ms)
+        assert bench.need(series) > 1
+        found.result["cells"].append({})
+        visits = []
+        monkeypatch.setattr(found, "visit", lambda *args: visits.append(args))
+        begin = bench.time.monotonic()
+        measured = [bench.Measured(cell, series, {}, 0)]
+        found.refine(measured, None, begin + 60, bench.Bar(1, ""))
+        assert bench.time.monotonic() - begin < 30
+        assert len(visits) == (0 if slower else 1)
+
+    def test_each_cell_is_sure_of_its_share_of_the_time(self, on_emulated, monkeypatch):
+        cells = [bench.Cell(512, 8, layers=2)] * 10
+        found = bench.Bench(cells, bench.Options(seconds=120))
+        ends = []
+
+        def measure(cell, memory, deadline):
+            ends.append(deadline - found.begin)
+            return [], {}
+
+        monkeypatch.setattr(found, "measure", measure)
+        found.run()
+        assert ends == pytest.approx([30, 40, 50, 60, 70, 80, 90, 100, 110, 120])
 
     def test_a_visit_runs_what_the_cell_ran(self, on_emulated, monkeypatch):
         """In memory of its own; only methods that come close run again."""
@@ -568,7 +600,8 @@ class TestCommit:
         assert _commit.commit() == "0123abc"
 
     def test_that_of_the_checkout(self, monkeypatch, tmp_path):
-        monkeypatch.delenv("KVSIG_COMMIT", raising=False)
+        for name in ("KVSIG_COMMIT", "GIT_DIR", "GIT_WORK_TREE"):
+            monkeypatch.delenv(name, raising=False)
         package = tmp_path / "kvsig"
         package.mkdir()
         monkeypatch.setattr(_commit, "__file__", str(package / "_commit.py"))

@@ -954,6 +954,21 @@ class TestCalls:
             assert max(self.sizes(control)) > 64
             stream.synchronize()
         assert torch.equal(self.host.view(700, -1), self.device[order])
+        monkeypatch.setattr(_pack, "look", lambda: 1.0)
+        time.sleep(0.006)
+        assert _pack.slowness() == 1.0
+
+    @pytest.mark.parametrize("route", ["runtime", "driver"])
+    def test_are_for_one_thread_where_the_driver_is_called(self, monkeypatch, route):
+        """Its own function wants a context in each thread: nobody counts on several."""
+        monkeypatch.setenv("KVSIG_ROUTE", route)
+        _core.rebind("emulated:13.0")
+        try:
+            cache = self.large(threads=4)
+            assert cache._threads == (4 if route == "runtime" else 1)
+        finally:
+            monkeypatch.delenv("KVSIG_ROUTE")
+            _core.rebind(None)
 
     def test_are_planned_anew_where_batches_turn_out_to_be_refused(self, monkeypatch):
         """16 pages of one layer are a batch; without it, K and V of a page are two rows."""
