@@ -114,6 +114,7 @@ class PagedKVCache:
             raise ValueError(f"layout must be 'layer_first' or 'page_first_direct', not {layout!r}")
         if not isinstance(page_size, int) or isinstance(page_size, bool) or page_size < 1:
             raise ValueError(f"page_size must be an int of at least 1, not {page_size!r}")
+        submitting = _threads.most(threads)
         groups = _device_groups(device)
         labels = ("K ", "V ") if len(groups) == 2 else ("",)
         layers = len(groups[0])
@@ -159,7 +160,7 @@ class PagedKVCache:
             model = costs.load(_torch.device_name(self.device))
         self.model = model
         # Tensors were looked at, so the runtime is bound, and stays so.
-        self._threads = _threads.most(threads) if _core.teams_bound() else _threads.most(1)
+        self._threads = submitting if _core.teams_bound() else 1
         self._rows = _core.strided_bound()
         self._all = self._select(tuple(range(layers)))
         self._selections: dict[int | range | tuple[int, ...], _Selection] = {}
