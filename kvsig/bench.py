@@ -1108,7 +1108,7 @@ class FullSpeed:
 
     The virtual CPUs of rented machines run at half their speed while others are at work on the same
     core, each by itself and for some time. A run that meets one says nothing of what is compared,
-    so one is looked for that is free: by the time of a loop of Python, 2 us where the CPU at hand
+    so one is looked for that is free: by the time of a loop of Python, 10 us where the CPU at hand
     is good. Those that were free most often so far come first, as the others of a core are mostly
     at work for longer than a run. Afterwards the thread may move again, and mostly stays.
 
@@ -1118,8 +1118,9 @@ class FullSpeed:
         Otherwise it does nothing.
     """
 
-    #: A CPU that takes so much longer than the best one is not at full speed.
-    NEAR = 1.15
+    #: Loops of a look, half a microsecond each; a CPU that takes so much longer than the best one
+    #: is not at full speed.
+    LOOPS, NEAR = 15, 1.15
     #: What one more look counts in a CPU's record, and how much better another's must be to move.
     FRESH, BETTER = 0.05, 0.25
 
@@ -1134,7 +1135,8 @@ class FullSpeed:
 
     def here(self) -> bool:
         """Whether the CPU at hand is at full speed."""
-        took = _threads.loop_ns(5)
+        # The median: the best of some is that of a moment in which the others were idle.
+        took = statistics.median(_threads.loop_ns(1) for _ in range(self.LOOPS))
         self.best, self.least = min(self.best, took), min(self.least, took)
         good = took <= self.NEAR * self.best
         cpu = current_cpu()
