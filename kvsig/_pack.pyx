@@ -1268,7 +1268,7 @@ cdef class Transfer:
         # Whether the CPU's speed decides what is chosen.
         cdef bint wanted[MODES]
         cdef bint team
-        cdef Py_ssize_t best, other, size, first
+        cdef Py_ssize_t m, best, size, first
         cdef Prepared ready = self.prepared
         cdef int how = self.side + 2 * following
         cdef double slow
@@ -1279,8 +1279,8 @@ cdef class Transfer:
         ):
             # A method is forced, and is not cut into calls.
             return False
-        for other in range(MODES):
-            how += <int>wanted[other] << (2 + other)
+        for m in range(MODES):
+            how += <int>wanted[m] << (2 + m)
         self.survey()
         if (
             self.lone and self.begin - ready.asked < LOOK_AGAIN
@@ -1291,9 +1291,9 @@ cdef class Transfer:
         best = self.best_of(wanted, 1, following)
         size, first, team = self.size_of[best], self.first_of[best], self.team_of[best]
         for slow in (SLOWEST_CPU, (1 + SLOWEST_CPU) / 2):
-            other = self.best_of(wanted, slow, following)
             if (
-                other != best or self.size_of[best] != size or self.first_of[best] != first
+                self.best_of(wanted, slow, following) != best
+                or self.size_of[best] != size or self.first_of[best] != first
                 or self.team_of[best] != team
             ):
                 return True

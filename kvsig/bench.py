@@ -1156,6 +1156,7 @@ class FullSpeed:
         if not any(self._try(cpu) for cpu in order):
             # None is as fast as one once was: what is best now is the best there is.
             self.best = self.least
+            os.sched_setaffinity(0, {order[0]})
         self._anywhere()
 
     def warm(self, run: Callable[[], Any]) -> None:
@@ -1218,7 +1219,7 @@ class Bench:
             "kind": "bench",
             "provenance": provenance(),
             "options": asdict(options)
-            | {"methods": list(options.methods), "threads": usual(options.threads)},
+            | {"methods": list(options.methods), "threads": _threads.most(options.threads)},
             "cells": [],
             "skipped": [],
         }
@@ -1276,14 +1277,14 @@ class Bench:
     ) -> None:
         """Go on with the cells in which ratios are known least, while there is time."""
         most = self.options.runs * MORE_RUNS
+
+        def wanting(one: Measured) -> float:
+            turn = next_turn(one.series)
+            return need(self.racing(one.series, turn)) if turn < most else 0.0
+
+        needs = {one.place: wanting(one) for one in measured}
         while True:
-            needs = {
-                one.place: need(self.racing(one.series, next_turn(one.series)))
-                for one in measured
-            }
-            waiting = [
-                one for one in measured if needs[one.place] > 1 and next_turn(one.series) < most
-            ]
+            waiting = [one for one in measured if needs[one.place] > 1]
             left = deadline - time.monotonic()
             if not waiting or left <= 0:
                 break
@@ -1297,6 +1298,7 @@ class Bench:
             except Exception as error:
                 # What has been measured stays, whatever happens to more of it.
                 one.notes["more runs"] = f"{type(error).__name__}: {error}"
+            needs[one.place] = wanting(one)
             if next_turn(one.series) == before:
                 measured.remove(one)
             self.result["cells"][one.place] = self.entry(one.cell, one.series, one.notes)
@@ -1577,11 +1579,6 @@ class Legacy:
     def synchronize(self) -> None:
         """Wait for its work."""
         kvsig.call("cudaStreamSynchronize", stream=0)
-
-
-def usual(threads: int | None) -> int:
-    """Threads that may submit a transfer, where they may not have been given."""
-    return _threads.most(threads)
 
 
 def target() -> torch.device:
@@ -1923,8 +1920,8 @@ def compute(
         raise ValueError("--compute needs a GPU: the runtime in use is the emulated one")
     product = Product(device, seed)
     memory = Memory(device, 512 * MIB, seed)
-    result: dict[str, Any] = {"product": f"{PRODUCT}^3 bf16", "threads": usual(threads)}
-    result["cells"] = []
+    result: dict[str, Any] = {"product": f"{PRODUCT}^3 bf16", "cells": []}
+    result["threads"] = _threads.most(threads)
     deadline = time.monotonic() + seconds
     shuffled = random.Random(seed)
     cases = [(scope, page, way) for scope, page in transfers for way in ("offload", "load")]
