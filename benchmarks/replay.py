@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from kvsig import bench, costs, planning
-from kvsig._threads import SLOWEST, together_us
+from kvsig._threads import SLOWEST, Team
 
 METHODS = ("batch", "strided", "loop")
 LEAST = 0.95
@@ -29,8 +29,9 @@ LEAST = 0.95
 def choices(result: dict[str, Any], slow: float) -> Iterator[tuple[bench.Cell, str, str, float]]:
     """Cell, the planner's choice, the fastest method, and GB/s of the first over the second's."""
     model = costs.builtin(result["provenance"]["device"])
-    # Results that do not say so are of up to four threads.
-    together = together_us(result["options"].get("threads", 4))
+    # Results that do not say so are of up to four threads; older ones have one number for all.
+    threads = result["options"].get("threads", 4)
+    team = Team(threads, threads) if isinstance(threads, int) else Team(*threads)
     for row in result["cells"]:
         cell = bench.Cell(**{name: row[name] for name in bench.Cell.__dataclass_fields__})
         speeds = {name: row["methods"][name]["gb_s"] for name in METHODS if name in row["methods"]}
@@ -39,7 +40,7 @@ def choices(result: dict[str, Any], slow: float) -> Iterator[tuple[bench.Cell, s
             continue
         rng = np.random.default_rng(0)
         near, far = (bench.page_numbers(cell, rng)[0] for _ in range(2))
-        ready = planning.prepare(bench.planes_of(cell), model, together_us=together)
+        ready = planning.prepare(bench.planes_of(cell), model, team=team)
         transfer = ready.transfer(near, far, cell.direction)
         # Layer by layer, all calls but the first follow another one.
         transfer.decide("auto", True, slow, cell.scope == "layer")

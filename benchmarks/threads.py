@@ -1,9 +1,9 @@
 """Transfers from one thread and from several: how fast they are, and what they cost a model.
 
-One, two and four threads that may submit, always, however fast the CPU is; and kvsig's own choice
-of up to two and four. 4, 16 and 32 KiB pages of 32 layers of K and V layer by layer, and batches of
-all layers at once, random, each way. Three things are measured, all in turn, in another order each
-time:
+One, two and four threads that may submit, always, however fast the CPU is; and kvsig's own choice,
+as it comes and of up to four. 4, 16 and 32 KiB pages of 32 layers of K and V layer by layer, and
+batches of all layers at once, random, each way. Three things are measured, all in turn, in another
+order each time:
 
 - GB/s by themselves;
 - beside matrix products that another thread launches one by one: how much longer these take, with
@@ -40,7 +40,7 @@ WAYS = (
     ("1", 1, True),
     ("2", 2, True),
     ("4", 4, True),
-    ("up to 2", 2, False),
+    ("default", None, False),
     ("up to 4", 4, False),
 )
 
@@ -48,13 +48,13 @@ WAYS = (
 class Way:
     """The transfers of a cell with some threads."""
 
-    def __init__(self, job: bench.Job, name: str, threads: int, always: bool) -> None:
+    def __init__(self, job: bench.Job, name: str, threads: int | None, always: bool) -> None:
         cell = job.cell
         self.name = name
         self.cell = cell
         self.pages = job.pages[cell.direction]
         model = job.cache.model
-        if always and threads > 1:
+        if always and threads != 1:
             # A model of a CPU that takes long in one thread.
             slow = {"copy_submit": 9.0, "staged_small": 9.0, "staged_large": 9.0}
             model = replace(

@@ -41,6 +41,7 @@ cdef extern from "semaphore.h" nogil:
         pass
     int sem_init(sem_t *semaphore, int shared, unsigned int value)
     int sem_post(sem_t *semaphore)
+    int sem_trywait(sem_t *semaphore)
     int sem_wait(sem_t *semaphore)
 
 cdef extern from "pthread.h" nogil:
@@ -1004,13 +1005,15 @@ cdef struct Work:
     const uint64_t *sizes
     uint64_t same
     size_t count, per_call, next
+    uint64_t before         # event in the caller's stream: where helpers begin
 
 cdef struct Worker:
     sem_t go, done
     Work *work
-    void *stream
+    uint64_t stream, after
     Progress progress
     int device, code
+    int tied                # answer to the event behind its calls; 0 where it made none
 
 cdef Worker[MOST_THREADS] workers
 cdef int worker_count = 0
@@ -1048,23 +1051,35 @@ cdef int _take_calls(Work *work, void *stream, Progress *progress) noexcept nogi
 
 cdef void *_work(void *argument) noexcept nogil:
     cdef Worker *worker = <Worker *>argument
+    cdef int code
     while True:
         while sem_wait(&worker.go) != 0:
             pass
-        worker.code = 0
+        worker.code = worker.tied = 0
         worker.progress.calls, worker.progress.bytes = 0, 0
         worker.progress.done, worker.progress.failed = 0, <size_t>-1
+        code = 0
         if worker.device != worker.work.device:
-            worker.device = worker.work.device
-            if cudaSetDevice(device=worker.device) != 0:
-                # It takes no call then, and the others take them all.
-                worker.device = -1
-                _clear()
-        if worker.device >= 0:
-            worker.code = _take_calls(worker.work, worker.stream, &worker.progress)
-        if worker.code != 0:
-            # The last error is each thread's own: nobody would find it here.
+            code = cudaSetDevice(device=worker.work.device)
+            worker.device = worker.work.device if code == 0 else -1
+        if code == 0:
+            code = cudaStreamWaitEvent(
+                stream=<void *>worker.stream, event=<void *>worker.work.before
+            )
+        if code != 0:
+            # It takes no call then, and the others take them all.
             _clear()
+        else:
+            worker.code = _take_calls(worker.work, <void *>worker.stream, &worker.progress)
+            if worker.code != 0:
+                # The last error is each thread's own: nobody would find it here.
+                _clear()
+            if worker.code != 0 or worker.progress.calls != 0:
+                worker.tied = cudaEventRecord(
+                    event=<void *>worker.after, stream=<void *>worker.stream
+                )
+                if worker.tied != 0:
+                    _clear()
         sem_post(&worker.done)
     return NULL
 
@@ -1103,22 +1118,24 @@ cdef int _run_team(
     cdef Worker *worker
     cdef Progress own
     cdef size_t j
-    cdef int i, code = 0, tied = 0
-    for i in range(helpers):
-        code = _tie(stream, forks[3 * i], forks[3 * i + 1])
-        if code != 0:
-            return code
-    work.route, work.device = route, device
+    cdef int i, code
+    code = cudaEventRecord(event=<void *>forks[1], stream=<void *>stream)
+    if code != 0:
+        return code
+    work.route, work.device, work.before = route, device, forks[1]
     work.dsts, work.srcs, work.sizes, work.same = dsts, srcs, sizes, same
     work.count, work.per_call, work.next = count, per_call, 0
     for i in range(helpers):
         worker = &workers[i]
-        worker.work, worker.stream = &work, <void *>forks[3 * i]
+        worker.work, worker.stream, worker.after = &work, forks[3 * i], forks[3 * i + 2]
         sem_post(&worker.go)
     code = _take_calls(&work, <void *>stream, &own)
     progress[0] = own
     for i in range(helpers):
         worker = &workers[i]
+        if sem_trywait(&worker.go) == 0:
+            # It has not woken up yet, and there is nothing left for it to do.
+            continue
         while sem_wait(&worker.done) != 0:
             pass
         progress.calls += worker.progress.calls
@@ -1126,10 +1143,14 @@ cdef int _run_team(
         if worker.code != 0 and (code == 0 or worker.progress.done < progress.done):
             code = worker.code
             progress.done, progress.failed = worker.progress.done, worker.progress.failed
-        # Also after a failure: what was submitted stays in the caller's order.
-        tied = _tie(forks[3 * i], stream, forks[3 * i + 2])
-        if code == 0:
-            code = tied
+        if worker.code != 0 or worker.progress.calls != 0:
+            # Also after a failure: what was submitted stays in the caller's order.
+            if worker.tied == 0:
+                worker.tied = cudaStreamWaitEvent(
+                    stream=<void *>stream, event=<void *>worker.after
+                )
+            if code == 0:
+                code = worker.tied
     if progress.done < count:
         # Calls behind the refused one were made as well. Who goes on begins with the refused one,
         # and counts from there.

@@ -4,6 +4,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from kvsig._threads import Team
 from kvsig.costs import CostModel
 from kvsig.geometry import Planes
 
@@ -32,7 +33,7 @@ class Prepared:
         model: CostModel,
         host_seams: npt.NDArray[np.uint64] | None = None,
         device_seams: npt.NDArray[np.uint64] | None = None,
-        together_us: float = 0,
+        team: Team = ...,
     ) -> None: ...
     @property
     def model(self) -> CostModel: ...
@@ -62,7 +63,7 @@ class Transfer(Iterator[_Piece]):
     @property
     def first_size(self) -> int: ...
     @property
-    def together(self) -> bool: ...
+    def threads(self) -> int: ...
     @property
     def scores(self) -> dict[str, float]: ...
     @property

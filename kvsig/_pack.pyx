@@ -19,7 +19,9 @@ from bisect import bisect_right
 
 import numpy as np
 
-from kvsig._threads import FEWEST, SHARE, SLOWEST, WORTH, look
+from kvsig._threads import (
+    ALONE, FEW_COPIES, FEWEST, SHARE, SLOW, SLOWEST, WORTH, look, together_us
+)
 
 # cudaDevAttrMaxPitch of every device so far: a strided copy takes no longer pitch.
 cdef uint64_t LONGEST_PITCH = 0x7FFFFFFF
@@ -46,6 +48,7 @@ cdef double SINGLE_SLOWS = 0.44
 cdef double STAGED_SLOWS = 2.0
 # From this many copies on, several threads may submit, where one needs so many times as long.
 cdef Py_ssize_t TOGETHER_FROM = FEWEST
+cdef Py_ssize_t TOGETHER_FEW = FEW_COPIES
 cdef double TOGETHER_WORTH = WORTH
 cdef Py_ssize_t TOGETHER_SHARE = SHARE
 # A batch call has no more copies, whatever the cost model says.
@@ -102,6 +105,10 @@ CHECK_NOT_PAGES = NOT_PAGES
 # 20 with caches that copies have gone through.
 cdef int64_t LOOK_AGAIN = 5_000_000
 cdef int64_t LOOK_BELIEVED = 50_000_000
+# Earlier, once batches have taken so many times as long as they should have.
+cdef int64_t LOOK_EARLY = 1_000_000
+cdef double TOOK_LONG = 1.1 * SLOW
+cdef int64_t look_after = LOOK_AGAIN
 cdef int64_t looked = 0
 cdef double slow_now = 1
 cdef double SLOWEST_CPU = SLOWEST
@@ -135,7 +142,9 @@ cdef struct Costs:
     double copy_submit, copy_engine
     double staged_small, staged_large, inline_bytes
     double strided_submit, strided_engine, strided_row
-    double together         # of a copy in a batch where several threads submit; 0 where none do
+    # Of a copy in a batch where several threads submit, in transfers of few and of many copies; 0
+    # where none do.
+    double together_few, together_many
 
 
 cdef struct Kind:
@@ -207,10 +216,10 @@ def slowness():
 
 
 cdef double slowness_at(int64_t now) except -1:
-    global looked, slow_now
-    if now - looked > LOOK_AGAIN:
+    global look_after, looked, slow_now
+    if now - looked > look_after:
         # Noted first: other threads may come by while this one looks.
-        looked = now
+        looked, look_after = now, LOOK_AGAIN
         slow_now = look()
     return slow_now
 
@@ -238,8 +247,8 @@ cdef inline double plain_cost(const Costs *c, int mode, double size) noexcept no
     cdef double submit = plain_submit(c, mode, size)
     if mode == BATCH or mode == STRIDED_BATCH:
         share = 1.0 / 256
-        if 0 < c.together < submit:
-            submit = c.together
+        if 0 < c.together_many < submit:
+            submit = c.together_many
     return larger(
         submit + share * c.call_submit,
         plain_engine(c, mode, size) + share * c.call_engine,
@@ -544,7 +553,7 @@ cdef int get_pages(object pages, Py_buffer *view) except -1:
     return 0
 
 
-cdef int read_costs(Costs *into, object costs, double together) except -1:
+cdef int read_costs(Costs *into, object costs, object team) except -1:
     into.byte = costs.byte
     into.latency = costs.latency
     into.loop_submit = costs.loop_submit
@@ -560,7 +569,8 @@ cdef int read_costs(Costs *into, object costs, double together) except -1:
     into.strided_submit = costs.strided_submit
     into.strided_engine = costs.strided_engine
     into.strided_row = costs.strided_row
-    into.together = together
+    into.together_few = together_us(team.few)
+    into.together_many = together_us(team.many)
     return 0
 
 
@@ -632,9 +642,8 @@ cdef class Prepared:
     host_seams, device_seams : ndarray of uint64, optional
         Addresses that no single copy may have on both sides of it: where an allocation, or
         a block of host memory that was registered by itself, begins or ends.
-    together_us : float, optional
-        Host time of a copy in a batch where several threads submit, which they do from 256
-        copies on; 0 where they do not.
+    team : Team, optional
+        Threads that may submit the copies of a transfer, which several do from 256 copies on.
 
     Notes
     -----
@@ -646,10 +655,11 @@ cdef class Prepared:
     cdef int64_t asked
     cdef Py_ssize_t asked_count
     cdef int asked_how
+    cdef int few, many              # threads that may submit few copies, and many
     cdef readonly object model
     """The cost model that it was made with."""
 
-    def __cinit__(self, planes, model, host_seams=None, device_seams=None, double together_us=0):
+    def __cinit__(self, planes, model, host_seams=None, device_seams=None, team=ALONE):
         cdef const uint64_t[::1] device_base = planes.device_base
         cdef const uint64_t[::1] device_pitch = planes.device_pitch
         cdef const uint64_t[::1] host_base = planes.host_base
@@ -664,8 +674,9 @@ cdef class Prepared:
         self.model = model
         self.at.device_pages = planes.device_pages
         self.at.host_pages = planes.host_pages
-        read_costs(&self.at.cost[0], model.load, together_us)
-        read_costs(&self.at.cost[1], model.offload, together_us)
+        self.few, self.many = team
+        read_costs(&self.at.cost[0], model.load, team)
+        read_costs(&self.at.cost[1], model.offload, team)
         sizes = sorted({int(size) for size in model.batch_sizes})[:8]
         if not sizes or min(sizes) < 1:
             raise ValueError(f"batch_sizes is {model.batch_sizes!r}: needs positive sizes")
@@ -1104,8 +1115,8 @@ cdef class Transfer:
     cdef Py_ssize_t first_of[MODES]
     cdef Tally tally[MODES]
     cdef bint team_of[MODES]
-    cdef readonly bint together
-    """Whether several threads are to submit the copies, if they may."""
+    cdef readonly int threads
+    """Threads that are to submit the plain copies, 1 where it is the caller's alone."""
     cdef readonly uint64_t same_size
     """Bytes of every plain copy, 0 where they may differ."""
     cdef readonly Py_ssize_t batch_size
@@ -1208,7 +1219,7 @@ cdef class Transfer:
             self.begin = clock_ns()
             self.behind = queue.until if queue.stream == stream else 0
         following = self.begin < self.behind + FOLLOWS
-        if self.begin - looked > LOOK_AGAIN and (
+        if self.begin - looked > look_after and (
             self.begin - looked > LOOK_BELIEVED or self.hangs(method, batch, following)
         ):
             slowness_at(self.begin)
@@ -1244,13 +1255,17 @@ cdef class Transfer:
         """
         cdef bint wanted[MODES]
         cdef Py_ssize_t best
+        cdef bint many
         want(wanted, method, batch)
         self.survey()
         best = self.best_of(wanted, slow, following)
         self.mode = <int>best
         self.batch_size = self.size_of[best]
         self.first_size = self.first_of[best]
-        self.together = self.team_of[best]
+        self.threads = 1
+        if self.team_of[best]:
+            many = self.tally[best].copies > TOGETHER_FEW
+            self.threads = self.prepared.many if many else self.prepared.few
         self.rewind()
         self.same_size = 0
         if (
@@ -1450,15 +1465,16 @@ cdef class Transfer:
         cdef Tally *t = &self.tally[mode]
         cdef bint batched = mode == BATCH or mode == STRIDED_BATCH
         cdef Py_ssize_t size = p.batch_size[p.sizes - 1], first = p.batch_size[0], i
+        cdef double together = c.together_few if t.copies <= TOGETHER_FEW else c.together_many
         t.submit *= 1 + SINGLE_SLOWS * (self.slow - 1)
         t.plain *= self.slow if batched else 1 + SINGLE_SLOWS * (self.slow - 1)
         t.plain += t.staged * (1 + STAGED_SLOWS * (self.slow - 1))
         self.team_of[mode] = (
-            batched and t.copies >= TOGETHER_FROM and c.together > 0
-            and t.plain > TOGETHER_WORTH * larger(c.together * t.copies, t.engine)
+            batched and t.copies >= TOGETHER_FROM and together > 0
+            and t.plain > TOGETHER_WORTH * larger(together * t.copies, t.engine)
         )
         if self.team_of[mode]:
-            t.plain = c.together * t.copies
+            t.plain = together * t.copies
         t.submit += t.plain
         if batched and t.copies == 1:
             # A batch of one copy was measured to take longer than the copy by itself.
@@ -1553,10 +1569,17 @@ cdef class Transfer:
     cdef void submitted(self) noexcept nogil:
         # The host may have taken longer than the model says: beside others on its CPU, or for
         # want of room in the queue.
+        global look_after
         cdef Queue *queue = queue_of(self.stream)
         cdef int64_t now = clock_ns()
+        cdef Tally *t = &self.tally[self.mode]
         if queue.stream == self.stream and queue.until < now:
             queue.until = now
+        if (
+            t.plain > 0 and t.copies >= TOGETHER_FROM and self.threads == 1
+            and 1e-3 * (now - self.begin) > TOOK_LONG * larger(t.submit, t.engine)
+        ):
+            look_after = LOOK_EARLY
 
     cdef object _plain(self, Workspace w):
         # Whole batch calls, until the end; the rest waits for the next pages.

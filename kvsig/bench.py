@@ -107,8 +107,8 @@ WARM_MS = 4.0
 FEW_RUNS, LIMIT_RUNS, CLOSE = 3, 9, 1.5
 #: When all cells have been measured, those go on that are known least: for so many seconds at a
 #: time and so many times as many runs at most, until the standard error of auto's ratio to each
-#: method that is about as fast is so small.
-VISIT, MORE_RUNS, PRECISION, AS_FAST = 3.0, 40, 0.004, 1.05
+#: method that is about as fast is so small, and so is that of its own time.
+VISIT, MORE_RUNS, PRECISION, AS_FAST, OWN_PRECISION = 3.0, 40, 0.004, 1.05, 0.02
 #: A run whose CPU was slowed down by others when it ended is made again, so many times at most,
 #: where submitting takes so much of its time.
 RUNS_AGAIN, SUBMITS = 3, 0.8
@@ -994,36 +994,43 @@ def park(series: list[Series]) -> None:
         one.submit = parked
 
 
-def ratio_of(mine: Series, other: Series) -> tuple[float, float] | None:
-    """How many times as fast one method was as another, and the standard error of that.
+def middle(values: Iterable[float]) -> tuple[float, float]:
+    """Median, and its standard error.
 
-    The median of the turns of both. Its error is read off the order of the values, of whatever
-    distribution they are: two in three medians lie between the values that are half a root of the
-    number of turns before and behind the middle.
+    The error is read off the order of the values, of whatever distribution they are: two in three
+    medians lie between the values that are half a root of their number before and behind the
+    middle.
     """
-    of_mine, of_other = mine.seconds_per_byte(), other.seconds_per_byte()
-    ratios = sorted(of_other[turn] / time for turn, time in of_mine.items() if turn in of_other)
-    if not ratios:
-        return None
-    count = len(ratios)
+    ordered = sorted(values)
+    count = len(ordered)
     if count < 3:
-        return statistics.median(ratios), math.inf
+        return statistics.median(ordered), math.inf
     reach = math.sqrt(count) / 2
     low = max(math.floor(count / 2 - reach), 0)
     high = min(math.ceil(count / 2 + reach), count) - 1
-    return statistics.median(ratios), (ratios[high] - ratios[low]) / 2
+    return statistics.median(ordered), (ordered[high] - ordered[low]) / 2
+
+
+def ratio_of(mine: Series, other: Series) -> tuple[float, float] | None:
+    """How many times as fast one method was as another, the median of turns, and its error."""
+    of_mine, of_other = mine.seconds_per_byte(), other.seconds_per_byte()
+    ratios = [of_other[turn] / time for turn, time in of_mine.items() if turn in of_other]
+    return middle(ratios) if ratios else None
 
 
 def need(series: list[Series]) -> float:
-    """Standard error of auto's ratios to methods that are about as fast, over `PRECISION`."""
+    """How many times as large as they should be errors are: of auto's time, and of its ratios."""
     auto = next((one for one in series if one.name == "auto"), None)
-    errors = [0.0]
+    if auto is None or not auto.ms:
+        return 0.0
+    took, error = middle(auto.ms)
+    needs = [error / took / OWN_PRECISION]
     for one in series:
-        if auto is not None and one is not auto and one.name != "one-copy":
+        if one is not auto and one.name != "one-copy":
             found = ratio_of(auto, one)
             if found is not None and found[0] < AS_FAST:
-                errors.append(found[1])
-    return max(errors) / PRECISION
+                needs.append(found[1] / PRECISION)
+    return max(needs)
 
 
 def next_turn(series: list[Series]) -> int:
@@ -1558,8 +1565,13 @@ class Bench:
             methods[one.name] = row
         limit = methods.get("one-copy", {}).get("gb_s")
         if limit:
-            for row in methods.values():
+            for one in series:
+                row = methods[one.name]
                 row["share"] = round(row["gb_s"] / limit, 4)
+                took, error = middle(one.ms)
+                row["share_error"] = (
+                    round(row["share"] * error / took, 4) if math.isfinite(error) else None
+                )
         entry = asdict(cell) | {
             "copies": cell.copies,
             "bytes": cell.bytes,

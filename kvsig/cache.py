@@ -66,9 +66,10 @@ class PagedKVCache:
         can be asked for the allocations and blocks that the tensors lie in, it has been.
     threads : int, optional
         Threads that may submit the copies of one transfer, the caller's counted in, 1 to 8; by
-        default 2 where there are 8 CPUs or more. They are used where the CPU is too slow for the
-        copy engine: others on it slow it down, or the model says so. The order of the stream
-        stays. What each number wins, and costs others, is in docs/performance.md.
+        default 2 where there are 8 CPUs or more, and where there are 16, 4 for transfers of up to
+        2,048 copies. They are used where the CPU is too slow for the copy engine: others on it
+        slow it down, or the model says so. The order of the stream stays. What each number wins,
+        and costs others, is in docs/performance.md.
 
     Attributes
     ----------
@@ -114,7 +115,7 @@ class PagedKVCache:
             raise ValueError(f"layout must be 'layer_first' or 'page_first_direct', not {layout!r}")
         if not isinstance(page_size, int) or isinstance(page_size, bool) or page_size < 1:
             raise ValueError(f"page_size must be an int of at least 1, not {page_size!r}")
-        submitting = _threads.most(threads)
+        team = _threads.most(threads)
         groups = _device_groups(device)
         labels = ("K ", "V ") if len(groups) == 2 else ("",)
         layers = len(groups[0])
@@ -160,7 +161,7 @@ class PagedKVCache:
             model = costs.load(_torch.device_name(self.device))
         self.model = model
         # Tensors were looked at, so the runtime is bound, and stays so.
-        self._threads = submitting if _core.teams_bound() else 1
+        self._team = team if _core.teams_bound() else _threads.ALONE
         self._rows = _core.strided_bound()
         self._all = self._select(tuple(range(layers)))
         self._selections: dict[int | range | tuple[int, ...], _Selection] = {}
@@ -483,7 +484,7 @@ class PagedKVCache:
         dsts, srcs, sizes = arrays
         if transfer.same_size:
             sizes = transfer.same_size
-        together = transfer.together and len(dsts) >= _threads.FEWEST
+        threads = transfer.threads if len(dsts) >= _threads.FEWEST else 1
         # Once something is queued, the rest goes one way or the other.
         return _core.copy_batch(
             dsts,
@@ -492,7 +493,7 @@ class PagedKVCache:
             handle,
             path,
             transfer.batch_size,
-            self._threads if together else 1,
+            threads,
             transfer.first_size if starts else 0,
             starts and kind == "batch",
         )
@@ -522,11 +523,7 @@ class PagedKVCache:
     def _select(self, layers: tuple[int, ...]) -> _Selection:
         planes = self._planes.select(layers)
         prepared = planning.prepare(
-            planes,
-            self.model,
-            self._host_seams,
-            self._device_seams,
-            _threads.together_us(self._threads),
+            planes, self.model, self._host_seams, self._device_seams, self._team
         )
         return _Selection(layers, planes, prepared)
 

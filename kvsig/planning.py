@@ -25,6 +25,7 @@ from kvsig._pack import (
     Prepared,
     Transfer,
 )
+from kvsig._threads import ALONE, Team
 from kvsig.costs import CostModel, batches, builtin
 from kvsig.geometry import Planes
 
@@ -54,7 +55,7 @@ def prepare(
     model: CostModel | None = None,
     host_seams: npt.ArrayLike | None = None,
     device_seams: npt.ArrayLike | None = None,
-    together_us: float = 0,
+    team: Team = ALONE,
 ) -> Prepared:
     """Work out what does not depend on page numbers, once per geometry.
 
@@ -67,8 +68,8 @@ def prepare(
     host_seams, device_seams : array_like of uint64, optional
         Addresses where an allocation, or a block of host memory that was registered by
         itself, begins or ends: CUDA refuses a copy that has rows on both sides of one.
-    together_us : float, optional
-        Host time of a copy in a batch that several threads submit; 0 where none do.
+    team : Team, optional
+        Threads that may submit the copies of a transfer; by default the caller's alone.
 
     Returns
     -------
@@ -76,7 +77,7 @@ def prepare(
         Its ``transfer`` plans, its ``check`` looks over page numbers.
     """
     chosen = builtin() if model is None else model
-    return Prepared(planes, chosen, _seams(host_seams), _seams(device_seams), together_us)
+    return Prepared(planes, chosen, _seams(host_seams), _seams(device_seams), team)
 
 
 def _seams(addresses: npt.ArrayLike | None) -> _U64 | None:

@@ -965,7 +965,7 @@ class TestCalls:
         _core.rebind("emulated:13.0")
         try:
             cache = self.large(threads=4)
-            assert cache._threads == (4 if route == "runtime" else 1)
+            assert cache._team == ((4, 4) if route == "runtime" else (1, 1))
         finally:
             monkeypatch.delenv("KVSIG_ROUTE")
             _core.rebind(None)

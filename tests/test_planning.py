@@ -906,14 +906,38 @@ class TestModelAgreesWithMeasurement:
         seams = planes.device_base[::4]
         pages = np.random.default_rng(1).permutation(2048)[:1024]
         few = pages[:3].copy()
-        for threads_us, count, expected in (
-            (0, pages, "strided"), (0.5, pages, "batch"), (0.5, few, "strided"),
-        ):  # fmt: skip
-            ready = prepare(planes, H100, None, seams, threads_us)
+        for team, count, expected, threads in (
+            (_threads.ALONE, pages, "strided", 1),
+            (_threads.Team(4, 4), pages, "batch", 4),
+            (_threads.Team(4, 4), few, "strided", 1),
+        ):
+            ready = prepare(planes, H100, None, seams, team)
             transfer = ready.transfer(count, count[::-1].copy(), "load")
-            assert transfer.method == "batch"
+            assert (transfer.method, transfer.threads) == ("batch", 1)
             transfer.decide("auto", True, 2)
-            assert transfer.method == expected, "beside a slow CPU"
+            assert (transfer.method, transfer.threads) == (expected, threads), "beside a slow CPU"
+
+    @pytest.mark.parametrize("direction", ["load", "offload"])
+    def test_more_threads_submit_few_copies(self, direction):
+        """Four threads are too many for transfers that others have to live with for long."""
+        ready = prepare(page_first(1, 4 * KIB, 8192, kv=1), H100, team=_threads.Team(4, 2))
+        # None is another one's neighbour.
+        pages = 2 * np.random.default_rng(3).permutation(4096)
+        for count, threads in (
+            (_threads.FEWEST - 1, 1),
+            (_threads.FEWEST, 4),
+            (_threads.FEW_COPIES, 4),
+            (_threads.FEW_COPIES + 1, 2),
+            (4096, 2),
+        ):
+            transfer = ready.transfer(
+                pages[:count].copy(), pages[::-1][:count].copy(), direction, "batch"
+            )
+            assert transfer.threads == 1
+            took = transfer.submit_us
+            transfer.decide("batch", True, _threads.SLOWEST)
+            assert transfer.threads == threads, count
+            assert (transfer.submit_us < 1.7 * took) == (threads > 1), count
 
     def test_deciding_again_begins_anew(self):
         ready = prepare(page_first(2, 64, 4000), H100)
@@ -1195,6 +1219,38 @@ class TestModelAgreesWithMeasurement:
         for method in ("auto", "batch", "strided", "loop"):
             assert looks(method) == hangs(method), method
         assert looks("strided") == looks("loop") == 0
+
+    def test_looks_earlier_where_batches_have_taken_long(self, monkeypatch):
+        """A slow CPU shows in the time that a transfer takes, long before the next look is due."""
+        ready = prepare(page_first(1, 4 * KIB, 2000, kv=1), H100, team=_threads.Team(4, 4))
+        pages = 2 * np.random.default_rng(4).permutation(1000)
+
+        def transfer():
+            one = ready.transfer(pages, pages[::-1].copy(), "offload")
+            one.decide_now("auto", True, 16 * 1009)
+            return one
+
+        def looks(seconds):
+            """Looks in four transfers, each of which takes so long, within one look's time."""
+            for _ in range(20):
+                found = []
+                monkeypatch.setattr("kvsig._pack.look", lambda found=found: found.append(1) or 1.0)
+                time.sleep(0.006)
+                begin = time.perf_counter()
+                for _ in range(4):
+                    one = transfer()
+                    predicted = 1e-6 * one.predicted_us
+                    for _ in one:
+                        time.sleep(seconds)
+                took = time.perf_counter() - begin
+                if took < 0.0045 and (seconds or took < 4 * predicted):
+                    return len(found)
+            raise AssertionError("this machine stands still again and again")
+
+        assert transfer().predicted_us < 600
+        assert looks(0) == 1
+        # The first look is not believed for 5 ms, but none comes within 1 ms of another one.
+        assert 2 <= looks(0.0007) <= 3
 
     def test_a_choice_that_hangs_on_the_cpu_is_not_missed_behind_others(self, monkeypatch):
         """One page is never a batch; four are, beside a CPU at full speed."""

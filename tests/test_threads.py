@@ -138,6 +138,47 @@ def test_falls_back_as_one_thread_does(control, code, nth, sizes):
     assert report.bytes == COUNT * WIDTH
 
 
+def test_a_helper_that_cannot_begin_takes_no_call(control):
+    """The caller, and who else can, make them all; and nobody finds the error later."""
+    for nth in range(3):
+        pages = Pages(nth)
+        with emulated.Stream() as stream:
+            control.fault("cudaStreamWaitEvent", 999, nth=0)
+            report = _core.copy_batch(
+                pages.dsts, pages.srcs, WIDTH, stream.cuda_stream, "batch", 64, 4
+            )
+            stream.synchronize()
+        control.reset()
+        assert pages.right()
+        assert (report.path, report.calls, report.bytes) == ("batch", COUNT // 64, COUNT * WIDTH)
+        assert _core.call("cudaPeekAtLastError") == 0
+
+
+def test_who_waits_for_no_helper_that_has_done_nothing(control):
+    """Each helper that made calls is waited for in the caller's stream, by an event; no other."""
+
+    def stream_of(row):
+        return next(int(one["value"]) for one in row["arguments"] if one["type"] == "cudaStream_t")
+
+    waited = []
+    with emulated.Stream() as stream:
+        for seed in range(20):
+            pages = Pages(seed)
+            control.record()
+            _core.copy_batch(pages.dsts, pages.srcs, WIDTH, stream.cuda_stream, "batch", 64, 4)
+            batches = control.calls("cudaMemcpyBatchAsync")
+            waits = control.calls("cudaStreamWaitEvent")
+            stream.synchronize()
+            assert pages.right()
+            helpers = {stream_of(row) for row in batches} - {stream.cuda_stream}
+            waiting = [stream_of(row) for row in waits]
+            assert helpers <= set(waiting), "each begins behind what the caller's stream has"
+            assert waiting.count(stream.cuda_stream) == len(helpers) <= 3
+            waited.append(len(helpers))
+            control.reset()
+    assert max(waited) > 0
+
+
 def test_transfers_of_many_threads_at_once(control):
     """One has the helpers, the others work alone; all bytes are right."""
     wrong = []
@@ -206,11 +247,15 @@ class TestCpu:
         time.sleep(LOOKED)
         assert _pack.slowness() == 1
 
-    @pytest.mark.parametrize(("cpus", "threads"), [(1, 1), (2, 1), (7, 1), (8, 2), (64, 2)])
-    def test_two_where_there_are_cpus(self, monkeypatch, cpus, threads):
+    @pytest.mark.parametrize(
+        ("cpus", "few", "many"),
+        [(1, 1, 1), (7, 1, 1), (8, 2, 2), (15, 2, 2), (16, 4, 2), (64, 4, 2)],
+    )
+    def test_several_where_there_are_cpus(self, monkeypatch, cpus, few, many):
         monkeypatch.setattr(_threads.os, "sched_getaffinity", lambda pid: set(range(cpus)))
-        assert _threads.most(None) == threads
-        assert _threads.most(4) == 4
+        assert _threads.most(None) == (few, many)
+        for threads in (1, 4, 8):
+            assert _threads.most(threads) == (threads, threads)
 
     @pytest.mark.parametrize("threads", [0, 9, True, "4", 1.0])
     def test_bad_number(self, threads):
