@@ -20,7 +20,7 @@ from bisect import bisect_right
 import numpy as np
 
 from kvsig._threads import (
-    ALONE, FEW_COPIES, FEWEST, SHARE, SLOW, SLOWEST, WORTH, look, together_us
+    ALONE, BEGINS_US, FEW_COPIES, FEWEST, SHARE, SLOWEST, WORTH, look, together_us
 )
 
 # cudaDevAttrMaxPitch of every device so far: a strided copy takes no longer pitch.
@@ -50,6 +50,7 @@ cdef double STAGED_SLOWS = 2.0
 cdef Py_ssize_t TOGETHER_FROM = FEWEST
 cdef Py_ssize_t TOGETHER_FEW = FEW_COPIES
 cdef double TOGETHER_WORTH = WORTH
+cdef double TOGETHER_BEGINS = BEGINS_US
 cdef Py_ssize_t TOGETHER_SHARE = SHARE
 # A batch call has no more copies, whatever the cost model says.
 cdef Py_ssize_t LONGEST_CALL = 1 << 31
@@ -105,13 +106,19 @@ CHECK_NOT_PAGES = NOT_PAGES
 # 20 with caches that copies have gone through.
 cdef int64_t LOOK_AGAIN = 5_000_000
 cdef int64_t LOOK_BELIEVED = 50_000_000
-# Earlier, once batches have taken so many times as long as they should have.
-cdef int64_t LOOK_EARLY = 1_000_000
-cdef double TOOK_LONG = 1.1 * SLOW
-cdef int64_t look_after = LOOK_AGAIN
 cdef int64_t looked = 0
 cdef double slow_now = 1
 cdef double SLOWEST_CPU = SLOWEST
+
+# How many times as long as the model says the last batches took that one thread submitted, to the
+# device and to the host, and when that was. For so many nanoseconds it says more than a look at the
+# CPU: memory may be slow as well. What took longer than so many times was kept waiting by others.
+cdef int64_t PACE_BELIEVED = 5_000_000
+cdef double PACE_MOST = 4
+cdef double[2] pace
+cdef int64_t[2] paced
+pace[0] = pace[1] = 1
+paced[0] = paced[1] = 0
 
 METHODS = ("batch", "loop", "strided", "strided+batch", "strided+loop")
 
@@ -201,6 +208,7 @@ cdef inline Choice *choice_of(const Layout *p, Py_ssize_t side, Py_ssize_t mode,
 cdef struct Tally:
     double submit, engine, copies, strided
     double plain            # what plain copies take to submit
+    double alone            # the same, of one thread beside a CPU at full speed
     double staged           # what those take that the CPU stages
 
 
@@ -216,10 +224,10 @@ def slowness():
 
 
 cdef double slowness_at(int64_t now) except -1:
-    global look_after, looked, slow_now
-    if now - looked > look_after:
+    global looked, slow_now
+    if now - looked > LOOK_AGAIN:
         # Noted first: other threads may come by while this one looks.
-        looked, look_after = now, LOOK_AGAIN
+        looked = now
         slow_now = look()
     return slow_now
 
@@ -1107,6 +1115,7 @@ cdef class Transfer:
     cdef bint following             # it comes right behind another transfer of its stream
     cdef bint met                   # its stream has been looked at: by `decide_now`
     cdef int64_t begin, behind      # when that was, and until when the stream had work
+    cdef double paced               # times the model's that batches took just now, 0 if not known
     cdef uint64_t stream
     cdef double slow
     cdef double time[MODES]
@@ -1219,7 +1228,10 @@ cdef class Transfer:
             self.begin = clock_ns()
             self.behind = queue.until if queue.stream == stream else 0
         following = self.begin < self.behind + FOLLOWS
-        if self.begin - looked > look_after and (
+        self.paced = 0
+        if self.begin - paced[self.side] < PACE_BELIEVED:
+            self.paced = pace[self.side]
+        if self.begin - looked > LOOK_AGAIN and (
             self.begin - looked > LOOK_BELIEVED or self.hangs(method, batch, following)
         ):
             slowness_at(self.begin)
@@ -1466,15 +1478,16 @@ cdef class Transfer:
         cdef bint batched = mode == BATCH or mode == STRIDED_BATCH
         cdef Py_ssize_t size = p.batch_size[p.sizes - 1], first = p.batch_size[0], i
         cdef double together = c.together_few if t.copies <= TOGETHER_FEW else c.together_many
+        t.alone = t.plain + t.staged
         t.submit *= 1 + SINGLE_SLOWS * (self.slow - 1)
         t.plain *= self.slow if batched else 1 + SINGLE_SLOWS * (self.slow - 1)
         t.plain += t.staged * (1 + STAGED_SLOWS * (self.slow - 1))
-        self.team_of[mode] = (
-            batched and t.copies >= TOGETHER_FROM and together > 0
-            and t.plain > TOGETHER_WORTH * larger(together * t.copies, t.engine)
-        )
+        together = TOGETHER_BEGINS + together * t.copies if together > 0 else NEVER
+        self.team_of[mode] = batched and t.copies >= TOGETHER_FROM and (
+            self.paced * t.alone if self.paced else t.plain
+        ) > TOGETHER_WORTH * larger(together, t.engine)
         if self.team_of[mode]:
-            t.plain = together * t.copies
+            t.plain = together
         t.submit += t.plain
         if batched and t.copies == 1:
             # A batch of one copy was measured to take longer than the copy by itself.
@@ -1569,17 +1582,17 @@ cdef class Transfer:
     cdef void submitted(self) noexcept nogil:
         # The host may have taken longer than the model says: beside others on its CPU, or for
         # want of room in the queue.
-        global look_after
         cdef Queue *queue = queue_of(self.stream)
         cdef int64_t now = clock_ns()
         cdef Tally *t = &self.tally[self.mode]
+        cdef double took
         if queue.stream == self.stream and queue.until < now:
             queue.until = now
-        if (
-            t.plain > 0 and t.copies >= TOGETHER_FROM and self.threads == 1
-            and 1e-3 * (now - self.begin) > TOOK_LONG * larger(t.submit, t.engine)
-        ):
-            look_after = LOOK_EARLY
+        if self.mode == BATCH and self.threads == 1 and t.copies >= TOGETHER_FROM:
+            # All but what it took to submit the copies themselves is as predicted.
+            took = 1e-3 * (now - self.begin) - TRANSFER_SUBMIT - (t.submit - t.plain)
+            if took < PACE_MOST * t.alone:
+                pace[self.side], paced[self.side] = took / t.alone, now
 
     cdef object _plain(self, Workspace w):
         # Whole batch calls, until the end; the rest waits for the next pages.

@@ -20,10 +20,10 @@ from typing import NamedTuple
 
 __all__ = [
     "ALONE",
+    "BEGINS_US",
     "FEW_COPIES",
     "FEWEST",
     "SHARE",
-    "SLOW",
     "SLOWEST",
     "WORTH",
     "Team",
@@ -39,6 +39,8 @@ FEWEST = 256
 FEW_COPIES = 2048
 # Copies in one call of a thread, at most, so that a short piece has a call for each.
 SHARE = 64
+# What it takes until several threads are at work, and the stream goes on behind them all.
+BEGINS_US = 10.0
 # Several threads are worth it where one takes so many times as long as they and as the copy engine.
 WORTH = 1.05
 # From so many CPUs on, two and four threads may submit where nobody has said how many.

@@ -102,13 +102,13 @@ LAYER_COPIES = 16384
 EMULATED_BYTES, EMULATED_COPIES = MIB, 2048
 #: Milliseconds: where the first run takes less, one more is made before each that is timed.
 WARM_MS = 4.0
-#: Runs that tell a slow method from a fast one, runs of the limit, and what is close: the time of
-#: a method over that of the fastest one.
+#: Runs that tell a slow method from a fast one, turns after which the limit runs in every second
+#: one only, and what is close: the time of a method over that of the fastest one.
 FEW_RUNS, LIMIT_RUNS, CLOSE = 3, 9, 1.5
 #: When all cells have been measured, those go on that are known least: for so many seconds at a
 #: time and so many times as many runs at most, until the standard error of auto's ratio to each
-#: method that is about as fast is so small, and so is that of its own time.
-VISIT, MORE_RUNS, PRECISION, AS_FAST, OWN_PRECISION = 3.0, 40, 0.004, 1.05, 0.02
+#: method that is about as fast is so small, and that of its share of the limit, over the share.
+VISIT, MORE_RUNS, PRECISION, AS_FAST, SHARE_PRECISION = 3.0, 40, 0.004, 1.05, 0.02
 #: A run whose CPU was slowed down by others when it ended is made again, so many times at most,
 #: where submitting takes so much of its time.
 RUNS_AGAIN, SUBMITS = 3, 0.8
@@ -1019,17 +1019,18 @@ def ratio_of(mine: Series, other: Series) -> tuple[float, float] | None:
 
 
 def need(series: list[Series]) -> float:
-    """How many times as large as they should be errors are: of auto's time, and of its ratios."""
+    """How many times as large as they should be the errors of auto's ratios and its share are."""
     auto = next((one for one in series if one.name == "auto"), None)
-    if auto is None or not auto.ms:
-        return 0.0
-    took, error = middle(auto.ms)
-    needs = [error / took / OWN_PRECISION]
+    needs = [0.0]
     for one in series:
-        if one is not auto and one.name != "one-copy":
-            found = ratio_of(auto, one)
-            if found is not None and found[0] < AS_FAST:
-                needs.append(found[1] / PRECISION)
+        found = ratio_of(auto, one) if auto is not None and one is not auto else None
+        if found is None:
+            continue
+        ratio, error = found
+        if one.name == "one-copy":
+            needs.append(error / ratio / SHARE_PRECISION)
+        elif ratio < AS_FAST:
+            needs.append(error / PRECISION)
     return max(needs)
 
 
@@ -1287,7 +1288,7 @@ class Bench:
 
         def wanting(one: Measured) -> float:
             turn = next_turn(one.series)
-            return need(self.racing(one.series, turn)) if turn < most else 0.0
+            return need(self.racing(one.series)) if turn < most else 0.0
 
         needs = {one.place: wanting(one) for one in measured}
         while True:
@@ -1316,7 +1317,7 @@ class Bench:
     def visit(self, one: Measured, memory: Memory, deadline: float) -> None:
         """Time the methods of a cell that has been measured, some more."""
         job = Job(one.cell, memory, self.options.seed, PYTHON_COPIES, self.options.threads)
-        racing = self.racing(one.series, next_turn(one.series))
+        racing = self.racing(one.series)
         try:
             for each in racing:
                 each.submit, each.stream = self.submission(each.name, job)
@@ -1460,7 +1461,7 @@ class Bench:
                 if turn >= FEW_RUNS:
                     if time.monotonic() > deadline:
                         break
-                    racing = self.racing(series, turn)
+                    racing = self.racing(series)
                 if turn >= self.options.runs and need(racing) <= 1:
                     break
                 # In another order each time, then in that backwards, so that each comes as often
@@ -1470,14 +1471,16 @@ class Bench:
                 else:
                     order = shuffled.sample(racing, len(racing))
                 for one in order:
+                    if one.name == "one-copy" and turn >= LIMIT_RUNS and turn % 2:
+                        continue
                     one.turns.append(turn)
                     # The first runs say which methods are slow, which need no more.
                     self.time_one(one, turn >= FEW_RUNS and time.monotonic() < deadline)
         finally:
             gc.enable()
 
-    def racing(self, series: list[Series], turn: int) -> list[Series]:
-        """Choose the methods that are worth another turn: auto, and those that come close."""
+    def racing(self, series: list[Series]) -> list[Series]:
+        """Choose what is worth another turn: auto, methods that come close, and the limit."""
         if not self.real:
             return series
         pace = {
@@ -1489,7 +1492,7 @@ class Bench:
         return [
             one
             for one in series
-            if (one.name == "one-copy" and turn < LIMIT_RUNS)
+            if one.name == "one-copy"
             or one.name.startswith("auto")
             or pace.get(one.name, math.inf) <= CLOSE * best
         ]
@@ -1565,13 +1568,14 @@ class Bench:
             methods[one.name] = row
         limit = methods.get("one-copy", {}).get("gb_s")
         if limit:
+            best = next(one for one in series if one.name == "one-copy")
             for one in series:
-                row = methods[one.name]
-                row["share"] = round(row["gb_s"] / limit, 4)
-                took, error = middle(one.ms)
-                row["share_error"] = (
-                    round(row["share"] * error / took, 4) if math.isfinite(error) else None
-                )
+                # By turns, like all ratios: the link has its slow times too.
+                found = ratio_of(one, best)
+                if found is not None:
+                    row = methods[one.name]
+                    row["share"] = round(found[0], 4)
+                    row["share_error"] = round(found[1], 4) if math.isfinite(found[1]) else None
         entry = asdict(cell) | {
             "copies": cell.copies,
             "bytes": cell.bytes,

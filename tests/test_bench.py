@@ -297,22 +297,44 @@ class TestTurns:
         names = {"auto": 2.0, "batch": 1.0, "strided": 1.4, "loop": 1.6, "one-copy": 9.0}
         series = [self.series(name, time) for name, time in names.items()]
 
-        def racing(turn):
-            return [one.name for one in found.racing(series, turn)]
+        racing = [one.name for one in found.racing(series)]
+        assert racing == ["auto", "batch", "strided", "one-copy"]
 
-        assert racing(3) == ["auto", "batch", "strided", "one-copy"]
-        assert racing(bench.LIMIT_RUNS) == ["auto", "batch", "strided"]
+    def test_the_limit_goes_on_in_every_second_turn(self, on_emulated, monkeypatch):
+        """What is a share of the limit is one of its time, however long a cell goes on."""
+        found = bench.Bench([], bench.Options(runs=5))
+        found.real = True
+        auto, limit = self.series("auto"), self.series("one-copy")
 
-    def test_a_time_of_its_own_that_is_not_known_goes_on(self):
+        def time_one(one, again):
+            # The link gets slower and slower, and auto with it.
+            one.ms.append((2.0 if one is auto else 1.0) * (1 + one.turns[-1]))
+
+        monkeypatch.setattr(found, "time_one", time_one)
+        deadline = bench.time.monotonic() + 60
+        found.time_all([auto, limit], deadline, bench.LIMIT_RUNS)
+        assert auto.turns == limit.turns == [0, 1, 2, 3, 4], "both are known"
+        monkeypatch.setattr(bench, "need", lambda series: 2.0)
+        found.time_all([auto, limit], deadline, bench.LIMIT_RUNS + 11)
+        assert auto.turns == list(range(20))
+        assert limit.turns == [*range(9), *range(10, 20, 2)]
+        for one in (auto, limit):
+            one.host_ms, one.outcome = one.ms, bench.Outcome(bytes=10**9)
+        row = found.entry(bench.Cell(500, 1, layers=1), [auto, limit], {})["methods"]["auto"]
+        assert (row["runs"], row["share"], row["share_error"]) == (20, 0.5, 0.0)
+
+    def test_a_share_that_is_not_known_goes_on(self):
         """Neighbours in time may agree on a ratio where the times of both are anything."""
         loud = [1.0, 2.0, 1.0, 2.0, 1.0]
         auto, batch = self.series("auto", *loud), self.series("batch", *loud)
+        limit = self.series("one-copy", *[0.5] * 5)
         assert bench.ratio_of(auto, batch) == (1.0, 0.0)
-        assert bench.need([auto, batch]) > 1
+        assert bench.need([auto, batch]) == 0
+        assert bench.need([auto, batch, limit]) > 1
         for one in (auto, batch):
             one.ms[:] = [1.0, 1.01, 1.0, 1.01, 1.0]
-        assert bench.need([auto, batch]) <= 1
-        assert bench.need([batch]) == bench.need([self.series("auto")]) == 0
+        assert bench.need([auto, batch, limit]) <= 1
+        assert bench.need([batch, limit]) == bench.need([self.series("auto"), limit]) == 0
 
     def test_the_error_of_a_ratio(self):
         """As often as it should, the median of noisy turns is within so much of the truth."""
@@ -440,7 +462,7 @@ class TestTurns:
         assert notes == {}
         with pytest.raises(RuntimeError, match="no memory to work on"):
             series[0].submit()
-        monkeypatch.setattr(found, "racing", lambda series, turn: series[:2])
+        monkeypatch.setattr(found, "racing", lambda series: series[:2])
         monkeypatch.setattr(bench, "need", lambda series: 2.0)
         monkeypatch.setattr(bench, "MORE_RUNS", 2)
         found.visit(bench.Measured(cell, series, notes, 0), memory, bench.time.monotonic() + 60)
