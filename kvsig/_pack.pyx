@@ -110,15 +110,33 @@ cdef int64_t looked = 0
 cdef double slow_now = 1
 cdef double SLOWEST_CPU = SLOWEST
 
-# How many times as long as the model says the last batches took that one thread submitted, to the
-# device and to the host, and when that was. For so many nanoseconds it says more than a look at the
-# CPU: memory may be slow as well. What took longer than so many times was kept waiting by others.
-cdef int64_t PACE_BELIEVED = 5_000_000
+# How many times as long as the model says the last two transfers took to submit, and when that was:
+# to the device and to the host, by one thread and by several. It says more than a look at the CPU,
+# for memory may be slow as well, and is believed for so many nanoseconds. What took longer than so
+# many times was kept waiting by others.
+cdef int64_t[2] PACE_BELIEVED = [5_000_000, 50_000_000]
 cdef double PACE_MOST = 4
-cdef double[2] pace
-cdef int64_t[2] paced
-pace[0] = pace[1] = 1
-paced[0] = paced[1] = 0
+
+cdef struct Pace:
+    double last, before
+    int64_t at
+
+cdef Pace[2][2] paces
+
+
+cdef inline double pace_of(Py_ssize_t side, bint team, int64_t now) noexcept nogil:
+    # The better of two, since one may have been interrupted; 0 where it is not known.
+    cdef Pace *pace = &paces[side][team]
+    if now - pace.at >= PACE_BELIEVED[team]:
+        return 0
+    return pace.last if pace.last < pace.before else pace.before
+
+
+cdef inline void keep_pace(Py_ssize_t side, bint team, double found, int64_t now) noexcept nogil:
+    cdef Pace *pace = &paces[side][team]
+    if 0 < found < PACE_MOST:
+        pace.last, pace.before, pace.at = found, pace.last, now
+
 
 METHODS = ("batch", "loop", "strided", "strided+batch", "strided+loop")
 
@@ -208,7 +226,8 @@ cdef inline Choice *choice_of(const Layout *p, Py_ssize_t side, Py_ssize_t mode,
 cdef struct Tally:
     double submit, engine, copies, strided
     double plain            # what plain copies take to submit
-    double alone            # the same, of one thread beside a CPU at full speed
+    # The same by the model alone, of one thread beside a CPU at full speed, and of several.
+    double alone, together
     double staged           # what those take that the CPU stages
 
 
@@ -1115,7 +1134,8 @@ cdef class Transfer:
     cdef bint following             # it comes right behind another transfer of its stream
     cdef bint met                   # its stream has been looked at: by `decide_now`
     cdef int64_t begin, behind      # when that was, and until when the stream had work
-    cdef double paced               # times the model's that batches took just now, 0 if not known
+    # Times what the model says that one thread and several took just now; 0 where it is not known.
+    cdef double pace, team_pace
     cdef uint64_t stream
     cdef double slow
     cdef double time[MODES]
@@ -1228,9 +1248,8 @@ cdef class Transfer:
             self.begin = clock_ns()
             self.behind = queue.until if queue.stream == stream else 0
         following = self.begin < self.behind + FOLLOWS
-        self.paced = 0
-        if self.begin - paced[self.side] < PACE_BELIEVED:
-            self.paced = pace[self.side]
+        self.pace = pace_of(self.side, False, self.begin)
+        self.team_pace = pace_of(self.side, True, self.begin)
         if self.begin - looked > LOOK_AGAIN and (
             self.begin - looked > LOOK_BELIEVED or self.hangs(method, batch, following)
         ):
@@ -1477,14 +1496,16 @@ cdef class Transfer:
         cdef Tally *t = &self.tally[mode]
         cdef bint batched = mode == BATCH or mode == STRIDED_BATCH
         cdef Py_ssize_t size = p.batch_size[p.sizes - 1], first = p.batch_size[0], i
-        cdef double together = c.together_few if t.copies <= TOGETHER_FEW else c.together_many
+        cdef double each = c.together_few if t.copies <= TOGETHER_FEW else c.together_many
+        cdef double together
         t.alone = t.plain + t.staged
         t.submit *= 1 + SINGLE_SLOWS * (self.slow - 1)
         t.plain *= self.slow if batched else 1 + SINGLE_SLOWS * (self.slow - 1)
         t.plain += t.staged * (1 + STAGED_SLOWS * (self.slow - 1))
-        together = TOGETHER_BEGINS + together * t.copies if together > 0 else NEVER
-        self.team_of[mode] = batched and t.copies >= TOGETHER_FROM and (
-            self.paced * t.alone if self.paced else t.plain
+        t.together = TOGETHER_BEGINS + each * t.copies
+        together = t.together * larger(self.team_pace, 1)
+        self.team_of[mode] = batched and t.copies >= TOGETHER_FROM and each > 0 and (
+            self.pace * t.alone if self.pace else t.plain
         ) > TOGETHER_WORTH * larger(together, t.engine)
         if self.team_of[mode]:
             t.plain = together
@@ -1586,13 +1607,14 @@ cdef class Transfer:
         cdef int64_t now = clock_ns()
         cdef Tally *t = &self.tally[self.mode]
         cdef double took
+        cdef bint team
         if queue.stream == self.stream and queue.until < now:
             queue.until = now
-        if self.mode == BATCH and self.threads == 1 and t.copies >= TOGETHER_FROM:
+        if self.mode == BATCH and t.copies >= TOGETHER_FROM:
             # All but what it took to submit the copies themselves is as predicted.
             took = 1e-3 * (now - self.begin) - TRANSFER_SUBMIT - (t.submit - t.plain)
-            if took < PACE_MOST * t.alone:
-                pace[self.side], paced[self.side] = took / t.alone, now
+            team = self.threads > 1
+            keep_pace(self.side, team, took / (t.together if team else t.alone), now)
 
     cdef object _plain(self, Workspace w):
         # Whole batch calls, until the end; the rest waits for the next pages.

@@ -1234,22 +1234,28 @@ class TestModelAgreesWithMeasurement:
                 time.sleep(seconds)
             return one.threads
 
-        def after(seconds):
-            """Threads after a transfer that took so long, at once and 5 ms later."""
+        def after(*seconds):
+            """Threads behind transfers that took so long, at once and 5 ms later."""
             for _ in range(20):
-                time.sleep(0.006)
+                time.sleep(0.06)
+                taken = []
+                for wanted in seconds:
+                    begin = time.perf_counter()
+                    threads(wanted)
+                    taken.append(time.perf_counter() - begin < wanted + 0.0004)
                 begin = time.perf_counter()
-                first = threads(seconds)
-                took = time.perf_counter() - begin
-                found = first, threads(), threads(direction="load")
-                if took < seconds + 0.0004 and time.perf_counter() - begin < seconds + 0.002:
+                found = threads(), threads(direction="load")
+                if all(taken) and time.perf_counter() - begin < 0.001:
                     time.sleep(0.006)
                     return *found, threads()
             raise AssertionError("this machine stands still again and again")
 
-        assert after(0) == (1, 1, 1, 1)
-        assert after(0.0007) == (1, 4, 1, 1)
-        assert after(0.003) == (1, 1, 1, 1), "it was kept waiting for something else"
+        assert after(0, 0) == (1, 1, 1)
+        assert after(0.0007) == (1, 1, 1), "one may have been interrupted"
+        assert after(0.0007, 0.0007) == (4, 1, 1)
+        assert after(0.003, 0.003) == (1, 1, 1), "they were kept waiting for something else"
+        assert after(0.0007, 0.0007, 0.0012) == (4, 1, 1), "one of several, interrupted"
+        assert after(0.0007, 0.0007, 0.0012, 0.0012) == (1, 1, 1), "several are slower here"
 
     def test_a_choice_that_hangs_on_the_cpu_is_not_missed_behind_others(self, monkeypatch):
         """One page is never a batch; four are, beside a CPU at full speed."""
