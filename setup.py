@@ -72,12 +72,22 @@ EXTENSIONS = [
     Extension(
         "kvsig._core",
         ["kvsig/_core.pyx"],
-        depends=["kvsig/_generated.pxi"],
+        depends=["kvsig/_core.pxd", "kvsig/_generated.pxi"],
         extra_compile_args=FLAGS,
         libraries=["dl"],
     ),
+    Extension(
+        "kvsig._pack",
+        ["kvsig/_pack.pyx"],
+        depends=["kvsig/_pack.pxd"],
+        extra_compile_args=FLAGS,
+    ),
+    Extension(
+        "kvsig._submit",
+        ["kvsig/_submit.pyx"],
+        depends=["kvsig/_core.pxd", "kvsig/_pack.pxd"],
+        extra_compile_args=FLAGS,
+    ),
 ]
-if (ROOT / "kvsig/_pack.pyx").exists():
-    EXTENSIONS.append(Extension("kvsig._pack", ["kvsig/_pack.pyx"], extra_compile_args=FLAGS))
 
 setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": BuildExt})

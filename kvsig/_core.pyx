@@ -301,13 +301,14 @@ class _Bound:
         self.wanted_route = "auto"
         self.why_not = ""
         self.why = ""
-        self.remembered = None
 
 
 cdef object _lock = threading.RLock()
 cdef object _bound = None
 cdef bint _ready = False
 cdef int _route = ROUTE_NONE
+# Why batches can never be used, once CUDA has said so.
+cdef object _remembered = None
 cdef object _spec = None
 cdef bint _spec_given = False
 
@@ -513,7 +514,7 @@ def bind():
     BindError
         If there is no CUDA runtime, or ``KVSIG_CUDART`` or ``KVSIG_ROUTE`` is wrong.
     """
-    global _bound, _ready, _route
+    global _bound, _ready, _remembered, _route
     with _lock:
         if _ready:
             return
@@ -561,6 +562,7 @@ def bind():
             _clear()
         bound.route = _choose_route(bound)
         _bound = bound
+        _remembered = None
         _route = bound.route
         _ready = True
         _warn(bound)
@@ -738,10 +740,10 @@ cdef class Report:
         )
 
 
-def _permanent_refusal():
+cdef object _permanent_refusal():
     """Why no stream of this process can take batches, or None."""
-    if _bound.remembered:
-        return _bound.remembered
+    if _remembered is not None:
+        return _remembered
     if _route == ROUTE_NONE:
         return _bound.why_not
     return None
@@ -1269,12 +1271,7 @@ def copy_batch(
     cdef const uint64_t[::1] given
     cdef const uint64_t *size_list = NULL
     cdef uint64_t same = 0
-    cdef uint64_t target = stream
-    cdef Progress progress
-    cdef int code = 0
     cdef size_t bad
-    cdef _Fork fork = None
-    cdef int route
     cdef const uint64_t *d
     cdef const uint64_t *s
     if <size_t>srcs.shape[0] != count:
@@ -1303,14 +1300,31 @@ def copy_batch(
             f" size={same if size_list == NULL else size_list[bad]};"
             " addresses and sizes must not be 0"
         )
+    return submit_copies(
+        d, s, size_list, same, count, stream, path, batch_size, threads, first_size, give_up
+    )
+
+
+cdef object submit_copies(
+    const uint64_t *d, const uint64_t *s, const uint64_t *size_list, uint64_t same, size_t count,
+    uint64_t stream, str path, size_t batch_size, int threads, size_t first_size, bint give_up,
+):
+    """Submit copies that are known to be good, at least one of them; see `copy_batch`."""
+    cdef uint64_t target = stream
+    cdef Progress progress
+    cdef int code = 0
+    cdef _Fork fork = None
+    cdef int route
+    _ensure()
     progress.done, progress.failed = 0, <size_t>-1
     progress.calls, progress.bytes = 0, 0
     route = _route
     reason = None
     if path != "loop":
-        missing = _missing_batch()
-        if missing is not None:
-            raise missing
+        if route == ROUTE_NONE:
+            missing = _missing_batch()
+            if missing is not None:
+                raise missing
         reason = _permanent_refusal()
         if reason is None and stream <= 1:
             fork, reason = _try_fork()
@@ -1356,7 +1370,7 @@ def copy_batch(
             if error is not None:
                 raise error
             if reason is None:
-                return Report("batch", None, count, progress.calls, progress.bytes)
+                return _report("batch", None, count, &progress)
         elif give_up and path == "auto":
             return None
         if path == "batch" and slots[SLOT_cudaMemcpyAsync].variant >= 0:
@@ -1367,7 +1381,14 @@ def copy_batch(
         code = _run_loop(d, s, size_list, same, count, <void *>stream, &progress)
     if code != 0:
         raise _error(code, "cudaMemcpyAsync", progress.failed)
-    return Report("loop", reason, count, progress.calls, progress.bytes)
+    return _report("loop", reason, count, &progress)
+
+
+cdef Report _report(str path, object reason, size_t copies, const Progress *progress):
+    cdef Report report = Report.__new__(Report)
+    report.path, report.reason = path, reason
+    report.copies, report.calls, report.bytes = copies, progress.calls, progress.bytes
+    return report
 
 
 def _no_loop(reason, stream):
@@ -1409,12 +1430,13 @@ def _try_fork():
 
 def _after_failure(int code, int route):
     """The reason to fall back after an error of the batch function, or None to raise it."""
+    global _remembered
     function = "cuMemcpyBatchAsync" if route == ROUTE_DRIVER else "cudaMemcpyBatchAsync"
     if code == cudaErrorNotSupported or code == cudaErrorCallRequiresNewerDriver:
         _clear()
         # It will answer so again: remember it.
-        _bound.remembered = f"{function} answered {code} ({_name(code)})"
-        return _bound.remembered
+        _remembered = f"{function} answered {code} ({_name(code)})"
+        return _remembered
     if code == cudaErrorStreamCaptureUnsupported:
         _clear()
         return f"{function} answered {code} ({_name(code)}): the stream is being captured"

@@ -33,7 +33,7 @@ cdef double SMALLER_CALLS = 0.97
 cdef double GROWING_CALLS = 0.99
 # What a transfer takes the host beyond its CUDA calls, in microseconds. Where transfers follow each
 # other it is part of what each adds to the host's time, so methods of few calls gain from it.
-cdef double TRANSFER_SUBMIT = 4
+cdef double TRANSFER_SUBMIT = 2
 # A transfer follows another one if it comes before that should have ended, or so many nanoseconds
 # later: layers are loaded in a loop, in which callers do a little more than call. Who waits for a
 # stream takes longer to come back.
@@ -945,6 +945,9 @@ cdef class Prepared:
             To be asked by `decide` how to move them, before its pieces are; None where
             `check` finds anything wrong.
         """
+        return self.begin_now(device_pages, host_pages, load)
+
+    cdef object begin_now(self, object device_pages, object host_pages, bint load):
         cdef Transfer t = Transfer.__new__(Transfer)
         cdef Py_ssize_t position, other
         if self.view(t, device_pages, host_pages):
@@ -1239,6 +1242,9 @@ cdef class Transfer:
         ValueError
             If the method is unknown.
         """
+        self.choose(method, batch, stream)
+
+    cdef int choose(self, object method, bint batch, uint64_t stream) except -1:
         cdef Queue *queue = queue_of(stream)
         cdef int64_t submitted, moved
         cdef bint following
@@ -1254,7 +1260,7 @@ cdef class Transfer:
             self.begin - looked > LOOK_BELIEVED or self.hangs(method, batch, following)
         ):
             slowness_at(self.begin)
-        self.decide(method, batch, slow_now, following)
+        self.settle_on(method, batch, slow_now, following)
         submitted = self.begin + <int64_t>(1e3 * self.tally[self.mode].submit)
         moved = self.behind if self.behind > self.begin else self.begin
         moved += <int64_t>(1e3 * self.tally[self.mode].engine)
@@ -1262,6 +1268,7 @@ cdef class Transfer:
         if moved > self.begin + MOST_QUEUED:
             moved = self.begin + MOST_QUEUED
         queue.until = submitted if submitted > moved else moved
+        return 0
 
     def decide(self, method, bint batch, double slow=1, bint following=False):
         """Choose how to move the pages; again, to choose anew and begin with the first piece.
@@ -1284,6 +1291,9 @@ cdef class Transfer:
         ValueError
             If the method is unknown.
         """
+        self.settle_on(method, batch, slow, following)
+
+    cdef int settle_on(self, object method, bint batch, double slow, bint following) except -1:
         cdef bint wanted[MODES]
         cdef Py_ssize_t best
         cdef bint many
@@ -1309,6 +1319,7 @@ cdef class Transfer:
         self.given = 0
         if self.workspace is not None:
             self.workspace.copies = 0
+        return 0
 
     cdef bint hangs(self, object method, bint batch, bint following) except -1:
         # Whether the CPU's speed decides what is chosen.
@@ -1560,9 +1571,23 @@ cdef class Transfer:
         return self
 
     def __next__(self):
+        cdef Step step = self.step()
+        if step == END:
+            raise StopIteration
+        if step == COPIES:
+            name = "batch" if self.batched() else "loop"
+        else:
+            name = "strided" if step == ROWS else "strided3"
+        return name, self.arrays(step)
+
+    cdef bint batched(self) noexcept nogil:
+        return self.mode == BATCH or self.mode == STRIDED_BATCH
+
+    cdef Step step(self) except? END:
+        # Pack the next piece.
         cdef Workspace w
         if self.ended:
-            raise StopIteration
+            return END
         if self.workspace is None:
             self.workspace = take_workspace()
             self.workspace.copies = 0
@@ -1570,12 +1595,11 @@ cdef class Transfer:
         self.settle(w)
         if self.cubes_wait:
             self.cubes_wait = False
-            return "strided3", w.cubes[: w.cubic]
+            return CUBES
         if self.plain_waits:
             self.plain_waits = False
-            piece = self._plain(w)
-            if piece is not None:
-                return piece
+            if self.give(w):
+                return COPIES
         while self.scan.at < self.scan.count:
             w.strided = w.cubic = 0
             if self.scan.count * self.p.weight[self.side][self.mode] < KEEP_GIL:
@@ -1587,18 +1611,32 @@ cdef class Transfer:
             if w.strided or w.cubic:
                 self.plain_waits = w.copies > 0
                 if not w.strided:
-                    return "strided3", w.cubes[: w.cubic]
+                    return CUBES
                 self.cubes_wait = w.cubic > 0
-                return "strided", w.ops[: w.strided]
-            piece = self._plain(w)
-            if piece is not None:
-                return piece
+                return ROWS
+            if self.give(w):
+                return COPIES
         self.ended = True
         self.workspace = None
         keep_workspace(w)
         if self.met:
             self.submitted()
-        raise StopIteration
+        return END
+
+    cdef object arrays(self, Step step):
+        # The piece that has been packed.
+        cdef Workspace w = self.workspace
+        cdef Py_ssize_t n = self.given
+        if step == ROWS:
+            return w.ops[: w.strided]
+        if step == CUBES:
+            return w.cubes[: w.cubic]
+        if self.same_size and (w.alike != self.same_size or w.alike_count < n):
+            # Written once for all transfers of such pages: a third of what packing writes.
+            w.sizes[:n] = self.same_size
+            w.alike, w.alike_count = self.same_size, n
+        piece = slice(n)
+        return w.dsts[piece], w.srcs[piece], w.sizes[piece]
 
     cdef void submitted(self) noexcept nogil:
         # The host may have taken longer than the model says: beside others on its CPU, or for
@@ -1616,21 +1654,12 @@ cdef class Transfer:
             team = self.threads > 1
             keep_pace(self.side, team, took / (t.together if team else t.alone), now)
 
-    cdef object _plain(self, Workspace w):
+    cdef bint give(self, Workspace w) noexcept nogil:
         # Whole batch calls, until the end; the rest waits for the next pages.
-        cdef Py_ssize_t n = w.copies
-        cdef bint batched = self.mode == BATCH or self.mode == STRIDED_BATCH
-        if batched and self.scan.at < self.scan.count:
-            n -= n % self.batch_size
-        if n == 0:
-            return None
-        self.given = n
-        if self.same_size and (w.alike != self.same_size or w.alike_count < n):
-            # Written once for all transfers of such pages: a third of what packing writes.
-            w.sizes[:n] = self.same_size
-            w.alike, w.alike_count = self.same_size, n
-        piece = slice(n)
-        return "batch" if batched else "loop", (w.dsts[piece], w.srcs[piece], w.sizes[piece])
+        self.given = w.copies
+        if self.batched() and self.scan.at < self.scan.count:
+            self.given -= self.given % self.batch_size
+        return self.given > 0
 
     cdef void settle(self, Workspace w) noexcept nogil:
         # The piece that was given is used up; what it left over moves to the front.
@@ -2041,6 +2070,39 @@ cdef inline double last_of(double copies, Py_ssize_t size, Py_ssize_t first) noe
             return <double>(count - done)
         done += first if done == 0 else done
     return <double>((count - done - 1) % size + 1)
+
+
+# What `_submit` takes of a transfer, without a Python call.
+
+cdef object begin_transfer(object prepared, object device_pages, object host_pages, bint load):
+    cdef Prepared ready = prepared
+    return ready.begin_now(device_pages, host_pages, load)
+
+
+cdef bint choose_now(object transfer, object method, bint batch, uint64_t stream) except -1:
+    # Choose as `Transfer.decide_now` does; whether batches are mixed with something else.
+    cdef Transfer t = transfer
+    t.choose(method, batch, stream)
+    return t.mode != BATCH and t.mode != STRIDED
+
+
+cdef Step next_step(object transfer, Copies *copies) except? END:
+    cdef Transfer t = transfer
+    cdef Step step = t.step()
+    if step == COPIES:
+        copies.dsts, copies.srcs = t.workspace.dst, t.workspace.src
+        copies.sizes = NULL if t.same_size else t.workspace.size
+        copies.same, copies.count = t.same_size, t.given
+        copies.batch_size, copies.first_size = t.batch_size, t.first_size
+        # The last piece may be too small for several threads.
+        copies.threads = t.threads if t.given >= TOGETHER_FROM else 1
+        copies.batched = t.batched()
+    return step
+
+
+cdef object arrays_of(object transfer, Step step):
+    cdef Transfer t = transfer
+    return t.arrays(step)
 
 
 def none_wrong(const uint64_t[::1] values not None, bint zeros):

@@ -13,6 +13,7 @@ import torch
 from kvsig import _core, _threads, _torch, costs, geometry, planning
 from kvsig._core import Report
 from kvsig._pack import slowness
+from kvsig._submit import Submitter
 from kvsig.costs import CostModel
 from kvsig.geometry import Planes, Side
 from kvsig.planning import Plan
@@ -20,7 +21,6 @@ from kvsig.planning import Plan
 __all__ = ["PagedKVCache"]
 
 LAYOUTS = ("layer_first", "page_first_direct")
-PATHS = ("auto", "batch", "strided", "loop")
 
 I64: TypeAlias = npt.NDArray[np.int64]
 Pages: TypeAlias = Sequence[int] | npt.NDArray[Any] | torch.Tensor
@@ -36,7 +36,7 @@ class _Selection(NamedTuple):
     prepared: planning.Prepared
 
 
-class PagedKVCache:
+class PagedKVCache(Submitter):
     """A paged KV cache with a host pool, and transfers of pages between the two.
 
     Everything is validated, and its geometry worked out, once: a transfer only packs
@@ -164,7 +164,7 @@ class PagedKVCache:
         self._team = team if _core.teams_bound() else _threads.ALONE
         self._rows = _core.strided_bound()
         self._all = self._select(tuple(range(layers)))
-        self._selections: dict[int | range | tuple[int, ...], _Selection] = {}
+        self._selections = {}
 
     def __repr__(self) -> str:
         kind = "K and V" if len(self._planes) == 2 * self.num_layers else "one latent"
@@ -220,7 +220,7 @@ class PagedKVCache:
         The call returns when the work is queued: read the host pool only after the stream
         has been waited for. Page numbers are read before the call returns.
         """
-        return self._transfer(device_pages, host_pages, layers, stream, path, False, None)
+        return self._transfer(device_pages, host_pages, layers, stream, path, False)
 
     def load(
         self,
@@ -330,54 +330,28 @@ class PagedKVCache:
             selection.prepared, device, host, direction, path, batch=batch, slow=slowness()
         )
 
-    def _transfer(
+    def _with_events(
         self,
+        selection: _Selection,
         device_pages: Pages,
         host_pages: Pages,
-        layers: Layers,
         stream: _torch.Stream,
         path: str,
-        load: bool,
-        events: Iterable[Any] | None,
+        events: Iterable[Any],
     ) -> Report:
-        selection = self._chosen(layers, path)
-        transfer = selection.prepared.begin(_simple(device_pages), _simple(host_pages), load)
-        if transfer is None:
-            transfer = self._converted(selection, device_pages, host_pages, load)
-        if events is not None:
-            events = _checked_events(events, len(selection.layers))
-        # What callers in a hurry give.
-        if type(stream) is int and 0 <= stream < 1 << 64:
-            handle = stream
-        elif type(stream) is torch.cuda.Stream and stream.device_index == self._index:
-            handle = stream.cuda_stream
-        else:
-            handle = _torch.stream_handle(stream, self.device)
-        if self._one_device and events is None:
-            return self._execute(selection, transfer, handle, path, load)
+        """Load layer by layer, and record an event behind each."""
+        events = _checked_events(events, len(selection.layers))
+        handle = _torch.stream_handle(stream, self.device)
         with _torch.device_guard(self.device):
-            if events is None:
-                return self._execute(selection, transfer, handle, path, load)
             recorder = _torch.event_stream(stream, handle, self.device)
             report = Report()
             pages = self._converted_pages(device_pages, host_pages)
             for layer, event in zip(selection.layers, events, strict=True):
                 one = self._selection(layer)
-                transfer = self._converted(one, *pages, load)
-                report += self._execute(one, transfer, handle, path, load)
+                transfer = self._converted(one, *pages, True)
+                report += self._execute(one, transfer, handle, path, True)
                 event.record(recorder)
             return report
-
-    def _chosen(self, layers: Layers, path: str) -> _Selection:
-        if path not in PATHS:
-            raise ValueError(f"path must be 'auto', 'batch', 'strided' or 'loop', not {path!r}")
-        if layers is None:
-            return self._all
-        if type(layers) is int:
-            found = self._selections.get(layers)
-            if found is not None:
-                return found
-        return self._selection(layers)
 
     def _converted_pages(self, device_pages: Pages, host_pages: Pages) -> tuple[I64, I64]:
         return (
@@ -415,88 +389,6 @@ class PagedKVCache:
         if code == planning.CHECK_DEVICE_RANGE:
             return _out_of_range("device_pages", position, device[position], self.device_pages)
         return _out_of_range("host_pages", position, host[position], self.host_pages)
-
-    def _execute(
-        self, selection: _Selection, transfer: planning.Transfer, handle: int, path: str, load: bool
-    ) -> Report:
-        """Queue a checked request."""
-        if path != "auto":
-            transfer.decide_now(path, True, handle)
-            return self._queue(selection, transfer, handle, path, load, False)
-        transfer.decide_now("auto", True, handle)
-        refused = False
-        # Whether batches are refused is only asked where it matters: for a plan of batches alone
-        # the first call says so, before anything moves.
-        if transfer.mixed or not self._rows:
-            refused = _core.batch_refusal(handle) is not None
-            if not self._rows:
-                # A runtime newer than every prototype: rows would be copied one by one anyway.
-                transfer.decide_now("loop" if refused else "batch", True, handle)
-            elif refused:
-                transfer.decide_now("auto", False, handle)
-        return self._queue(selection, transfer, handle, path, load, refused)
-
-    def _queue(
-        self,
-        selection: _Selection,
-        transfer: planning.Transfer,
-        handle: int,
-        path: str,
-        load: bool,
-        refused: bool,
-    ) -> Report:
-        """Queue a planned request piece by piece."""
-        report: Report | None = None
-        done: Report | None
-        arrays: Any
-        for kind, arrays in transfer:
-            try:
-                if kind == "strided":
-                    done = _core.copy_strided(arrays, handle)
-                elif kind == "strided3":
-                    done = _core.copy_strided3(arrays, handle)
-                else:
-                    # Where batches are refused, "auto" makes the same loop and says why.
-                    plain = path if path != "strided" else "auto"
-                    if plain == "auto" and kind == "loop" and not refused:
-                        plain = "loop"
-                    done = self._plain(arrays, handle, plain, kind, transfer, report is None)
-            except _core.CudaError as error:
-                self._explain(error, selection, kind, arrays, load)
-                raise
-            if done is None:
-                # Batches are refused, and nothing is queued: there may be a better plan without.
-                transfer.decide_now("auto", False, handle)
-                return self._queue(selection, transfer, handle, path, load, True)
-            report = done if report is None else report + done
-        return Report() if report is None else report
-
-    def _plain(
-        self,
-        arrays: Any,
-        handle: int,
-        path: str,
-        kind: str,
-        transfer: planning.Transfer,
-        starts: bool,
-    ) -> Report | None:
-        """Queue plain copies, from several threads where that is planned."""
-        dsts, srcs, sizes = arrays
-        if transfer.same_size:
-            sizes = transfer.same_size
-        threads = transfer.threads if len(dsts) >= _threads.FEWEST else 1
-        # Once something is queued, the rest goes one way or the other.
-        return _core.copy_batch(
-            dsts,
-            srcs,
-            sizes,
-            handle,
-            path,
-            transfer.batch_size,
-            threads,
-            transfer.first_size if starts else 0,
-            starts and kind == "batch",
-        )
 
     def _explain(
         self, error: _core.CudaError, selection: _Selection, kind: str, arrays: Any, load: bool
@@ -806,21 +698,6 @@ def _blocks(start: int, end: int, limited: bool) -> Iterator[int]:
             continue
         yield from (block[0], block[0] + block[1])
         at = max(block[0] + block[1], at + 1)
-
-
-def _simple(values: Any) -> Any:
-    """Return what callers mostly give as an array, unchecked; anything else as it is."""
-    kind = type(values)
-    if kind is np.ndarray:
-        return values
-    if kind is torch.Tensor and values.dtype is torch.int64 and values.is_cpu:
-        return values.numpy()
-    if kind is list:
-        try:
-            return np.array(values)
-        except ValueError:
-            pass  # ragged: the slow way names the argument
-    return None
 
 
 def _first_odd(array: npt.NDArray[Any]) -> object:

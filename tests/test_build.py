@@ -36,7 +36,8 @@ class TestGeneratedText:
         listed = subprocess.run(
             ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout.split()
-        assert not [name for name in listed if name.endswith((".pxi", ".so", "_core.c", "_pack.c"))]
+        built = (".pxi", ".so", "_core.c", "_pack.c", "_submit.c")
+        assert not [name for name in listed if name.endswith(built)]
         assert "kvsig/signatures.toml" in listed
 
 
@@ -57,6 +58,7 @@ def test_sdist_has_sources_only_and_the_version_of_the_package(tmp_path):
     assert not [n for n in names if n.endswith((".pxi", ".so", ".o"))]
     assert {n for n in names if n.endswith(".c") and n.startswith("kvsig/")} == set()
     assert {
-        "kvsig/signatures.toml", "kvsig/_core.pyx", "kvsig/_core.pyi", "kvsig/py.typed",
+        "kvsig/signatures.toml", "kvsig/_core.pyx", "kvsig/_core.pxd", "kvsig/_core.pyi",
+        "kvsig/_submit.pyx", "kvsig/py.typed",
         "csrc/emulated.c", "csrc/emulated.h", "docs/index.md", "setup.py", "tests/test_build.py",
     } <= names  # fmt: skip

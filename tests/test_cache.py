@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import kvsig
-from kvsig import _core, _pack, _threads, costs, emulated, geometry, planning
+from kvsig import _core, _pack, _submit, _threads, costs, emulated, geometry, planning
 from kvsig import cache as cache_module
 
 
@@ -1214,7 +1214,7 @@ class TestOnAGpu(RoundTrip):
         stream.synchronize()
         assert setup.everything() == setup.expect(before, "device", [1, 2], [7, 9])
 
-    @pytest.mark.parametrize("path", cache_module.PATHS)
+    @pytest.mark.parametrize("path", _submit.PATHS)
     @pytest.mark.parametrize("apart", [(), ("device",), ("host",), ("device", "host")], ids=str)
     def test_of_layers_in_allocations_of_their_own(self, apart, path):
         """torch gives tensors of 10 MiB an allocation each; CUDA refuses rows in two of them."""
@@ -1303,7 +1303,7 @@ class TestOnAGpu(RoundTrip):
             cache = kvsig.PagedKVCache(list(device.unbind(0)), host)
             stream = torch.cuda.Stream()
             torch.cuda.synchronize()
-            for path in cache_module.PATHS:
+            for path in _submit.PATHS:
                 for pick in (np.arange(pages), np.random.default_rng(0).permutation(pages)):
                     host.zero_()
                     cache.offload(pick, pick, stream=stream, path=path)

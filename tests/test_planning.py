@@ -1130,7 +1130,7 @@ class TestModelAgreesWithMeasurement:
         transfer.decide("strided", True, 1, True)
         assert transfer.scores["strided"] == pytest.approx(engine)
         transfer.decide("batch", True, 1, True)
-        host = 4 + costs.call_submit + 8 * costs.copy_submit
+        host = 2 + costs.call_submit + 8 * costs.copy_submit
         assert transfer.scores["batch"] == pytest.approx(host)
         transfer.decide("auto", True, 1, True)
         assert transfer.method == "batch"
