@@ -6,7 +6,7 @@
  * mistakes: the copies of a batch run last to first, and a source that may be read early is.
  *
  * Locks: `queues` guards streams, events, captures and graphs, `memory` the table of blocks,
- * `control` faults, stubs and recorded calls. No two are ever held at once.
+ * `control` faults, stubs, delays and recorded calls. No two are ever held at once.
  */
 #define _GNU_SOURCE
 #include "emulated.h"
@@ -2367,15 +2367,15 @@ static int compare_handlers(const void *key, const void *entry)
 
 /* ---- Faults, stubs and the record of calls --------------------------------------------------- */
 
-struct order { /* a fault or a stub that a test asked for */
+struct order { /* a fault, a stub or a delay that a test asked for */
     struct order *next;
     char *function; /* NULL: all of them (stubs only) */
     int error;
-    long remaining; /* calls until it strikes; 0: every call */
+    long remaining; /* calls until it strikes; 0: every call. Of a delay its microseconds. */
     long fail_index;
 };
 
-static struct order *faults, *stubs;
+static struct order *faults, *stubs, *delays;
 static atomic_int orders_given, recording;
 static char *recorded[MAX_CALLS];
 static size_t recorded_first, recorded_count;
@@ -2434,6 +2434,22 @@ static int is_stub(const char *function)
         found = !stub->function || strcmp(stub->function, function) == 0;
     pthread_mutex_unlock(&control);
     return found;
+}
+
+/* The caller of a real function is kept as long as that takes its CPU. */
+static void delay(const char *function)
+{
+    long us = 0;
+    pthread_mutex_lock(&control);
+    const struct order *order = delays;
+    while (order && strcmp(order->function, function))
+        order = order->next;
+    if (order)
+        us = order->remaining;
+    pthread_mutex_unlock(&control);
+    struct timespec left = {us / 1000000, us % 1000000 * 1000};
+    while (us && nanosleep(&left, &left) && errno == EINTR)
+        ;
 }
 
 static int is_signed(const char *type)
@@ -2547,6 +2563,8 @@ int64_t emu_dispatch(const char *function, const char *symbol, const char *varia
         int flags = handler ? handler->flags : strncmp(function, "cuda", 4) ? DRIVER : 0;
         int ordered = atomic_load_explicit(&orders_given, memory_order_relaxed), error = 0;
         long fail_index = -1;
+        if (ordered)
+            delay(function);
         if (ordered && fault_strikes(function, &error, &fail_index) && fail_index < 0) {
             result = error;
         } else if (ordered && is_stub(function)) {
@@ -2644,6 +2662,21 @@ void kvsig_emulated_stub(const char *function, int on)
         free(stub->function);
         free(stub);
     }
+    pthread_mutex_unlock(&control);
+}
+
+void kvsig_emulated_delay(const char *function, long microseconds)
+{
+    struct order *order = order_new(function);
+    order->remaining = microseconds;
+    if (!order->function) {
+        free(order);
+        return;
+    }
+    pthread_mutex_lock(&control);
+    order->next = delays;
+    delays = order; /* the newest is found first */
+    atomic_store(&orders_given, 1);
     pthread_mutex_unlock(&control);
 }
 
@@ -2797,6 +2830,7 @@ int kvsig_emulated_reset(void)
     pthread_mutex_lock(&control);
     orders_free(&faults);
     orders_free(&stubs);
+    orders_free(&delays);
     atomic_store(&orders_given, 0);
     atomic_store(&recording, 0);
     record_clear();

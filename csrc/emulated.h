@@ -60,6 +60,7 @@ KVSIG_EMULATED_API void kvsig_emulated_set_attribute(int attribute, int value);
 KVSIG_EMULATED_API void kvsig_emulated_fault(const char *function, int error, long nth_call,
                                              long fail_index);
 KVSIG_EMULATED_API void kvsig_emulated_stub(const char *function, int on);
+KVSIG_EMULATED_API void kvsig_emulated_delay(const char *function, long microseconds);
 KVSIG_EMULATED_API void kvsig_emulated_record(int on);
 KVSIG_EMULATED_API char *kvsig_emulated_calls(void);
 KVSIG_EMULATED_API void kvsig_emulated_free(void *text);

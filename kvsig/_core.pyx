@@ -18,9 +18,10 @@ from . import _marshal
 from . import registry as _registry
 from ._errors import BindError, CudaError
 
-from libc.stdint cimport uint64_t
+from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport strdup
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 cdef extern from "dlfcn.h" nogil:
     ctypedef struct Dl_info:
@@ -913,6 +914,12 @@ cdef size_t _first_bad(
     return count
 
 
+cdef inline int64_t _clock_ns() noexcept nogil:
+    cdef timespec clock
+    clock_gettime(CLOCK_MONOTONIC, &clock)
+    return <int64_t>clock.tv_sec * 1_000_000_000 + clock.tv_nsec
+
+
 # Batches from the legacy default stream run on a stream of kvsig's own, one for each device,
 # tied to it by two events. Sharing the events between threads only makes a wait cover more.
 cdef class _Fork:
@@ -1167,10 +1174,12 @@ cdef int _run_team(
 cdef int _batch_team(
     int threads, int route, const uint64_t *dsts, const uint64_t *srcs, const uint64_t *sizes,
     uint64_t same, size_t count, size_t per_call, uint64_t stream, Progress *progress,
+    int64_t *took,
 ) except -2:
     """Submit from several threads where that can be done, else from this one alone."""
     cdef uint64_t[3 * MOST_THREADS] forks
     cdef int helpers, i, code, device = 0
+    cdef int64_t begin
     cdef _Fork fork
     # The driver's own entry point wants a context that is current in each thread.
     helpers = min(threads, MOST_THREADS) - 1
@@ -1187,17 +1196,23 @@ cdef int _batch_team(
                     if cudaGetDevice(device=&device) != 0:
                         _clear()
                     with nogil:
+                        begin = _clock_ns()
                         code = _run_team(
                             helpers, forks, device, route, dsts, srcs, sizes, same, count,
                             per_call, stream, progress,
                         )
+                        if took != NULL:
+                            took[0] += _clock_ns() - begin
                     return code
         finally:
             _team_lock.release()
     with nogil:
+        begin = _clock_ns()
         code = _run_batch(
             route, dsts, srcs, sizes, same, count, per_call, 0, <void *>stream, progress
         )
+        if took != NULL:
+            took[0] += _clock_ns() - begin
     return code
 
 
@@ -1301,20 +1316,26 @@ def copy_batch(
             " addresses and sizes must not be 0"
         )
     return submit_copies(
-        d, s, size_list, same, count, stream, path, batch_size, threads, first_size, give_up
+        d, s, size_list, same, count, stream, path, batch_size, threads, first_size, give_up, NULL
     )
 
 
 cdef object submit_copies(
     const uint64_t *d, const uint64_t *s, const uint64_t *size_list, uint64_t same, size_t count,
     uint64_t stream, str path, size_t batch_size, int threads, size_t first_size, bint give_up,
+    int64_t *took,
 ):
-    """Submit copies that are known to be good, at least one of them; see `copy_batch`."""
+    """Submit copies that are known to be good, at least one of them; see `copy_batch`.
+
+    Adds to `took`, where it is given, the nanoseconds that batches were being submitted; threads
+    that wait for the interpreter are not in it.
+    """
     cdef uint64_t target = stream
     cdef Progress progress
     cdef int code = 0
     cdef _Fork fork = None
     cdef int route
+    cdef int64_t begin
     _ensure()
     progress.done, progress.failed = 0, <size_t>-1
     progress.calls, progress.bytes = 0, 0
@@ -1340,14 +1361,18 @@ cdef object submit_copies(
             if threads > 1 and count >= TEAM_COPIES:
                 first_size = 0
                 code = _batch_team(
-                    threads, route, d, s, size_list, same, count, batch_size, target, &progress
+                    threads, route, d, s, size_list, same, count, batch_size, target, &progress,
+                    took,
                 )
             else:
                 with nogil:
+                    begin = _clock_ns()
                     code = _run_batch(
                         route, d, s, size_list, same, count, batch_size, first_size,
                         <void *>target, &progress,
                     )
+                    if took != NULL:
+                        took[0] += _clock_ns() - begin
             error = None
             if code != 0:
                 reason = _after_failure(code, route)

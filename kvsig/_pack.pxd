@@ -1,4 +1,4 @@
-from libc.stdint cimport uint64_t
+from libc.stdint cimport int64_t, uint64_t
 
 
 # What comes next of a transfer: nothing, strided copies of rows, such of slices of rows, or plain
@@ -18,6 +18,7 @@ cdef struct Copies:
     Py_ssize_t count, batch_size, first_size
     int threads                     # that are to submit them
     bint batched                    # in batches, and not one by one
+    int64_t took                    # nanoseconds that it took to submit them: for the next step
 
 cdef object begin_transfer(object prepared, object device_pages, object host_pages, bint load)
 cdef bint choose_now(object transfer, object method, bint batch, uint64_t stream) except -1

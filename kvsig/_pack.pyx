@@ -134,8 +134,9 @@ cdef inline double pace_of(Py_ssize_t side, bint team, int64_t now) noexcept nog
 
 cdef inline void keep_pace(Py_ssize_t side, bint team, double found, int64_t now) noexcept nogil:
     cdef Pace *pace = &paces[side][team]
-    if 0 < found < PACE_MOST:
-        pace.last, pace.before, pace.at = found, pace.last, now
+    if found < PACE_MOST:
+        # The rest may have taken less than predicted as well: 0 says that it is not known.
+        pace.last, pace.before, pace.at = larger(found, 0.01), pace.last, now
 
 
 METHODS = ("batch", "loop", "strided", "strided+batch", "strided+loop")
@@ -1139,6 +1140,7 @@ cdef class Transfer:
     cdef int64_t begin, behind      # when that was, and until when the stream had work
     # Times what the model says that one thread and several took just now; 0 where it is not known.
     cdef double pace, team_pace
+    cdef int64_t took               # nanoseconds that submitting its copies took so far
     cdef uint64_t stream
     cdef double slow
     cdef double time[MODES]
@@ -1508,16 +1510,20 @@ cdef class Transfer:
         cdef bint batched = mode == BATCH or mode == STRIDED_BATCH
         cdef Py_ssize_t size = p.batch_size[p.sizes - 1], first = p.batch_size[0], i
         cdef double each = c.together_few if t.copies <= TOGETHER_FEW else c.together_many
-        cdef double together
+        cdef double alone, together
         t.alone = t.plain + t.staged
         t.submit *= 1 + SINGLE_SLOWS * (self.slow - 1)
         t.plain *= self.slow if batched else 1 + SINGLE_SLOWS * (self.slow - 1)
         t.plain += t.staged * (1 + STAGED_SLOWS * (self.slow - 1))
         t.together = TOGETHER_BEGINS + each * t.copies
         together = t.together * larger(self.team_pace, 1)
-        self.team_of[mode] = batched and t.copies >= TOGETHER_FROM and each > 0 and (
-            self.pace * t.alone if self.pace else t.plain
-        ) > TOGETHER_WORTH * larger(together, t.engine)
+        # What its calls take one thread is in the measured time of several.
+        alone = self.pace * t.alone if self.pace else t.plain
+        alone += t.copies / size * c.call_submit
+        self.team_of[mode] = (
+            batched and t.copies >= TOGETHER_FROM and each > 0
+            and alone > TOGETHER_WORTH * larger(together, t.engine)
+        )
         if self.team_of[mode]:
             t.plain = together
         t.submit += t.plain
@@ -1648,9 +1654,9 @@ cdef class Transfer:
         cdef bint team
         if queue.stream == self.stream and queue.until < now:
             queue.until = now
-        if self.mode == BATCH and t.copies >= TOGETHER_FROM:
+        if self.mode == BATCH and t.copies >= TOGETHER_FROM and self.took:
             # All but what it took to submit the copies themselves is as predicted.
-            took = 1e-3 * (now - self.begin) - TRANSFER_SUBMIT - (t.submit - t.plain)
+            took = 1e-3 * self.took - (t.submit - t.plain)
             team = self.threads > 1
             keep_pace(self.side, team, took / (t.together if team else t.alone), now)
 
@@ -2088,7 +2094,10 @@ cdef bint choose_now(object transfer, object method, bint batch, uint64_t stream
 
 cdef Step next_step(object transfer, Copies *copies) except? END:
     cdef Transfer t = transfer
-    cdef Step step = t.step()
+    cdef Step step
+    t.took += copies.took
+    copies.took = 0
+    step = t.step()
     if step == COPIES:
         copies.dsts, copies.srcs = t.workspace.dst, t.workspace.src
         copies.sizes = NULL if t.same_size else t.workspace.size

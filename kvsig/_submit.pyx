@@ -135,6 +135,7 @@ cdef class Submitter:
         cdef Copies copies
         cdef Step step
         cdef str plain
+        copies.took = 0
         while True:
             step = next_step(transfer, &copies)
             if step == END:
@@ -155,7 +156,7 @@ cdef class Submitter:
                         copies.dsts, copies.srcs, copies.sizes, copies.same, copies.count, handle,
                         plain, copies.batch_size, copies.threads,
                         copies.first_size if report is None else 0,
-                        report is None and copies.batched,
+                        report is None and copies.batched, &copies.took,
                     )
             except CudaError as error:
                 kind = "strided" if step == ROWS else "strided3" if step == CUBES else "copies"

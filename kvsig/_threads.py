@@ -42,7 +42,7 @@ SHARE = 64
 # What it takes until several threads are at work, and the stream goes on behind them all.
 BEGINS_US = 10.0
 # Several threads are worth it where one takes so many times as long as they and as the copy engine.
-WORTH = 1.05
+WORTH = 1.03
 # From so many CPUs on, two and four threads may submit where nobody has said how many.
 CPUS, MANY_CPUS = 8, 16
 # Steps of the loop that is looked at: about half a microsecond.

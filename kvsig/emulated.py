@@ -205,6 +205,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "set_attribute": (None, [ctypes.c_int, ctypes.c_int]),
     "fault": (None, [ctypes.c_char_p, ctypes.c_int, ctypes.c_long, ctypes.c_long]),
     "stub": (None, [ctypes.c_char_p, ctypes.c_int]),
+    "delay": (None, [ctypes.c_char_p, ctypes.c_long]),
     "record": (None, [ctypes.c_int]),
     "calls": (ctypes.c_void_p, []),
     "free": (None, [ctypes.c_void_p]),
@@ -321,6 +322,25 @@ class Control:
         """Let a function (or all) only be recorded and succeed, whatever its arguments."""
         self._ask("stub", None if function is None else function.encode(), on)
 
+    def delay(self, function: str, microseconds: int) -> None:
+        """Keep the caller of a function so much longer at each call, asleep; 0 ends it.
+
+        Parameters
+        ----------
+        function : str
+            A function by its name in the registry.
+        microseconds : int
+            At least 0.
+
+        Raises
+        ------
+        ValueError
+            If `microseconds` is negative.
+        """
+        if microseconds < 0:
+            raise ValueError(f"microseconds must be at least 0, not {microseconds}")
+        self._ask("delay", function.encode(), microseconds)
+
     def record(self, on: bool = True) -> None:
         """Start to record calls, forgetting earlier ones, or stop."""
         self._ask("record", on)
@@ -392,7 +412,7 @@ class Control:
         self._check("unmark_device", pointer)
 
     def reset(self) -> None:
-        """Forget faults, stubs, records, marks, captures and settings; release and drain queues.
+        """Forget faults, stubs, delays, records, marks, captures, settings; release and drain queues.
 
         Versions stay as they are, since kvsig has bound itself by them.
 

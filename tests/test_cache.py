@@ -5,6 +5,7 @@ import mmap
 import re
 import threading
 import time
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -942,6 +943,47 @@ class TestCalls:
         assert taken[1] == [report.copies - 640, *[64] * 10]
         assert taken[0] == taken[3]
         assert max(taken[0]) > 64 < max(taken[2])
+
+    def test_are_shared_out_by_the_time_that_they_took(self, control, monkeypatch):
+        """Whatever makes submitting slow; for 5 ms, and if it is twice in a row."""
+        monkeypatch.setattr(_pack, "look", lambda: 1.0)
+        pages = 700
+        device = torch.randint(0, 256, (pages, 4 << 10), dtype=torch.uint8)
+        host = torch.zeros(pages, 1, 1, 4 << 10, dtype=torch.uint8)
+        model = costs.builtin("NVIDIA H100 80GB HBM3")
+        order = np.random.default_rng(0).permutation(pages)
+        cache = kvsig.PagedKVCache([device], host, page_size=1, model=model, threads=4)
+
+        def shared(count):
+            """Whether each of some transfers, one right behind the other, was shared out."""
+            time.sleep(0.06)  # what was measured before is not believed any more
+            reports = [cache.offload(order, np.arange(pages), stream=stream) for _ in range(count)]
+            return [report.calls == -(-report.copies // 64) for report in reports]
+
+        def comes(expected, count, *delays):
+            """Whether that comes behind two fast transfers, where the machine does not stand still."""
+            for _ in range(20):
+                control.delay("cudaMemcpyBatchAsync", 0)
+                control.delay("cudaStreamWaitEvent", 0)
+                shared(2)
+                for function, delay in delays:
+                    control.delay(function, delay)
+                if shared(count) == expected:
+                    return True
+            return False
+
+        with emulated.Stream() as stream:
+            cache.offload(order, np.arange(pages), stream=stream)
+            stream.synchronize()
+            assert torch.equal(host.view(pages, -1), device[order])
+            control.stub("cudaMemcpyBatchAsync")
+            slow = ("cudaMemcpyBatchAsync", 80)
+            # What only several threads call: they are not the faster way then.
+            together = ("cudaStreamWaitEvent", 80)
+            assert comes([False] * 4, 4)
+            # One that took long may have been interrupted.
+            assert comes([False, False, True, True], 4, slow)
+            assert comes([False, False, True, ANY, False], 5, slow, together)
 
     def test_are_from_one_thread_where_the_engine_is_the_slower_one(self, control, monkeypatch):
         monkeypatch.setattr(_pack, "look", lambda: _threads.SLOWEST)

@@ -848,6 +848,25 @@ class TestOrders:
         runtime.control.stub("cudaMemcpyAsync", on=False)
         assert runtime.copy(1, 2, 3, 4, kind=9) == 21
 
+    def test_delay_keeps_the_caller(self, runtime):
+        src, dst = numbers(1, 1), np.zeros(1, np.uint64)
+
+        def took():
+            begin = time.perf_counter()
+            assert runtime.copy(at(dst), at(src), 8, runtime.stream()) == 0
+            return time.perf_counter() - begin
+
+        runtime.control.delay("cudaMemcpyAsync", 30_000)
+        runtime.control.delay("cudaMemcpyBatchAsync", 10_000_000)
+        assert 0.03 <= took() < 5
+        runtime.control.delay("cudaMemcpyAsync", 0)
+        assert took() < 0.03
+        runtime.control.delay("cudaMemcpyAsync", 10_000_000)
+        runtime.control.reset()
+        assert took() < 5
+        with pytest.raises(ValueError, match="microseconds must be at least 0, not -1"):
+            runtime.control.delay("cudaMemcpyAsync", -1)
+
     def test_record_names_every_argument(self, runtime):
         src, dst, stream = numbers(2, 1), np.zeros(2, np.uint64), runtime.stream()
         runtime.control.record()

@@ -1220,43 +1220,6 @@ class TestModelAgreesWithMeasurement:
             assert looks(method) == hangs(method), method
         assert looks("strided") == looks("loop") == 0
 
-    def test_goes_by_the_time_that_batches_took(self, monkeypatch):
-        """Whatever slows submitting down, it is seen at once, and not believed for long."""
-        monkeypatch.setattr("kvsig._pack.look", lambda: 1.0)
-        ready = prepare(page_first(1, 4 * KIB, 2000, kv=1), H100, team=_threads.Team(4, 4))
-        pages = 2 * np.random.default_rng(4).permutation(1000)
-
-        def threads(seconds=0.0, direction="offload"):
-            one = ready.transfer(pages, pages[::-1].copy(), direction)
-            one.decide_now("batch", True, 16 * 1009)
-            assert one.method == "batch"
-            for _ in one:
-                time.sleep(seconds)
-            return one.threads
-
-        def after(*seconds):
-            """Threads behind transfers that took so long, at once and 5 ms later."""
-            for _ in range(20):
-                time.sleep(0.06)
-                taken = []
-                for wanted in seconds:
-                    begin = time.perf_counter()
-                    threads(wanted)
-                    taken.append(time.perf_counter() - begin < wanted + 0.0004)
-                begin = time.perf_counter()
-                found = threads(), threads(direction="load")
-                if all(taken) and time.perf_counter() - begin < 0.001:
-                    time.sleep(0.006)
-                    return *found, threads()
-            raise AssertionError("this machine stands still again and again")
-
-        assert after(0, 0) == (1, 1, 1)
-        assert after(0.0007) == (1, 1, 1), "one may have been interrupted"
-        assert after(0.0007, 0.0007) == (4, 1, 1)
-        assert after(0.003, 0.003) == (1, 1, 1), "they were kept waiting for something else"
-        assert after(0.0007, 0.0007, 0.0012) == (4, 1, 1), "one of several, interrupted"
-        assert after(0.0007, 0.0007, 0.0012, 0.0012) == (1, 1, 1), "several are slower here"
-
     def test_a_choice_that_hangs_on_the_cpu_is_not_missed_behind_others(self, monkeypatch):
         """One page is never a batch; four are, beside a CPU at full speed."""
         ready = prepare(page_first(1, 4 * KIB, 500), H100)
