@@ -5,7 +5,8 @@
 Runs on the emulated runtime, without a GPU: the batch function answers at once, so what is left
 is kvsig's own time. Prints medians for one plane of random pages, the dearest case for the
 planner, and for small calls. Asked of it: at most 15 microseconds per call (10 of one page) and
-25 ns per copy. The exit code is 1 if that is missed.
+25 ns per copy. The exit code is 1 if that is missed. Calls are timed once more with cold caches, as
+they are where CUDA stages what it copies: of those nothing is asked.
 """
 
 from __future__ import annotations
@@ -38,8 +39,26 @@ def median_us(run: Callable[[], Any], times: int = 300) -> float:
     return statistics.median(taken) / 1e3
 
 
+class Cold:
+    """Empties the CPU's caches, as copies do that go through them."""
+
+    def __init__(self) -> None:
+        self.src, self.dst = (np.zeros(48 << 20, np.uint8) for _ in range(2))
+
+    def median_us(self, run: Callable[[], Any], times: int = 60) -> float:
+        taken = []
+        for _ in range(times):
+            run()
+            np.copyto(self.dst, self.src)
+            begin = time.perf_counter_ns()
+            run()
+            taken.append(time.perf_counter_ns() - begin)
+        return statistics.median(taken) / 1e3
+
+
 def main() -> int:
     missed = 0
+    cold = Cold()
     control = emulated.Control(str(_core.info()["library"]))
     rng = np.random.default_rng(0)
     with emulated.Stream() as stream:
@@ -66,22 +85,27 @@ def main() -> int:
                 f"{count:>7} {width // KIB:>4} KiB {each[0]:>8.1f} {each[1]:>11.1f} {each[2]:>8.1f}"
             )
             missed += sum(cost > 25 + 15e3 / count for cost in each)
-        print(f"\n{'pages':>7} {'path':>8} {'load':>8} {'offload':>8}   us per call, one layer")
+        print(
+            f"\n{'pages':>7} {'path':>8} {'load':>8} {'offload':>8} {'cold':>8} {'cold':>8}"
+            "   us per call, one layer"
+        )
         pair = [[torch.empty(512, 4 * KIB, dtype=torch.uint8) for _ in range(4)] for _ in "kv"]
         pools = [torch.empty(512, 4, 1, 4 * KIB, dtype=torch.uint8) for _ in "kv"]
         cache = kvsig.PagedKVCache((pair[0], pair[1]), pools, page_size=1, model=MODEL, threads=1)
-        for pages in (1, 16):
+        for pages in (1, 16, 256):
             a, b = rng.permutation(512)[:pages], rng.permutation(512)[:pages]
             for path in ("auto", "batch"):
-                options = {"layers": 2, "stream": stream, "path": path}
-                took = [
-                    median_us(lambda x=b, y=a, o=options: cache.load(x, y, **o)),
-                    median_us(lambda x=b, y=a, o=options: cache.offload(y, x, **o)),
+                options = {"layers": 2, "stream": stream.cuda_stream, "path": path}
+                runs = [
+                    lambda x=b, y=a, o=options: cache.load(x, y, **o),
+                    lambda x=b, y=a, o=options: cache.offload(y, x, **o),
                 ]
-                print(f"{pages:>7} {path:>8} {took[0]:>8.1f} {took[1]:>8.1f}")
+                took = [median_us(run) for run in runs]
+                row = took + [cold.median_us(run) for run in runs]
+                print(f"{pages:>7} {path:>8}" + "".join(f" {value:>8.1f}" for value in row))
                 missed += sum(cost > (10 if pages == 1 else 15) for cost in took)
         control.reset()
-    print(f"\n{missed} of 17 figures are above the limit" if missed else "\nall within the limits")
+    print(f"\n{missed} of 21 figures are above the limit" if missed else "\nall within the limits")
     return 1 if missed else 0
 
 

@@ -412,7 +412,7 @@ class Control:
         self._check("unmark_device", pointer)
 
     def reset(self) -> None:
-        """Forget faults, stubs, delays, records, marks, captures, settings; release and drain queues.
+        """Forget faults, stubs, delays, records, marks and settings; release and drain queues.
 
         Versions stay as they are, since kvsig has bound itself by them.
 

@@ -961,7 +961,7 @@ class TestCalls:
             return [report.calls == -(-report.copies // 64) for report in reports]
 
         def comes(expected, count, *delays):
-            """Whether that comes behind two fast transfers, where the machine does not stand still."""
+            """Whether that comes behind two fast transfers, unless the machine stands still."""
             for _ in range(20):
                 control.delay("cudaMemcpyBatchAsync", 0)
                 control.delay("cudaStreamWaitEvent", 0)
