@@ -34,6 +34,7 @@ SECTIONS = {
     "batch_vs_c": 90,
     "explore": 150,
     "threads": 140,
+    "pace": 60,
     "calibrate": 45,
     "quick": 90,
     "grid": 400,
@@ -258,6 +259,9 @@ class Run:
 
     def threads(self, seconds: float) -> int:
         return self.script("threads", seconds, 30)
+
+    def pace(self, seconds: float) -> int:
+        return self.script("pace", seconds, 45)
 
     def calibrate(self, seconds: float) -> int:
         command = ["-m", "kvsig", "calibrate", "--json", str(self.out / "calibrate.json")]

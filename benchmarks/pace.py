@@ -1,0 +1,82 @@
+"""How long it takes this machine to submit a copy, layer by layer, from one thread and several.
+
+Transfers of 512 copies of 1, 4 and 16 KiB and of 256 of 32 KiB, 32 of them one behind the other,
+each way: by one call each, from 1, 2 and 4 threads whatever the CPU does, and as kvsig chooses.
+Machines differ by a fifth in this, and a CPU by half from one moment to the next: each run begins
+on a CPU at full speed. Says in half a minute what a longer benchmark is going to find here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import Clock, Report, say
+from threads import Way
+
+from kvsig import bench
+
+KIB = 1 << 10
+CASES = [(way, size * KIB) for way in ("load", "offload") for size in (1, 4, 16, 32)]
+#: Name, threads, and whether these are used however fast the CPU is.
+WAYS = (("1", 1, True), ("2", 2, True), ("4", 4, True), ("default", None, False))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--seconds", type=float, default=24)
+    args = parser.parse_args()
+    clock = Clock()
+    report = Report(args.json, "pace")
+    memory = bench.Memory(clock.device, 512 << 20, 0)
+    shuffled = random.Random(0)
+    say(f"{'':<15}{'threads':>9}{'us/copy':>9}{'p10':>7}{'p90':>7}{'GB/s':>7}{'calls':>7}{'runs':>6}")
+    for direction, size in CASES:
+        pages = 256 if size < 32 * KIB else 128
+        cell = bench.Cell(size, pages, direction=direction, scope="layer")
+        job = bench.Job(cell, memory, 0, bench.PYTHON_COPIES)
+        runs = {name: Way(job, name, threads, always).submit for name, threads, always in WAYS}
+        runs["one call"] = lambda stream, job=job, way=direction: bench.run_one_call(
+            job, way, stream
+        )
+        taken: dict[str, list[float]] = {name: [] for name in runs}
+        calls: dict[str, list[int]] = {name: [] for name in runs}
+        for run in runs.values():
+            run(clock.stream)
+        end = time.monotonic() + args.seconds / len(CASES)
+        while time.monotonic() < end or len(taken["1"]) < 5:
+            for name in shuffled.sample(list(runs), len(runs)):
+                clock.speed.settle()
+                torch.cuda.synchronize()
+                bench.apart()
+                start = torch.cuda.Event(enable_timing=True)
+                stop = torch.cuda.Event(enable_timing=True)
+                start.record(clock.stream)
+                outcome = runs[name](clock.stream)
+                stop.record(clock.stream)
+                stop.synchronize()
+                taken[name].append(1e3 * start.elapsed_time(stop) / cell.copies)
+                calls[name].append(outcome.calls)
+        rows = {}
+        for name, values in taken.items():
+            row = bench.spread(values) | {
+                "gb_s": round(size / float(np.median(values)) / 1e3, 2),
+                "calls": round(float(np.mean(calls[name])), 1),
+                "runs": len(values),
+            }
+            rows[name] = row
+            say(
+                f"{direction:>8} {size // KIB:>2} KiB{name:>9}{row['median']:>9.3f}"
+                f"{row['p10']:>7.3f}{row['p90']:>7.3f}{row['gb_s']:>7.1f}{row['calls']:>7.0f}"
+                f"{row['runs']:>6}"
+            )
+        report.add(what="pace", direction=direction, page_bytes=size, pages=pages, us=rows)
+
+
+if __name__ == "__main__":
+    main()
