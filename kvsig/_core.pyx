@@ -800,6 +800,7 @@ def teams_bound():
 cdef struct Progress:
     size_t done       # copies that were submitted
     size_t failed     # index of the copy that was refused, or SIZE_MAX
+    int tied          # error of an event between threads that submit, or 0
     size_t calls
     uint64_t bytes
 
@@ -1121,16 +1122,17 @@ cdef int _run_team(
     """Submit the copies from several threads, and wait until all are submitted.
 
     `forks` has stream, before and after of each helper. Answers the first error in order of the
-    copies; `progress.done` is the first copy of the call that was refused.
+    copies; `progress.done` is the first copy of the call that was refused. `progress.tied` is the
+    error of an event that ties streams: what was submitted may be out of order then.
     """
     cdef Work work
     cdef Worker *worker
     cdef Progress own
     cdef size_t j
     cdef int i, code
-    code = cudaEventRecord(event=<void *>forks[1], stream=<void *>stream)
-    if code != 0:
-        return code
+    progress.tied = cudaEventRecord(event=<void *>forks[1], stream=<void *>stream)
+    if progress.tied != 0:
+        return 0
     work.route, work.device, work.before = route, device, forks[1]
     work.dsts, work.srcs, work.sizes, work.same = dsts, srcs, sizes, same
     work.count, work.per_call, work.next = count, per_call, 0
@@ -1140,6 +1142,7 @@ cdef int _run_team(
         sem_post(&worker.go)
     code = _take_calls(&work, <void *>stream, &own)
     progress[0] = own
+    progress.tied = 0
     for i in range(helpers):
         worker = &workers[i]
         if sem_trywait(&worker.go) == 0:
@@ -1158,8 +1161,8 @@ cdef int _run_team(
                 worker.tied = cudaStreamWaitEvent(
                     stream=<void *>stream, event=<void *>worker.after
                 )
-            if code == 0:
-                code = worker.tied
+            if worker.tied != 0:
+                progress.tied = worker.tied
     if progress.done < count:
         # Calls behind the refused one were made as well. Who goes on begins with the refused one,
         # and counts from there.
@@ -1207,12 +1210,11 @@ cdef int _batch_team(
         finally:
             _team_lock.release()
     with nogil:
-        begin = _clock_ns()
         code = _run_batch(
             route, dsts, srcs, sizes, same, count, per_call, 0, <void *>stream, progress
         )
-        if took != NULL:
-            took[0] += _clock_ns() - begin
+    if took != NULL:
+        took[0] = -1
     return code
 
 
@@ -1327,8 +1329,8 @@ cdef object submit_copies(
 ):
     """Submit copies that are known to be good, at least one of them; see `copy_batch`.
 
-    Adds to `took`, where it is given, the nanoseconds that batches were being submitted; threads
-    that wait for the interpreter are not in it.
+    Adds to `took`, where it is given, the nanoseconds that batches were being submitted; waiting
+    for the interpreter is not in it. -1 where they were not submitted as was asked for.
     """
     cdef uint64_t target = stream
     cdef Progress progress
@@ -1337,7 +1339,7 @@ cdef object submit_copies(
     cdef int route
     cdef int64_t begin
     _ensure()
-    progress.done, progress.failed = 0, <size_t>-1
+    progress.done, progress.failed, progress.tied = 0, <size_t>-1, 0
     progress.calls, progress.bytes = 0, 0
     route = _route
     reason = None
@@ -1374,7 +1376,12 @@ cdef object submit_copies(
                     if took != NULL:
                         took[0] += _clock_ns() - begin
             error = None
-            if code != 0:
+            if took != NULL and (code != 0 or progress.tied != 0):
+                took[0] = -1
+            if progress.tied != 0:
+                _clear()
+                error = _error(progress.tied, "cudaEventRecord")
+            elif code != 0:
                 reason = _after_failure(code, route)
                 if reason is None:
                     name = "cuMemcpyBatchAsync" if route == ROUTE_DRIVER else "cudaMemcpyBatchAsync"

@@ -18,7 +18,7 @@ cdef struct Copies:
     Py_ssize_t count, batch_size, first_size
     int threads                     # that are to submit them
     bint batched                    # in batches, and not one by one
-    int64_t took                    # nanoseconds that it took to submit them: for the next step
+    int64_t took                    # nanoseconds that submitting took, or -1: for the next step
 
 cdef object begin_transfer(object prepared, object device_pages, object host_pages, bint load)
 cdef bint choose_now(object transfer, object method, bint batch, uint64_t stream) except -1

@@ -112,9 +112,10 @@ cdef double SLOWEST_CPU = SLOWEST
 
 # How many times as long as the model says the last two transfers took to submit, and when that was:
 # to the device and to the host, by one thread and by several. It says more than a look at the CPU,
-# for memory may be slow as well, and is believed for so many nanoseconds. What took longer than so
-# many times was kept waiting by others.
+# for memory may be slow as well, and is believed for so many nanoseconds, if the one before is not
+# much older. What took longer than so many times was kept waiting by others.
 cdef int64_t[2] PACE_BELIEVED = [5_000_000, 50_000_000]
+cdef int64_t PACE_BEFORE = 50_000_000
 cdef double PACE_MOST = 4
 
 cdef struct Pace:
@@ -135,8 +136,9 @@ cdef inline double pace_of(Py_ssize_t side, bint team, int64_t now) noexcept nog
 cdef inline void keep_pace(Py_ssize_t side, bint team, double found, int64_t now) noexcept nogil:
     cdef Pace *pace = &paces[side][team]
     if found < PACE_MOST:
+        pace.before = pace.last if now - pace.at < PACE_BEFORE else 0
         # The rest may have taken less than predicted as well: 0 says that it is not known.
-        pace.last, pace.before, pace.at = larger(found, 0.01), pace.last, now
+        pace.last, pace.at = larger(found, 0.01), now
 
 
 METHODS = ("batch", "loop", "strided", "strided+batch", "strided+loop")
@@ -1141,6 +1143,7 @@ cdef class Transfer:
     # Times what the model says that one thread and several took just now; 0 where it is not known.
     cdef double pace, team_pace
     cdef int64_t took               # nanoseconds that submitting its copies took so far
+    cdef bint untimed               # they say nothing: several threads were not there, or an error
     cdef uint64_t stream
     cdef double slow
     cdef double time[MODES]
@@ -1654,7 +1657,7 @@ cdef class Transfer:
         cdef bint team
         if queue.stream == self.stream and queue.until < now:
             queue.until = now
-        if self.mode == BATCH and t.copies >= TOGETHER_FROM and self.took:
+        if self.mode == BATCH and t.copies >= TOGETHER_FROM and self.took > 0 and not self.untimed:
             # All but what it took to submit the copies themselves is as predicted.
             took = 1e-3 * self.took - (t.submit - t.plain)
             team = self.threads > 1
@@ -2095,6 +2098,8 @@ cdef bint choose_now(object transfer, object method, bint batch, uint64_t stream
 cdef Step next_step(object transfer, Copies *copies) except? END:
     cdef Transfer t = transfer
     cdef Step step
+    if copies.took < 0:
+        t.untimed = True
     t.took += copies.took
     copies.took = 0
     step = t.step()

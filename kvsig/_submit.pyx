@@ -72,6 +72,9 @@ cdef class Submitter:
         cdef object selection = self.chosen(layers, path)
         cdef object transfer
         cdef uint64_t handle
+        if type(path) is not str:
+            # Of an enumeration, say, whose members are strings.
+            path = PATHS[PATHS.index(path)]
         transfer = begin_transfer(
             (<tuple>selection)[2], simple(device_pages), simple(host_pages), load
         )

@@ -154,6 +154,34 @@ def test_a_helper_that_cannot_begin_takes_no_call(control):
         assert _core.call("cudaPeekAtLastError") == 0
 
 
+@pytest.mark.parametrize("code", [801, 36, 999])
+@pytest.mark.parametrize("nth", [1, 2, 0])
+def test_an_event_between_threads_that_fails_is_no_refusal_of_batches(control, code, nth):
+    """It is raised as what it is, and batches go on to be used."""
+    with emulated.Stream() as stream:
+        for seed in range(50):
+            pages = Pages(seed)
+            control.fault("cudaEventRecord", code, nth=nth)
+            try:
+                _core.copy_batch(pages.dsts, pages.srcs, WIDTH, stream.cuda_stream, "auto", 64, 4)
+            except _core.CudaError as error:
+                assert (error.function, error.code) == ("cudaEventRecord", code)
+                break
+            finally:
+                assert _core.call("cudaPeekAtLastError") == 0
+                control.reset()
+                _core.call("cudaDeviceSynchronize")
+        else:
+            raise AssertionError("no helper has made a call")
+        pages = Pages(99)
+        report = _core.copy_batch(
+            pages.dsts, pages.srcs, WIDTH, stream.cuda_stream, "auto", 64, 4
+        )
+        stream.synchronize()
+    assert pages.right()
+    assert (report.path, report.reason) == ("batch", None)
+
+
 def test_who_waits_for_no_helper_that_has_done_nothing(control):
     """Each helper that made calls is waited for in the caller's stream, by an event; no other."""
 
