@@ -72,14 +72,14 @@ EXTENSIONS = [
     Extension(
         "kvsig._core",
         ["kvsig/_core.pyx"],
-        depends=["kvsig/_core.pxd", "kvsig/_generated.pxi"],
+        depends=["kvsig/_clock.pxd", "kvsig/_core.pxd", "kvsig/_generated.pxi"],
         extra_compile_args=FLAGS,
         libraries=["dl"],
     ),
     Extension(
         "kvsig._pack",
         ["kvsig/_pack.pyx"],
-        depends=["kvsig/_pack.pxd"],
+        depends=["kvsig/_clock.pxd", "kvsig/_pack.pxd"],
         extra_compile_args=FLAGS,
     ),
     Extension(

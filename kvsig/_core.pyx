@@ -21,7 +21,8 @@ from ._errors import BindError, CudaError
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport strdup
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+
+from kvsig._clock cimport clock_ns
 
 cdef extern from "dlfcn.h" nogil:
     ctypedef struct Dl_info:
@@ -915,12 +916,6 @@ cdef size_t _first_bad(
     return count
 
 
-cdef inline int64_t _clock_ns() noexcept nogil:
-    cdef timespec clock
-    clock_gettime(CLOCK_MONOTONIC, &clock)
-    return <int64_t>clock.tv_sec * 1_000_000_000 + clock.tv_nsec
-
-
 # Batches from the legacy default stream run on a stream of kvsig's own, one for each device,
 # tied to it by two events. Sharing the events between threads only makes a wait cover more.
 cdef class _Fork:
@@ -1199,13 +1194,13 @@ cdef int _batch_team(
                     if cudaGetDevice(device=&device) != 0:
                         _clear()
                     with nogil:
-                        begin = _clock_ns()
+                        begin = clock_ns()
                         code = _run_team(
                             helpers, forks, device, route, dsts, srcs, sizes, same, count,
                             per_call, stream, progress,
                         )
                         if took != NULL:
-                            took[0] += _clock_ns() - begin
+                            took[0] += clock_ns() - begin
                     return code
         finally:
             _team_lock.release()
@@ -1368,13 +1363,13 @@ cdef object submit_copies(
                 )
             else:
                 with nogil:
-                    begin = _clock_ns()
+                    begin = clock_ns()
                     code = _run_batch(
                         route, d, s, size_list, same, count, batch_size, first_size,
                         <void *>target, &progress,
                     )
                     if took != NULL:
-                        took[0] += _clock_ns() - begin
+                        took[0] += clock_ns() - begin
             error = None
             if took != NULL and (code != 0 or progress.tied != 0):
                 took[0] = -1

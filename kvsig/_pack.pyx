@@ -13,11 +13,12 @@ from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBuffer_Release, PyObject_G
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memmove, memset
-from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from bisect import bisect_right
 
 import numpy as np
+
+from kvsig._clock cimport clock_ns
 
 from kvsig._threads import (
     ALONE, BEGINS_US, FEW_COPIES, FEWEST, SHARE, SLOWEST, WORTH, look, together_us
@@ -232,12 +233,6 @@ cdef struct Tally:
     # The same by the model alone, of one thread beside a CPU at full speed, and of several.
     double alone, together
     double staged           # what those take that the CPU stages
-
-
-cdef inline int64_t clock_ns() noexcept nogil:
-    cdef timespec clock
-    clock_gettime(CLOCK_MONOTONIC, &clock)
-    return <int64_t>clock.tv_sec * 1_000_000_000 + clock.tv_nsec
 
 
 def slowness():
