@@ -30,35 +30,22 @@ KIB = 1 << 10
 MODEL = costs.builtin("NVIDIA H100 80GB HBM3")
 
 
-def median_us(run: Callable[[], Any], times: int = 300) -> float:
+def median_us(
+    run: Callable[[], Any], times: int = 300, before: Callable[[], Any] = lambda: None
+) -> float:
     taken = []
     for _ in range(times):
+        before()
         begin = time.perf_counter_ns()
         run()
         taken.append(time.perf_counter_ns() - begin)
     return statistics.median(taken) / 1e3
 
 
-class Cold:
-    """Empties the CPU's caches, as copies do that go through them."""
-
-    def __init__(self) -> None:
-        self.src, self.dst = (np.zeros(48 << 20, np.uint8) for _ in range(2))
-
-    def median_us(self, run: Callable[[], Any], times: int = 60) -> float:
-        taken = []
-        for _ in range(times):
-            run()
-            np.copyto(self.dst, self.src)
-            begin = time.perf_counter_ns()
-            run()
-            taken.append(time.perf_counter_ns() - begin)
-        return statistics.median(taken) / 1e3
-
-
 def main() -> int:
     missed = 0
-    cold = Cold()
+    # More than the CPU's caches hold: copies that go through them empty these.
+    large = [np.zeros(48 << 20, np.uint8) for _ in range(2)]
     control = emulated.Control(str(_core.info()["library"]))
     rng = np.random.default_rng(0)
     with emulated.Stream() as stream:
@@ -101,7 +88,9 @@ def main() -> int:
                     lambda x=b, y=a, o=options: cache.offload(y, x, **o),
                 ]
                 took = [median_us(run) for run in runs]
-                row = took + [cold.median_us(run) for run in runs]
+                row = took + [
+                    median_us(run, 60, lambda: np.copyto(*large)) for run in runs
+                ]
                 print(f"{pages:>7} {path:>8}" + "".join(f" {value:>8.1f}" for value in row))
                 missed += sum(cost > (10 if pages == 1 else 15) for cost in took)
         control.reset()

@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 import random
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from common import Clock, Report, say
 from threads import Way
 
@@ -24,6 +26,11 @@ KIB = 1 << 10
 CASES = [(way, size * KIB) for way in ("load", "offload") for size in (1, 4, 16, 32)]
 #: Name, threads, and whether these are used however fast the CPU is.
 WAYS = (("1", 1, True), ("2", 2, True), ("4", 4, True), ("default", None, False))
+
+
+def counted(calls: list[int], run: Callable[[Any], bench.Outcome], stream: Any) -> None:
+    """Make a transfer, and note the CUDA calls that it took."""
+    calls.append(run(stream).calls)
 
 
 def main() -> None:
@@ -52,16 +59,8 @@ def main() -> None:
         while time.monotonic() < end or len(taken["1"]) < 5:
             for name in shuffled.sample(list(runs), len(runs)):
                 clock.speed.settle()
-                torch.cuda.synchronize()
-                bench.apart()
-                start = torch.cuda.Event(enable_timing=True)
-                stop = torch.cuda.Event(enable_timing=True)
-                start.record(clock.stream)
-                outcome = runs[name](clock.stream)
-                stop.record(clock.stream)
-                stop.synchronize()
-                taken[name].append(1e3 * start.elapsed_time(stop) / cell.copies)
-                calls[name].append(outcome.calls)
+                took, _, _ = clock.once(partial(counted, calls[name], runs[name], clock.stream))
+                taken[name].append(took / cell.copies)
         rows = {}
         for name, values in taken.items():
             row = bench.spread(values) | {

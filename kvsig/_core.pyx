@@ -1220,13 +1220,12 @@ cdef _check_path(path):
 
 cdef object _missing_batch():
     """The error for a batch function that should be there, or None."""
-    if _route == ROUTE_NONE:
-        row = _bound.rows["cudaMemcpyBatchAsync"]
-        if row.status == "missing" and _bound.wanted_route != "driver":
-            return BindError(
-                f"cudaMemcpyBatchAsync is missing: {row.why}. The library is damaged or is not"
-                " what it says; set KVSIG_CUDART to a good one, or use path='loop'"
-            )
+    row = _bound.rows["cudaMemcpyBatchAsync"]
+    if row.status == "missing" and _bound.wanted_route != "driver":
+        return BindError(
+            f"cudaMemcpyBatchAsync is missing: {row.why}. The library is damaged or is not"
+            " what it says; set KVSIG_CUDART to a good one, or use path='loop'"
+        )
     return None
 
 

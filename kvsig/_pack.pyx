@@ -1178,11 +1178,6 @@ cdef class Transfer:
         return "offload" if self.side else "load"
 
     @property
-    def mixed(self):
-        """Whether it is neither batches alone nor strided copies alone."""
-        return self.mode != BATCH and self.mode != STRIDED
-
-    @property
     def copies_in(self):
         """Copies of one page of one plane each that the request asks for."""
         return self.scan.count * self.p.planes_in
@@ -2084,7 +2079,7 @@ cdef object begin_transfer(object prepared, object device_pages, object host_pag
 
 
 cdef bint choose_now(object transfer, object method, bint batch, uint64_t stream) except -1:
-    # Choose as `Transfer.decide_now` does; whether batches are mixed with something else.
+    # Choose as `Transfer.decide_now` does. Whether it is neither batches nor strided copies alone.
     cdef Transfer t = transfer
     t.choose(method, batch, stream)
     return t.mode != BATCH and t.mode != STRIDED
