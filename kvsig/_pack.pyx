@@ -111,35 +111,73 @@ cdef int64_t looked = 0
 cdef double slow_now = 1
 cdef double SLOWEST_CPU = SLOWEST
 
-# How many times as long as the model says the last two transfers took to submit, and when that was:
-# to the device and to the host, by one thread and by several. It says more than a look at the CPU,
-# for memory may be slow as well, and is believed for so many nanoseconds, if the one before is not
-# much older. What took longer than so many times was kept waiting by others.
-cdef int64_t[2] PACE_BELIEVED = [5_000_000, 50_000_000]
-cdef int64_t PACE_BEFORE = 50_000_000
-cdef double PACE_MOST = 4
+# How many times as long as the model says the last transfers took to submit, to the device and to
+# the host, by one thread and by several. It says more than a look at the CPU: memory may be slow as
+# well, and several threads slow down the cores that they share with the one that looks.
+cdef enum:
+    LATEST = 3
 
 cdef struct Pace:
-    double last, before
-    int64_t at
+    double found[LATEST]    # the last one first
+    int known               # how many of these there are
+    int since               # of one thread: transfers by several since the last one
+    int64_t at              # when that was
 
 cdef Pace[2][2] paces
 
+# Whoever takes turns finds cold queues: the first transfer of one thread behind those of several took
+# 500 us instead of 250, and the second one 250. So one is tried twice, and not often: not before
+# several threads have made so many transfers, and so many nanoseconds have passed.
+cdef int AGAIN = 16
+cdef int64_t AGAIN_NS = 30_000_000
+# What is older than this says nothing of one thread, whose CPU may be another, or of several.
+cdef int64_t[2] PACE_BELIEVED = [50_000_000, 1_000_000_000]
+# What took longer was kept waiting by others.
+cdef double PACE_MOST = 4
+
 
 cdef inline double pace_of(Py_ssize_t side, bint team, int64_t now) noexcept nogil:
-    # The better of two, since one may have been interrupted; 0 where it is not known.
+    # The best of the last ones, since some may have been interrupted; 0 where it is not known.
     cdef Pace *pace = &paces[side][team]
-    if now - pace.at >= PACE_BELIEVED[team]:
+    cdef const Pace *other = &paces[side][1]
+    cdef double best
+    cdef int i
+    if not team and pace.since:
+        if now - other.at >= PACE_BELIEVED[1]:
+            return 0
+        if pace.since >= AGAIN and now - pace.at >= AGAIN_NS:
+            return 1
+    elif now - pace.at >= PACE_BELIEVED[team]:
         return 0
-    return pace.last if pace.last < pace.before else pace.before
+    if pace.known == 0:
+        return 0
+    best = pace.found[0]
+    for i in range(1, pace.known):
+        best = pace.found[i] if pace.found[i] < best else best
+    # One alone says nothing bad.
+    return 1 if pace.known == 1 and best > 1 else best
 
 
-cdef inline void keep_pace(Py_ssize_t side, bint team, double found, int64_t now) noexcept nogil:
+cdef inline void keep_pace(Py_ssize_t side, bint team, double found, int64_t now,
+                           bint sure) noexcept nogil:
     cdef Pace *pace = &paces[side][team]
-    if found < PACE_MOST:
-        pace.before = pace.last if now - pace.at < PACE_BEFORE else 0
-        # The rest may have taken less than predicted as well: 0 says that it is not known.
-        pace.last, pace.at = larger(found, 0.01), now
+    cdef int i
+    if pace.since or now - pace.at >= PACE_BELIEVED[team]:
+        pace.known = 0
+    if team:
+        paces[side][0].since += 1
+    # The rest may have taken less than predicted as well: 0 says that it is not known.
+    found = PACE_MOST if found > PACE_MOST else larger(found, 0.01)
+    for i in range(LATEST - 1, 0, -1):
+        pace.found[i] = found if sure else pace.found[i - 1]
+    pace.found[0] = found
+    pace.known = LATEST if sure or pace.known == LATEST else pace.known + 1
+    pace.since, pace.at = 0, now
+
+
+def forget_pace():
+    """Forget how long transfers took; for tests."""
+    memset(paces, 0, sizeof(paces))
 
 
 METHODS = ("batch", "loop", "strided", "strided+batch", "strided+loop")
@@ -1651,7 +1689,11 @@ cdef class Transfer:
             # All but what it took to submit the copies themselves is as predicted.
             took = 1e-3 * self.took - (t.submit - t.plain)
             team = self.threads > 1
-            keep_pace(self.side, team, took / (t.together if team else t.alone), now)
+            # The first of many copies may be slow, and it does not matter.
+            keep_pace(
+                self.side, team, took / (t.together if team else t.alone), now,
+                t.copies > TOGETHER_FEW,
+            )
 
     cdef bint give(self, Workspace w) noexcept nogil:
         # Whole batch calls, until the end; the rest waits for the next pages.
