@@ -125,9 +125,9 @@ cdef struct Pace:
 
 cdef Pace[2][2] paces
 
-# Whoever takes turns finds cold queues: the first transfer of one thread behind those of several took
-# 500 us instead of 250, and the second one 250. So one is tried twice, and not often: not before
-# several threads have made so many transfers, and so many nanoseconds have passed.
+# The first transfer of one thread behind those of several took 500 us instead of 250, the second
+# one 250. So one is tried twice, and not often: not before several threads have made so many
+# transfers, and so many nanoseconds have passed.
 cdef int AGAIN = 16
 cdef int64_t AGAIN_NS = 30_000_000
 # What is older than this says nothing of one thread, whose CPU may be another, or of several.
