@@ -120,59 +120,92 @@ cdef enum:
 cdef struct Pace:
     double found[LATEST]    # the last one first
     int known               # how many of these there are
-    int since               # of one thread: transfers by several since the last one
     int64_t at              # when that was
+    int since               # of one thread: transfers by several since the last one
+    int again               # and how many there are to be before one thread is tried again
 
 cdef Pace[2][2] paces
 
 # The first transfer of one thread behind those of several took 500 us instead of 250, the second
 # one 250. So one is tried twice, and not often: not before several threads have made so many
-# transfers, and so many nanoseconds have passed.
+# transfers, at first and if it was in vain again and again, and so many nanoseconds have passed.
 cdef int AGAIN = 16
+cdef int AGAIN_MOST = 64
 cdef int64_t AGAIN_NS = 30_000_000
 # What is older than this says nothing of one thread, whose CPU may be another, or of several.
 cdef int64_t[2] PACE_BELIEVED = [50_000_000, 1_000_000_000]
-# What took longer was kept waiting by others.
+# What took longer counts as this: it was kept waiting by others.
 cdef double PACE_MOST = 4
+
+
+cdef inline bint due(const Pace *pace, int64_t now, int64_t team_at) noexcept nogil:
+    # Whether it is time to try one thread again.
+    return (
+        pace.since >= (pace.again if pace.again else AGAIN) and now - pace.at >= AGAIN_NS
+        and now - team_at < PACE_BELIEVED[1]
+    )
+
+
+cdef inline bint tried_now(Py_ssize_t side, int64_t now) noexcept nogil:
+    # Whether one thread is to submit in any case, for the first or the second time.
+    cdef const Pace *pace = &paces[side][0]
+    if pace.since:
+        return due(pace, now, paces[side][1].at)
+    return pace.known == 1 and now - pace.at < PACE_BELIEVED[0]
 
 
 cdef inline double pace_of(Py_ssize_t side, bint team, int64_t now) noexcept nogil:
     # The best of the last ones, since some may have been interrupted; 0 where it is not known.
-    cdef Pace *pace = &paces[side][team]
-    cdef const Pace *other = &paces[side][1]
-    cdef double best
-    cdef int i
+    cdef const Pace *pace = &paces[side][team]
+    cdef double best = pace.found[0]
+    cdef int i, known = pace.known
     if not team and pace.since:
-        if now - other.at >= PACE_BELIEVED[1]:
+        if now - paces[side][1].at >= PACE_BELIEVED[1]:
             return 0
-        if pace.since >= AGAIN and now - pace.at >= AGAIN_NS:
+        if due(pace, now, paces[side][1].at):
             return 1
     elif now - pace.at >= PACE_BELIEVED[team]:
         return 0
-    if pace.known == 0:
+    if known == 0:
         return 0
-    best = pace.found[0]
-    for i in range(1, pace.known):
+    for i in range(1, known if known < LATEST else LATEST):
         best = pace.found[i] if pace.found[i] < best else best
     # One alone says nothing bad.
-    return 1 if pace.known == 1 and best > 1 else best
+    return 1 if known == 1 and best > 1 else best
 
 
-cdef inline void keep_pace(Py_ssize_t side, bint team, double found, int64_t now,
-                           bint sure) noexcept nogil:
-    cdef Pace *pace = &paces[side][team]
-    cdef int i
-    if pace.since or now - pace.at >= PACE_BELIEVED[team]:
-        pace.known = 0
-    if team:
-        paces[side][0].since += 1
-    # The rest may have taken less than predicted as well: 0 says that it is not known.
-    found = PACE_MOST if found > PACE_MOST else larger(found, 0.01)
+cdef inline void add_pace(Pace *pace, double found, int64_t now) noexcept nogil:
+    cdef int i, known = pace.known
     for i in range(LATEST - 1, 0, -1):
-        pace.found[i] = found if sure else pace.found[i - 1]
-    pace.found[0] = found
-    pace.known = LATEST if sure or pace.known == LATEST else pace.known + 1
-    pace.since, pace.at = 0, now
+        pace.found[i] = pace.found[i - 1]
+    # The rest may have taken less than predicted as well: 0 says that it is not known.
+    pace.found[0] = PACE_MOST if found > PACE_MOST else larger(found, 0.01)
+    pace.known = known + 1 if known < LATEST else LATEST
+    pace.at = now
+
+
+cdef inline void keep_pace(Py_ssize_t side, bint team, double found, int64_t now) noexcept nogil:
+    cdef Pace *alone = &paces[side][0]
+    cdef Pace *several = &paces[side][1]
+    if not team:
+        if alone.since or now - alone.at >= PACE_BELIEVED[0]:
+            alone.known = 0
+        alone.since = 0
+        add_pace(alone, found, now)
+        if alone.known == LATEST:
+            alone.again = AGAIN
+        return
+    if alone.since == 0 and now - alone.at >= PACE_BELIEVED[0]:
+        # It was not believed any more, and is not again because of what several threads do.
+        alone.known = 0
+    elif alone.since == 0 and alone.known == 2:
+        # Tried in vain.
+        alone.again = AGAIN if alone.again == 0 else 2 * alone.again
+        alone.again = alone.again if alone.again < AGAIN_MOST else AGAIN_MOST
+    alone.since += alone.since < AGAIN_MOST
+    if now - several.at >= PACE_BELIEVED[1]:
+        several.known = 0
+    add_pace(several, found, now)
 
 
 def forget_pace():
@@ -1175,6 +1208,7 @@ cdef class Transfer:
     cdef int64_t begin, behind      # when that was, and until when the stream had work
     # Times what the model says that one thread and several took just now; 0 where it is not known.
     cdef double pace, team_pace
+    cdef bint tries                 # one thread is tried, whatever it is expected to take
     cdef int64_t took               # nanoseconds that submitting its copies took so far
     cdef bint untimed               # they say nothing: several threads were not there, or an error
     cdef uint64_t stream
@@ -1289,6 +1323,7 @@ cdef class Transfer:
         following = self.begin < self.behind + FOLLOWS
         self.pace = pace_of(self.side, False, self.begin)
         self.team_pace = pace_of(self.side, True, self.begin)
+        self.tries = tried_now(self.side, self.begin)
         if self.begin - looked > LOOK_AGAIN and (
             self.begin - looked > LOOK_BELIEVED or self.hangs(method, batch, following)
         ):
@@ -1542,18 +1577,20 @@ cdef class Transfer:
         cdef Py_ssize_t size = p.batch_size[p.sizes - 1], first = p.batch_size[0], i
         cdef double each = c.together_few if t.copies <= TOGETHER_FEW else c.together_many
         cdef double alone, together
+        cdef bint shared
         t.alone = t.plain + t.staged
         t.submit *= 1 + SINGLE_SLOWS * (self.slow - 1)
         t.plain *= self.slow if batched else 1 + SINGLE_SLOWS * (self.slow - 1)
         t.plain += t.staged * (1 + STAGED_SLOWS * (self.slow - 1))
         t.together = TOGETHER_BEGINS + each * t.copies
         together = t.together * larger(self.team_pace, 1)
+        shared = batched and t.copies >= TOGETHER_FROM and each > 0
+        if shared and self.pace:
+            t.plain = self.pace * t.alone
         # What its calls take one thread is in the measured time of several.
-        alone = self.pace * t.alone if self.pace else t.plain
-        alone += t.copies / size * c.call_submit
+        alone = t.plain + t.copies / size * c.call_submit
         self.team_of[mode] = (
-            batched and t.copies >= TOGETHER_FROM and each > 0
-            and alone > TOGETHER_WORTH * larger(together, t.engine)
+            shared and not self.tries and alone > TOGETHER_WORTH * larger(together, t.engine)
         )
         if self.team_of[mode]:
             t.plain = together
@@ -1681,19 +1718,27 @@ cdef class Transfer:
         cdef Queue *queue = queue_of(self.stream)
         cdef int64_t now = clock_ns()
         cdef Tally *t = &self.tally[self.mode]
+        cdef const Costs *c = &self.p.cost[self.side]
         cdef double took
         cdef bint team
         if queue.stream == self.stream and queue.until < now:
             queue.until = now
-        if self.mode == BATCH and t.copies >= TOGETHER_FROM and self.took > 0 and not self.untimed:
-            # All but what it took to submit the copies themselves is as predicted.
-            took = 1e-3 * self.took - (t.submit - t.plain)
+        if self.took > 0 and not self.untimed and self.measures(t):
+            took = 1e-3 * self.took
             team = self.threads > 1
-            # The first of many copies may be slow, and it does not matter.
-            keep_pace(
-                self.side, team, took / (t.together if team else t.alone), now,
-                t.copies > TOGETHER_FEW,
-            )
+            if not team:
+                took -= c.call_submit * calls_of(
+                    t.copies, self.mode, self.batch_size, self.first_size
+                )
+            keep_pace(self.side, team, took / (t.together if team else t.alone), now)
+
+    cdef bint measures(self, const Tally *t) noexcept nogil:
+        # Whether the time of its copies says something about threads: where several would be
+        # worth it beside the slowest CPU. Others wait for the copy engine, or have no choice.
+        return (
+            self.batched() and t.copies >= TOGETHER_FROM and t.together > TOGETHER_BEGINS
+            and SLOWEST_CPU * t.alone > TOGETHER_WORTH * larger(t.together, t.engine)
+        )
 
     cdef bint give(self, Workspace w) noexcept nogil:
         # Whole batch calls, until the end; the rest waits for the next pages.

@@ -1001,41 +1001,126 @@ class TestCalls:
             # Of several threads, too, the first one that takes long says nothing.
             assert comes([False, False, True, True, False], 5, slow, together)
 
+    def small(self, threads, layers=1):
+        """Pages of 4 KiB, of which every second one is moved: 700 copies for a layer."""
+        device = torch.zeros(layers, 1400, 4 << 10, dtype=torch.uint8)
+        host = torch.zeros(1400, layers, 1, 4 << 10, dtype=torch.uint8)
+        model = costs.builtin("NVIDIA H100 80GB HBM3")
+        return kvsig.PagedKVCache(
+            list(device), host, page_size=1, model=model, threads=threads
+        )
+
+    def shared(self, cache, stream, count=1, path="batch", gap=0.0):
+        """How some transfers were submitted: x by several threads, - by one, s strided."""
+        pages, said = np.arange(0, 600 if path == "auto" else 1400, 2), ""
+        order = np.random.default_rng(0).permutation(pages)
+        for _ in range(count):
+            report = cache.offload(pages, order, stream=stream, path=path)
+            if report.path == "strided":
+                said += "s"
+            else:
+                said += "x" if report.calls == -(-report.copies // 64) else "-"
+            time.sleep(gap)
+        return said
+
+    SLOW = 2000
+
+    def submitted_slowly(self, control, cache, stream):
+        """Forget, and let one thread take long, twice."""
+        _pack.forget_pace()
+        control.delay(BATCH, self.SLOW)
+        said = self.shared(cache, stream, 2)
+        control.delay(BATCH, 0)
+        return said
+
     def test_are_from_one_thread_again_when_that_is_fast(self, control):
         """Tried now and then, twice: behind several threads the first time may be slow."""
-        pages = np.arange(0, 1400, 2)
-        cache = self.large(1400, threads=4)
-        function, slow = "cudaMemcpyBatchAsync", 2000
-
-        def shared(count):
-            reports = [
-                cache.offload(pages, pages, stream=stream, path="batch") for _ in range(count)
-            ]
-            return "".join("x" if report.calls > 10 else "-" for report in reports)
+        cache = self.small(4)
 
         def tried(first, second):
             """What follows on one thread's being slow, when it is tried again."""
-            _pack.forget_pace()
-            control.delay(function, slow)
-            said = shared(2)
-            control.delay(function, 0)
-            said += shared(14)
+            said = self.submitted_slowly(control, cache, stream)
+            said += self.shared(cache, stream, 14)
             time.sleep(0.03)
-            said += shared(2)
-            control.delay(function, first)
-            said += " " + shared(1)
-            control.delay(function, second)
-            return said + shared(2)
+            said += self.shared(cache, stream, 2)
+            control.delay(BATCH, first)
+            said += " " + self.shared(cache, stream)
+            control.delay(BATCH, second)
+            return said + self.shared(cache, stream, 2)
 
-        control.stub(function)
+        control.stub(BATCH)
         with emulated.Stream() as stream:
             for first, second, expected in (
-                (slow, slow, "--x"), (slow, 0, "---"), (0, 0, "---"), (0, slow, "---"),
+                (self.SLOW, self.SLOW, "--x"), (self.SLOW, 0, "---"), (0, 0, "---"),
+                (0, self.SLOW, "---"),
             ):  # fmt: skip
                 # Others may keep this thread waiting at any time.
                 wanted = f"--{'x' * 16} {expected}"
                 assert any(tried(first, second) == wanted for _ in range(20))
-            control.delay(function, 0)
+            control.delay(BATCH, 0)
+
+    def test_are_from_one_thread_less_often_if_that_was_in_vain(self, control):
+        cache = self.small(4)
+
+        def tries():
+            said = self.submitted_slowly(control, cache, stream)
+            for count in (16, 32, 64, 64):
+                said += self.shared(cache, stream, count, gap=0.002)
+                control.delay(BATCH, self.SLOW)
+                said += self.shared(cache, stream, 2)
+                control.delay(BATCH, 0)
+            return said
+
+        control.stub(BATCH)
+        with emulated.Stream() as stream:
+            wanted = "--" + "".join("x" * count + "--" for count in (16, 32, 64, 64))
+            assert any(tries() == wanted for _ in range(20))
+
+    @pytest.mark.parametrize("gap", [0.06, 0.1])
+    def test_do_not_go_back_and_forth(self, control, monkeypatch, gap):
+        """Where transfers are too far apart to say something, the look at the CPU does."""
+        cache = self.small(4)
+        control.stub(BATCH)
+        with emulated.Stream() as stream:
+            time.sleep(0.006)
+            assert _pack.slowness() == 1.0
+            assert self.shared(cache, stream, gap=gap) == "-"
+            monkeypatch.setattr(_pack, "look", lambda: _threads.SLOWEST)
+            assert self.shared(cache, stream, 10, gap=gap) == "x" * 10
+        monkeypatch.setattr(_pack, "look", lambda: 1.0)
+        assert _pack.slowness() == 1.0
+
+    def test_are_not_given_up_for_want_of_a_measurement(self, control, monkeypatch):
+        """Where one thread is to be tried, what the CPU looks like does not lead elsewhere."""
+        monkeypatch.setattr(_pack, "look", lambda: _threads.SLOWEST)
+        time.sleep(0.006)
+        cache = self.small(4, layers=4)
+        control.stub(BATCH)
+        with emulated.Stream() as stream:
+            _pack.forget_pace()
+            said = self.shared(cache, stream, 60, "auto", 0.004)
+        assert "s" not in said
+        assert said.startswith("x" * 16 + "--")
+        monkeypatch.setattr(_pack, "look", lambda: 1.0)
+        time.sleep(0.006)
+        assert _pack.slowness() == 1.0
+
+    def test_of_others_do_not_matter(self, control):
+        """Caches that one thread submits for anyway, and transfers that wait for the engine."""
+        cache, alone, large = self.small(4), self.small(1), self.large(threads=4)
+        order = np.random.default_rng(0).permutation(700)
+
+        def among_others():
+            said = self.submitted_slowly(control, cache, stream)
+            for _ in range(10):
+                self.shared(alone, stream)
+                large.offload(order, np.arange(700), stream=stream)
+                said += self.shared(cache, stream)
+            return said
+
+        control.stub(BATCH)
+        with emulated.Stream() as stream:
+            assert any(among_others() == "--" + "x" * 10 for _ in range(20))
 
     def test_are_from_one_thread_where_the_engine_is_the_slower_one(self, control, monkeypatch):
         monkeypatch.setattr(_pack, "look", lambda: _threads.SLOWEST)
