@@ -20,10 +20,10 @@ import numpy as np
 from common import Clock, Report, say
 from threads import Way
 
-from kvsig import bench
+from kvsig import _pack, bench
 
 KIB = 1 << 10
-CASES = [(way, size * KIB) for way in ("load", "offload") for size in (1, 4, 16, 32)]
+KIB_OF_PAGES = (1, 4, 16, 32)
 #: Name, threads, and whether these are used however fast the CPU is.
 WAYS = (("1", 1, True), ("2", 2, True), ("4", 4, True), ("default", None, False))
 
@@ -37,13 +37,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--seconds", type=float, default=24)
+    parser.add_argument("--kib", type=int, nargs="+", default=KIB_OF_PAGES, help="of a page")
     args = parser.parse_args()
     clock = Clock()
     report = Report(args.json, "pace")
     memory = bench.Memory(clock.device, 512 << 20, 0)
     shuffled = random.Random(0)
     say(f"{'':<15}{'threads':>9}{'us/copy':>9}{'p10':>7}{'p90':>7}{'GB/s':>7}{'calls':>7}{'runs':>6}")
-    for direction, size in CASES:
+    cases = [(way, kib * KIB) for way in ("load", "offload") for kib in args.kib]
+    for direction, size in cases:
         pages = 256 if size < 32 * KIB else 128
         cell = bench.Cell(size, pages, direction=direction, scope="layer")
         job = bench.Job(cell, memory, 0, bench.PYTHON_COPIES)
@@ -55,11 +57,12 @@ def main() -> None:
         calls: dict[str, list[int]] = {name: [] for name in runs}
         for run in runs.values():
             run(clock.stream)
-        end = time.monotonic() + args.seconds / len(CASES)
+        end = time.monotonic() + args.seconds / len(cases)
         while time.monotonic() < end or len(taken["1"]) < 5:
             for name in shuffled.sample(list(runs), len(runs)):
                 clock.speed.settle()
                 # What kvsig learned from the others' transfers is not what its own would teach it.
+                _pack.forget_pace()
                 warm, run = (
                     partial(counted, where, runs[name], clock.stream) for where in ([], calls[name])
                 )

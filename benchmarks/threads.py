@@ -18,15 +18,15 @@ import argparse
 import random
 import statistics
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from common import Clock, Report, say
 
 import kvsig
-from kvsig import bench
+from kvsig import _threads, bench
 
 KIB = 1 << 10
 CASES = [
@@ -53,21 +53,14 @@ class Way:
         self.name = name
         self.cell = cell
         self.pages = job.pages[cell.direction]
-        model = job.cache.model
+        team = _threads.most(threads)
         if always and threads != 1:
-            # A model of a CPU that takes long in one thread.
-            slow = {"copy_submit": 9.0, "staged_small": 9.0, "staged_large": 9.0}
-            model = replace(
-                model, load=replace(model.load, **slow), offload=replace(model.offload, **slow)
-            )
+            team = _threads.AlwaysTeam(*team)
         self.path = "batch" if always or cell.scope == "all" else "auto"
-        self.cache = kvsig.PagedKVCache(
-            device=tuple(job.near),
-            host=tuple(job.far),
-            page_size=1,
-            model=model,
-            threads=threads,
-        )
+        with mock.patch.object(_threads, "most", lambda _: team):
+            self.cache = kvsig.PagedKVCache(
+                device=tuple(job.near), host=tuple(job.far), page_size=1, model=job.cache.model
+            )
         self.calls = 0
         self.gb_s: list[float] = []
         self.ms: list[float] = []

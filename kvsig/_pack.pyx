@@ -21,7 +21,7 @@ import numpy as np
 from kvsig._clock cimport clock_ns
 
 from kvsig._threads import (
-    ALONE, BEGINS_US, FEW_COPIES, FEWEST, SHARE, SLOWEST, WORTH, look, together_us
+    ALONE, BEGINS_US, FEW_COPIES, FEWEST, SHARE, SLOWEST, WORTH, AlwaysTeam, look, together_us
 )
 
 # cudaDevAttrMaxPitch of every device so far: a strided copy takes no longer pitch.
@@ -752,6 +752,7 @@ cdef class Prepared:
     cdef Py_ssize_t asked_count
     cdef int asked_how
     cdef int few, many              # threads that may submit few copies, and many
+    cdef bint always                # and do, however long one would take
     cdef readonly object model
     """The cost model that it was made with."""
 
@@ -771,6 +772,7 @@ cdef class Prepared:
         self.at.device_pages = planes.device_pages
         self.at.host_pages = planes.host_pages
         self.few, self.many = team
+        self.always = isinstance(team, AlwaysTeam)
         read_costs(&self.at.cost[0], model.load, team)
         read_costs(&self.at.cost[1], model.offload, team)
         sizes = sorted({int(size) for size in model.batch_sizes})[:8]
@@ -1589,8 +1591,9 @@ cdef class Transfer:
             t.plain = self.pace * t.alone
         # What its calls take one thread is in the measured time of several.
         alone = t.plain + t.copies / size * c.call_submit
-        self.team_of[mode] = (
-            shared and not self.tries and alone > TOGETHER_WORTH * larger(together, t.engine)
+        self.team_of[mode] = shared and (
+            self.prepared.always
+            or not self.tries and alone > TOGETHER_WORTH * larger(together, t.engine)
         )
         if self.team_of[mode]:
             t.plain = together
@@ -1737,6 +1740,7 @@ cdef class Transfer:
         # worth it beside the slowest CPU. Others wait for the copy engine, or have no choice.
         return (
             self.batched() and t.copies >= TOGETHER_FROM and t.together > TOGETHER_BEGINS
+            and not self.prepared.always
             and SLOWEST_CPU * t.alone > TOGETHER_WORTH * larger(t.together, t.engine)
         )
 

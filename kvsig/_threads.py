@@ -26,6 +26,7 @@ __all__ = [
     "SHARE",
     "SLOWEST",
     "WORTH",
+    "AlwaysTeam",
     "Team",
     "look",
     "loop_ns",
@@ -61,6 +62,12 @@ class Team(NamedTuple):
     """Of a transfer of up to `FEW_COPIES` copies."""
     many: int
     """Of a larger one."""
+
+
+class AlwaysTeam(Team):
+    """Threads that submit whether that is faster or not: for benchmarks, which find out."""
+
+    __slots__ = ()
 
 
 ALONE = Team(1, 1)

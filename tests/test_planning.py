@@ -939,6 +939,16 @@ class TestModelAgreesWithMeasurement:
             assert transfer.threads == threads, count
             assert (transfer.submit_us < 1.7 * took) == (threads > 1), count
 
+    def test_several_threads_always(self):
+        planes = page_first(1, 64 * KIB, 8192, kv=1)
+        pages = 2 * np.random.default_rng(3).permutation(4096)
+        for count, threads in ((_threads.FEWEST - 1, 1), (_threads.FEWEST, 4), (4096, 2)):
+            for team, expected in (_threads.Team, 1), (_threads.AlwaysTeam, threads):
+                ready = prepare(planes, H100, team=team(4, 2))
+                chosen = pages[:count].copy()
+                transfer = ready.transfer(chosen, chosen[::-1].copy(), "offload", "batch")
+                assert transfer.threads == expected, (count, team)
+
     def test_deciding_again_begins_anew(self):
         ready = prepare(page_first(2, 64, 4000), H100)
         pages = np.random.default_rng(1).permutation(4000)
