@@ -132,26 +132,23 @@ cdef Pace[2][2] paces
 cdef int AGAIN = 16
 cdef int AGAIN_MOST = 64
 cdef int64_t AGAIN_NS = 30_000_000
-# What is older than this says nothing of one thread, whose CPU may be another, or of several.
-cdef int64_t[2] PACE_BELIEVED = [50_000_000, 1_000_000_000]
+# Where neither has made a transfer for so long, one thread's CPU may be another one: a look at it
+# says more. What several threads took hangs on locks of the driver more than on CPUs.
+cdef int64_t BELIEVED = 50_000_000
+cdef int64_t TEAM_BELIEVED = 1_000_000_000
 # What took longer counts as this: it was kept waiting by others.
 cdef double PACE_MOST = 4
 
 
-cdef inline bint due(const Pace *pace, int64_t now, int64_t team_at) noexcept nogil:
-    # Whether it is time to try one thread again.
-    return (
-        pace.since >= (pace.again if pace.again else AGAIN) and now - pace.at >= AGAIN_NS
-        and now - team_at < PACE_BELIEVED[1]
-    )
-
-
 cdef inline bint tried_now(Py_ssize_t side, int64_t now) noexcept nogil:
-    # Whether one thread is to submit in any case, for the first or the second time.
-    cdef const Pace *pace = &paces[side][0]
-    if pace.since:
-        return due(pace, now, paces[side][1].at)
-    return pace.known == 1 and now - pace.at < PACE_BELIEVED[0]
+    # Whether one thread is to submit where several would, for the first or the second time.
+    cdef const Pace *alone = &paces[side][0]
+    if alone.since == 0:
+        return alone.known == 1 and now - alone.at < BELIEVED
+    return (
+        alone.since >= larger(alone.again, AGAIN) and now - alone.at >= AGAIN_NS
+        and now - paces[side][1].at < BELIEVED
+    )
 
 
 cdef inline double pace_of(Py_ssize_t side, bint team, int64_t now) noexcept nogil:
@@ -159,19 +156,15 @@ cdef inline double pace_of(Py_ssize_t side, bint team, int64_t now) noexcept nog
     cdef const Pace *pace = &paces[side][team]
     cdef double best = pace.found[0]
     cdef int i, known = pace.known
+    cdef int64_t at = pace.at
     if not team and pace.since:
-        if now - paces[side][1].at >= PACE_BELIEVED[1]:
-            return 0
-        if due(pace, now, paces[side][1].at):
-            return 1
-    elif now - pace.at >= PACE_BELIEVED[team]:
-        return 0
-    if known == 0:
+        at = paces[side][1].at
+    if known == 0 or now - at >= (TEAM_BELIEVED if team else BELIEVED):
         return 0
     for i in range(1, known if known < LATEST else LATEST):
         best = pace.found[i] if pace.found[i] < best else best
     # One alone says nothing bad.
-    return 1 if known == 1 and best > 1 else best
+    return 0 if known == 1 and best > 1 else best
 
 
 cdef inline void add_pace(Pace *pace, double found, int64_t now) noexcept nogil:
@@ -184,26 +177,28 @@ cdef inline void add_pace(Pace *pace, double found, int64_t now) noexcept nogil:
     pace.at = now
 
 
-cdef inline void keep_pace(Py_ssize_t side, bint team, double found, int64_t now) noexcept nogil:
+cdef inline void keep_pace(Py_ssize_t side, bint team, double found, int64_t begin,
+                           int64_t now) noexcept nogil:
+    # Of a transfer that began and has just ended. What was believed when it began goes on.
     cdef Pace *alone = &paces[side][0]
     cdef Pace *several = &paces[side][1]
     if not team:
-        if alone.since or now - alone.at >= PACE_BELIEVED[0]:
+        if alone.since or begin - alone.at >= BELIEVED:
             alone.known = 0
         alone.since = 0
         add_pace(alone, found, now)
         if alone.known == LATEST:
             alone.again = AGAIN
         return
-    if alone.since == 0 and now - alone.at >= PACE_BELIEVED[0]:
-        # It was not believed any more, and is not again because of what several threads do.
+    if begin - (several.at if alone.since else alone.at) >= BELIEVED:
+        # Too old by now, however soon several threads make the next transfer.
         alone.known = 0
     elif alone.since == 0 and alone.known == 2:
         # Tried in vain.
         alone.again = AGAIN if alone.again == 0 else 2 * alone.again
         alone.again = alone.again if alone.again < AGAIN_MOST else AGAIN_MOST
     alone.since += alone.since < AGAIN_MOST
-    if now - several.at >= PACE_BELIEVED[1]:
+    if begin - several.at >= TEAM_BELIEVED:
         several.known = 0
     add_pace(several, found, now)
 
@@ -304,6 +299,7 @@ cdef struct Tally:
     # The same by the model alone, of one thread beside a CPU at full speed, and of several.
     double alone, together
     double staged           # what those take that the CPU stages
+    bint shared             # whether several threads may be worth it, beside the slowest CPU
 
 
 def slowness():
@@ -1210,7 +1206,9 @@ cdef class Transfer:
     cdef int64_t begin, behind      # when that was, and until when the stream had work
     # Times what the model says that one thread and several took just now; 0 where it is not known.
     cdef double pace, team_pace
-    cdef bint tries                 # one thread is tried, whatever it is expected to take
+    cdef bint tries                 # one thread is to be tried
+    cdef bint singly                # it is priced that way
+    cdef double apart               # copies that one thread submitted in the place of several
     cdef int64_t took               # nanoseconds that submitting its copies took so far
     cdef bint untimed               # they say nothing: several threads were not there, or an error
     cdef uint64_t stream
@@ -1365,11 +1363,17 @@ cdef class Transfer:
 
     cdef int settle_on(self, object method, bint batch, double slow, bint following) except -1:
         cdef bint wanted[MODES]
-        cdef Py_ssize_t best
+        cdef Py_ssize_t best, m
         cdef bint many
         want(wanted, method, batch)
         self.survey()
         best = self.best_of(wanted, slow, following)
+        if self.tries and self.team_of[best] and not self.prepared.always:
+            self.singly = True
+            for m in range(MODES):
+                wanted[m] = m == best
+            best = self.best_of(wanted, slow, following)
+            self.singly = False
         self.mode = <int>best
         self.batch_size = self.size_of[best]
         self.first_size = self.first_of[best]
@@ -1579,22 +1583,27 @@ cdef class Transfer:
         cdef Py_ssize_t size = p.batch_size[p.sizes - 1], first = p.batch_size[0], i
         cdef double each = c.together_few if t.copies <= TOGETHER_FEW else c.together_many
         cdef double alone, together
-        cdef bint shared
         t.alone = t.plain + t.staged
         t.submit *= 1 + SINGLE_SLOWS * (self.slow - 1)
         t.plain *= self.slow if batched else 1 + SINGLE_SLOWS * (self.slow - 1)
         t.plain += t.staged * (1 + STAGED_SLOWS * (self.slow - 1))
         t.together = TOGETHER_BEGINS + each * t.copies
         together = t.together * larger(self.team_pace, 1)
-        shared = batched and t.copies >= TOGETHER_FROM and each > 0
-        if shared and self.pace:
-            t.plain = self.pace * t.alone
-        # What its calls take one thread is in the measured time of several.
-        alone = t.plain + t.copies / size * c.call_submit
-        self.team_of[mode] = shared and (
+        # Where the copy engine is the slower one anyway, times say nothing, for the queue is full.
+        t.shared = batched and t.copies >= TOGETHER_FROM and each > 0 and (
             self.prepared.always
-            or not self.tries and alone > TOGETHER_WORTH * larger(together, t.engine)
+            or SLOWEST_CPU * t.alone > TOGETHER_WORTH * larger(t.together, t.engine)
         )
+        # What its calls take one thread is in the measured time of several.
+        alone = self.pace * t.alone if self.pace else t.plain
+        alone += t.copies / size * c.call_submit
+        self.team_of[mode] = t.shared and not self.singly and (
+            self.prepared.always or alone > TOGETHER_WORTH * larger(together, t.engine)
+        )
+        if t.shared and 0 < self.pace * t.alone < t.plain:
+            # The CPU looks slower than it is. If it is slower than it looks, batches do not cost
+            # more for that: nobody would find out when they are fast again.
+            t.plain = self.pace * t.alone
         if self.team_of[mode]:
             t.plain = together
         t.submit += t.plain
@@ -1726,23 +1735,18 @@ cdef class Transfer:
         cdef bint team
         if queue.stream == self.stream and queue.until < now:
             queue.until = now
-        if self.took > 0 and not self.untimed and self.measures(t):
+        if (
+            t.shared and self.took > 0 and not self.untimed and not self.prepared.always
+            and 4 * self.apart <= t.copies
+        ):
             took = 1e-3 * self.took
             team = self.threads > 1
             if not team:
                 took -= c.call_submit * calls_of(
                     t.copies, self.mode, self.batch_size, self.first_size
                 )
-            keep_pace(self.side, team, took / (t.together if team else t.alone), now)
-
-    cdef bint measures(self, const Tally *t) noexcept nogil:
-        # Whether the time of its copies says something about threads: where several would be
-        # worth it beside the slowest CPU. Others wait for the copy engine, or have no choice.
-        return (
-            self.batched() and t.copies >= TOGETHER_FROM and t.together > TOGETHER_BEGINS
-            and not self.prepared.always
-            and SLOWEST_CPU * t.alone > TOGETHER_WORTH * larger(t.together, t.engine)
-        )
+            took /= t.together if team else t.alone
+            keep_pace(self.side, team, took, self.begin, now)
 
     cdef bint give(self, Workspace w) noexcept nogil:
         # Whole batch calls, until the end; the rest waits for the next pages.
@@ -2190,7 +2194,10 @@ cdef Step next_step(object transfer, Copies *copies) except? END:
         copies.same, copies.count = t.same_size, t.given
         copies.batch_size, copies.first_size = t.batch_size, t.first_size
         # The last piece may be too small for several threads.
-        copies.threads = t.threads if t.given >= TOGETHER_FROM else 1
+        copies.threads = t.threads
+        if t.given < TOGETHER_FROM and t.threads > 1:
+            copies.threads = 1
+            t.apart += t.given
         copies.batched = t.batched()
     return step
 
