@@ -134,7 +134,7 @@ cdef int AGAIN_MOST = 64
 cdef int64_t AGAIN_NS = 30_000_000
 # Where neither has made a transfer for so long, one thread's CPU may be another one: a look at it
 # says more. What several threads took hangs on locks of the driver more than on CPUs.
-cdef int64_t BELIEVED = 50_000_000
+cdef int64_t BELIEVED = 500_000_000
 cdef int64_t TEAM_BELIEVED = 1_000_000_000
 # What took longer counts as this: it was kept waiting by others.
 cdef double PACE_MOST = 4
