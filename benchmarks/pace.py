@@ -62,7 +62,7 @@ def main() -> None:
             for name in shuffled.sample(list(runs), len(runs)):
                 clock.speed.settle()
                 # What kvsig learned from the others' transfers is not what its own would teach it.
-                _pack.forget_pace()
+                _pack.forget()
                 warm, run = (
                     partial(counted, where, runs[name], clock.stream) for where in ([], calls[name])
                 )

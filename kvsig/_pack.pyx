@@ -203,9 +203,11 @@ cdef inline void keep_pace(Py_ssize_t side, bint team, double found, int64_t beg
     add_pace(several, found, now)
 
 
-def forget_pace():
-    """Forget how long transfers took; for tests."""
+def forget():
+    """Forget how long transfers took, and how fast the CPU was: for tests and benchmarks."""
+    global looked, slow_now
     memset(paces, 0, sizeof(paces))
+    looked, slow_now = 0, 1
 
 
 METHODS = ("batch", "loop", "strided", "strided+batch", "strided+loop")

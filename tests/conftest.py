@@ -35,14 +35,20 @@ def steady_cpu() -> Iterator[None]:
     _pack.look = before
 
 
+@pytest.fixture(autouse=True)
+def nothing_measured() -> Iterator[None]:
+    """Plans do not depend on what transfers took, and the CPU looked like, in tests before."""
+    _pack.forget()
+    yield
+    _pack.forget()
+
+
 @pytest.fixture(params=["12.9", "13.0"])
 def control(request: pytest.FixtureRequest) -> Iterator[Control]:
     """Bind to an emulated runtime of either prototype, and give its recorder and its faults."""
     _core.rebind(f"emulated:{request.param}")
     found = Control(_core.info()["library"])
     found.reset()
-    # What others' transfers took says nothing of what is about to be tested.
-    _pack.forget_pace()
     yield found
     found.reset()
     _core.rebind(None)

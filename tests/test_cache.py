@@ -947,8 +947,7 @@ class TestCalls:
                     [device], host, page_size=1, model=model, threads=threads
                 )
                 host.zero_()
-                _pack.forget_pace()
-                time.sleep(0.006)
+                _pack.forget()
                 control.record()
                 planned = cache.plan_offload(order, np.arange(pages), stream=stream, path=path)
                 report = cache.offload(order, np.arange(pages), stream=stream, path=path)
@@ -962,53 +961,13 @@ class TestCalls:
         assert taken[0] == taken[3]
         assert max(taken[0]) > 64 < max(taken[2])
 
-    def test_are_shared_out_by_the_time_that_they_took(self, control, monkeypatch):
-        """Whatever makes submitting slow, if it is twice in a row."""
-        monkeypatch.setattr(_pack, "look", lambda: 1.0)
-        pages = 700
-        device = torch.randint(0, 256, (pages, 4 << 10), dtype=torch.uint8)
-        host = torch.zeros(pages, 1, 1, 4 << 10, dtype=torch.uint8)
-        model = costs.builtin("NVIDIA H100 80GB HBM3")
-        order = np.random.default_rng(0).permutation(pages)
-        cache = kvsig.PagedKVCache([device], host, page_size=1, model=model, threads=4)
-
-        def shared(count):
-            """Whether each of some transfers, one right behind the other, was shared out."""
-            reports = [cache.offload(order, np.arange(pages), stream=stream) for _ in range(count)]
-            return [report.calls == -(-report.copies // 64) for report in reports]
-
-        def comes(expected, count, *delays):
-            """Whether that comes, unless the machine stands still."""
-            end = time.monotonic() + 30
-            while time.monotonic() < end:
-                _pack.forget_pace()
-                for function in ("cudaMemcpyBatchAsync", "cudaStreamWaitEvent"):
-                    control.delay(function, dict(delays).get(function, 0))
-                if shared(count) == expected:
-                    return True
-            return False
-
-        with emulated.Stream() as stream:
-            cache.offload(order, np.arange(pages), stream=stream)
-            stream.synchronize()
-            assert torch.equal(host.view(pages, -1), device[order])
-            control.stub("cudaMemcpyBatchAsync")
-            slow = ("cudaMemcpyBatchAsync", 80)
-            # What only several threads call: they are not the faster way then.
-            together = ("cudaStreamWaitEvent", 80)
-            assert comes([False] * 4, 4)
-            # One that took long may have been interrupted.
-            assert comes([False, False, True, True], 4, slow)
-            # Of several threads, too, the first one that takes long says nothing.
-            assert comes([False, False, True, True, False], 5, slow, together)
-
     def small(self, threads, layers=1):
         """Pages of 4 KiB, of which every second one is moved: 700 copies for a layer."""
-        device = torch.zeros(layers, 1400, 4 << 10, dtype=torch.uint8)
-        host = torch.zeros(1400, layers, 1, 4 << 10, dtype=torch.uint8)
+        self.device = torch.randint(0, 256, (layers, 1400, 4 << 10), dtype=torch.uint8)
+        self.host = torch.zeros(1400, layers, 1, 4 << 10, dtype=torch.uint8)
         model = replace(costs.builtin("NVIDIA H100 80GB HBM3"), batch_sizes=(256,))
         return kvsig.PagedKVCache(
-            list(device), host, page_size=1, model=model, threads=threads
+            list(self.device), self.host, page_size=1, model=model, threads=threads
         )
 
     def shared(self, cache, stream, count=1, path="batch", gap=0.0):
@@ -1029,11 +988,40 @@ class TestCalls:
 
     def submitted_slowly(self, control, cache, stream):
         """Forget, and let one thread take long, twice."""
-        _pack.forget_pace()
+        _pack.forget()
         control.delay(BATCH, self.SLOW)
         said = self.shared(cache, stream, 2)
         control.delay(BATCH, 0)
         return said
+
+    def test_are_shared_out_by_the_time_that_they_took(self, control):
+        """Whatever makes submitting slow, if it is twice in a row."""
+        cache, order = self.small(4), np.random.default_rng(0).permutation(1400)[:700]
+
+        def comes(expected, *delays):
+            """Whether that comes, unless the machine stands still."""
+            end = time.monotonic() + 30
+            while time.monotonic() < end:
+                _pack.forget()
+                for function in (BATCH, "cudaStreamWaitEvent"):
+                    control.delay(function, dict(delays).get(function, 0))
+                if self.shared(cache, stream, len(expected)) == expected:
+                    return True
+            return False
+
+        with emulated.Stream() as stream:
+            cache.offload(order, np.arange(700), stream=stream)
+            stream.synchronize()
+            assert torch.equal(self.host.view(1400, -1)[:700], self.device[0, order])
+            control.stub(BATCH)
+            slow = (BATCH, self.SLOW)
+            # What only several threads call: they are not the faster way then.
+            together = ("cudaStreamWaitEvent", self.SLOW)
+            assert comes("----")
+            # One that took long may have been interrupted.
+            assert comes("--xx", slow)
+            # Of several threads, too, the first one that takes long says nothing.
+            assert comes("--xx-", slow, together)
 
     def test_are_from_one_thread_again_when_that_is_fast(self, control):
         """Tried now and then, twice: behind several threads the first time may be slow."""
@@ -1082,14 +1070,10 @@ class TestCalls:
         cache = self.small(4)
         control.stub(BATCH)
         with emulated.Stream() as stream:
-            time.sleep(0.006)
-            assert _pack.slowness() == 1.0
             assert self.shared(cache, stream, gap=0.52) == "-"
             monkeypatch.setattr(_pack, "look", lambda: _threads.SLOWEST)
             # What one thread took is not believed again because several have made a transfer.
             assert self.shared(cache, stream, 3, gap=0.52) == "xxx"
-        monkeypatch.setattr(_pack, "look", lambda: 1.0)
-        assert _pack.slowness() == 1.0
 
     def test_are_tried_by_one_thread_twice_also_if_that_takes_long(self, control):
         """Longer than what was measured before is believed, counted from its end."""
@@ -1111,17 +1095,12 @@ class TestCalls:
     def test_are_not_given_up_for_want_of_a_measurement(self, control, monkeypatch):
         """Where one thread is to be tried, what the CPU looks like does not lead elsewhere."""
         monkeypatch.setattr(_pack, "look", lambda: _threads.SLOWEST)
-        time.sleep(0.006)
         cache = self.small(4, layers=4)
         control.stub(BATCH)
         with emulated.Stream() as stream:
-            _pack.forget_pace()
             said = self.shared(cache, stream, 60, "auto", 0.004)
         assert "s" not in said
         assert said.startswith("x" * 16 + "--")
-        monkeypatch.setattr(_pack, "look", lambda: 1.0)
-        time.sleep(0.006)
-        assert _pack.slowness() == 1.0
 
     def test_of_others_do_not_matter(self, control):
         """Caches that one thread submits for anyway, and transfers that wait for the engine."""
