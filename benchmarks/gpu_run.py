@@ -35,6 +35,7 @@ SECTIONS = {
     "explore": 150,
     "threads": 140,
     "pace": 60,
+    "looks": 60,
     "calibrate": 45,
     "quick": 90,
     "grid": 400,
@@ -262,6 +263,9 @@ class Run:
 
     def pace(self, seconds: float) -> int:
         return self.script("pace", seconds, 45)
+
+    def looks(self, seconds: float) -> int:
+        return self.script("looks", seconds, 70)
 
     def calibrate(self, seconds: float) -> int:
         command = ["-m", "kvsig", "calibrate", "--json", str(self.out / "calibrate.json")]

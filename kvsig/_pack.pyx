@@ -43,10 +43,10 @@ cdef int64_t FOLLOWS = 20_000
 # device would otherwise be wrong by more and more.
 cdef int64_t MOST_QUEUED = 100_000_000
 # Beside a CPU that needs twice as long for Python, the copies of a batch take twice as long, single
-# and strided ones 1.44 times, and what the CPU stages three times, as measured; a batch call by
-# itself takes hardly longer.
-cdef double SINGLE_SLOWS = 0.44
-cdef double STAGED_SLOWS = 2.0
+# and strided ones 1.65 times, and what the CPU stages 1.75 times in short transfers, 2.3 in long
+# ones, as measured; a batch call by itself takes hardly longer.
+cdef double SINGLE_SLOWS = 0.65
+cdef double STAGED_SLOWS = 1.25
 # From this many copies on, several threads may submit, where one needs so many times as long.
 cdef Py_ssize_t TOGETHER_FROM = FEWEST
 cdef Py_ssize_t TOGETHER_FEW = FEW_COPIES

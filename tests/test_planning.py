@@ -787,6 +787,12 @@ STRIDED = {
 }
 LOOP = {2: 0.7, 4: 1.6, 16: 6.0, 32: 9.8, 64: 16.3, 1024: 47.5}
 
+# Results of the time in which every transfer went through some Python.
+THROUGH_PYTHON = {
+    "2026-11-23-h100", "2026-11-23-h100-2", "2026-11-24-h100", "2026-11-24-h100-2",
+    "2026-11-24-h100-3",
+}
+
 # The same beside a CPU that submits batches at half the speed, which the CPUs of these machines do
 # for minutes at a time: measured on an H100, 2026-11-23. (width): the best batch, the loop, and
 # strided copies of 1, 4, 16 and 64 rows.
@@ -866,7 +872,11 @@ class TestModelAgreesWithMeasurement:
 
     @pytest.mark.parametrize("path", sorted(RESULTS.glob("*/bench*.json")), ids=lambda p: p.stem)
     def test_choices_in_the_cells_of_committed_results(self, path, monkeypatch):
-        """0.95 of the fastest in every cell; three cells hang on the speed of the CPU."""
+        """0.95 of the fastest in every cell, beside CPUs of both speeds.
+
+        But for three cells in results from before transfers were queued without a step of Python:
+        beside slow CPUs batches took up to twice as long then as they do now.
+        """
         monkeypatch.syspath_prepend(RESULTS.parent)
         import replay
 
@@ -876,8 +886,7 @@ class TestModelAgreesWithMeasurement:
             rows = list(replay.choices(result, slow))
             assert len(rows) >= 50
             behind.append({replay.bench.describe(cell) for cell, _, _, r in rows if r < 0.95})
-        assert not behind[0] & behind[1]
-        assert behind[0] | behind[1] <= {
+        small = {
             f"{cell} layers, load, random, layer by layer"
             for cell in (
                 "4 pages of 4 KiB, 32",
@@ -885,12 +894,13 @@ class TestModelAgreesWithMeasurement:
                 "96 pages of 256 B, llama3-70b-tp8 page_size 1, 80",
             )
         }
+        assert behind[0] | behind[1] <= (small if path.parent.name in THROUGH_PYTHON else set())
 
     def test_a_slow_cpu_takes_longer(self):
         pages = np.random.default_rng(1).permutation(500)
         ready = prepare(page_first(2, 4 * KIB, 500), H100)
         call_us = H100.offload.call_submit
-        for method, factor in (("batch", 2), ("loop", 1.44), ("strided", 1.44)):
+        for method, factor in (("batch", 2), ("loop", 1.65), ("strided", 1.65)):
             transfer = ready.transfer(pages, pages[::-1].copy(), "offload", method)
             found = []
             for slow in (1, 2):
@@ -1231,8 +1241,8 @@ class TestModelAgreesWithMeasurement:
         assert looks("strided") == looks("loop") == 0
 
     def test_a_choice_that_hangs_on_the_cpu_is_not_missed_behind_others(self, monkeypatch):
-        """One page is never a batch; four are, beside a CPU at full speed."""
-        ready = prepare(page_first(1, 4 * KIB, 500), H100)
+        """One page of two layers is never a batch; four are, beside a CPU at full speed."""
+        ready = prepare(page_first(2, 4 * KIB, 500), H100)
         pages = np.array([7, 300, 40, 123])
 
         def method(count):
@@ -1261,8 +1271,8 @@ class TestModelAgreesWithMeasurement:
                 assert set(planned.sizes.tolist()) == {4096}
 
     def test_goes_by_the_cpu_that_it_has_looked_at(self, monkeypatch):
-        """K and V of 4 pages of 4 KiB: a batch, and rows beside a CPU at half its speed."""
-        ready = prepare(page_first(1, 4 * KIB, 500), H100)
+        """K and V of 4 pages of two layers: a batch, and rows beside a CPU at half its speed."""
+        ready = prepare(page_first(2, 4 * KIB, 500), H100)
         pages = np.array([7, 300, 40, 123])
         for slow, method in ((1.0, "batch"), (_threads.SLOWEST, "strided"), (1.0, "batch")):
             monkeypatch.setattr("kvsig._pack.look", lambda slow=slow: slow)
