@@ -121,33 +121,37 @@ cdef struct Pace:
     double found[LATEST]    # the last one first
     int known               # how many of these there are
     int64_t at              # when that was
-    int since               # of one thread: transfers by several since the last one
-    int again               # and how many there are to be before one thread is tried again
+    int since               # transfers the other way since the last one
+    int again               # and how many there are to be before this way is tried again
 
 cdef Pace[2][2] paces
 
 # The first transfer of one thread behind those of several took 500 us instead of 250, the second
-# one 250. So one is tried twice, and not often: not before several threads have made so many
-# transfers, at first and if it was in vain again and again, and so many nanoseconds have passed.
+# one 250, and several threads have to wake up. So each is tried twice, and not often: not before
+# the other has made so many transfers, at first and if it was in vain again and again, and so many
+# nanoseconds have passed.
 cdef int AGAIN = 16
-cdef int AGAIN_MOST = 64
+cdef int[2] AGAIN_MOST = [64, 256]
 cdef int64_t AGAIN_NS = 30_000_000
 # Where neither has made a transfer for so long, one thread's CPU may be another one: a look at it
 # says more. What several threads took hangs on locks of the driver more than on CPUs.
-cdef int64_t BELIEVED = 500_000_000
-cdef int64_t TEAM_BELIEVED = 1_000_000_000
+cdef int64_t[2] BELIEVED = [500_000_000, 1_000_000_000]
 # What took longer counts as this: it was kept waiting by others.
 cdef double PACE_MOST = 4
+# Several threads took 0.8 to 1.3 times as long as the model says, as machines differ. They are
+# tried where one thread takes longer than they do at this.
+cdef double HOPED = 0.9
 
 
-cdef inline bint tried_now(Py_ssize_t side, int64_t now) noexcept nogil:
-    # Whether one thread is to submit where several would, for the first or the second time.
-    cdef const Pace *alone = &paces[side][0]
-    if alone.since == 0:
-        return alone.known == 1 and now - alone.at < BELIEVED
+cdef inline bint tried_now(Py_ssize_t side, bint team, int64_t now) noexcept nogil:
+    # Whether to try one thread where several submit, or several where it is one: for the first or
+    # the second time.
+    cdef const Pace *own = &paces[side][team]
+    if own.since == 0:
+        return own.known == 1 and now - own.at < BELIEVED[team]
     return (
-        alone.since >= larger(alone.again, AGAIN) and now - alone.at >= AGAIN_NS
-        and now - paces[side][1].at < BELIEVED
+        own.since >= larger(own.again, AGAIN) and now - own.at >= AGAIN_NS
+        and now - paces[side][not team].at < BELIEVED[False]
     )
 
 
@@ -159,7 +163,7 @@ cdef inline double pace_of(Py_ssize_t side, bint team, int64_t now) noexcept nog
     cdef int64_t at = pace.at
     if not team and pace.since:
         at = paces[side][1].at
-    if known == 0 or now - at >= (TEAM_BELIEVED if team else BELIEVED):
+    if known == 0 or now - at >= BELIEVED[team]:
         return 0
     for i in range(1, known if known < LATEST else LATEST):
         best = pace.found[i] if pace.found[i] < best else best
@@ -177,30 +181,31 @@ cdef inline void add_pace(Pace *pace, double found, int64_t now) noexcept nogil:
     pace.at = now
 
 
+cdef inline void in_vain(Pace *pace, bint team) noexcept nogil:
+    # It was tried, twice, and the other way has been taken since.
+    if pace.since == 0 and pace.known == 2:
+        pace.again = AGAIN if pace.again == 0 else 2 * pace.again
+        pace.again = pace.again if pace.again < AGAIN_MOST[team] else AGAIN_MOST[team]
+
+
 cdef inline void keep_pace(Py_ssize_t side, bint team, double found, int64_t begin,
                            int64_t now) noexcept nogil:
     # Of a transfer that began and has just ended. What was believed when it began goes on.
-    cdef Pace *alone = &paces[side][0]
-    cdef Pace *several = &paces[side][1]
-    if not team:
-        if alone.since or begin - alone.at >= BELIEVED:
-            alone.known = 0
-        alone.since = 0
-        add_pace(alone, found, now)
-        if alone.known == LATEST:
-            alone.again = AGAIN
-        return
-    if begin - (several.at if alone.since else alone.at) >= BELIEVED:
+    cdef Pace *alone = &paces[side][False]
+    cdef Pace *several = &paces[side][True]
+    cdef Pace *own = &paces[side][team]
+    cdef Pace *other = &paces[side][not team]
+    if team and begin - (several.at if alone.since else alone.at) >= BELIEVED[False]:
         # Too old by now, however soon several threads make the next transfer.
         alone.known = 0
-    elif alone.since == 0 and alone.known == 2:
-        # Tried in vain.
-        alone.again = AGAIN if alone.again == 0 else 2 * alone.again
-        alone.again = alone.again if alone.again < AGAIN_MOST else AGAIN_MOST
-    alone.since += alone.since < AGAIN_MOST
-    if begin - several.at >= TEAM_BELIEVED:
-        several.known = 0
-    add_pace(several, found, now)
+    in_vain(other, not team)
+    other.since += other.since < AGAIN_MOST[not team]
+    if begin - own.at >= BELIEVED[team] or (not team and own.since):
+        own.known = 0
+    own.since = 0
+    add_pace(own, found, now)
+    if own.known == LATEST:
+        own.again = AGAIN
 
 
 def forget():
@@ -1209,6 +1214,7 @@ cdef class Transfer:
     # Times what the model says that one thread and several took just now; 0 where it is not known.
     cdef double pace, team_pace
     cdef bint tries                 # one thread is to be tried
+    cdef bint hopes                 # several are
     cdef bint singly                # it is priced that way
     cdef double apart               # copies that one thread submitted in the place of several
     cdef int64_t took               # nanoseconds that submitting its copies took so far
@@ -1325,7 +1331,8 @@ cdef class Transfer:
         following = self.begin < self.behind + FOLLOWS
         self.pace = pace_of(self.side, False, self.begin)
         self.team_pace = pace_of(self.side, True, self.begin)
-        self.tries = tried_now(self.side, self.begin)
+        self.tries = tried_now(self.side, False, self.begin)
+        self.hopes = self.pace > 0 and tried_now(self.side, True, self.begin)
         if self.begin - looked > LOOK_AGAIN and (
             self.begin - looked > LOOK_BELIEVED or self.hangs(method, batch, following)
         ):
@@ -1590,7 +1597,11 @@ cdef class Transfer:
         t.plain *= self.slow if batched else 1 + SINGLE_SLOWS * (self.slow - 1)
         t.plain += t.staged * (1 + STAGED_SLOWS * (self.slow - 1))
         t.together = TOGETHER_BEGINS + each * t.copies
-        together = t.together * larger(self.team_pace, 1)
+        together = t.together
+        if self.team_pace:
+            together *= self.team_pace
+        elif self.hopes:
+            together *= HOPED
         # Where the copy engine is the slower one anyway, times say nothing, for the queue is full.
         t.shared = batched and t.copies >= TOGETHER_FROM and each > 0 and (
             self.prepared.always

@@ -1070,6 +1070,82 @@ class TestCalls:
             wanted = "--" + "".join("x" * count + "--" for count in (16, 32, 64, 64))
             assert any(tries() == wanted for _ in range(20))
 
+    def many(self):
+        """16,384 copies of 64 bytes, in four calls by one thread: 8.2 ms by several, it is said."""
+        pages = 1 << 15
+        device = torch.zeros(pages, 64, dtype=torch.uint8)
+        host = torch.zeros(pages, 1, 1, 64, dtype=torch.uint8)
+        model = replace(costs.builtin("NVIDIA H100 80GB HBM3"), batch_sizes=(4096,))
+        cache = kvsig.PagedKVCache([device], host, page_size=1, model=model, threads=4)
+        order = 2 * np.random.default_rng(0).permutation(pages // 2)
+
+        def said(stream, count):
+            reports = (cache.offload(order, order, stream=stream, path="batch") for _ in range(count))
+            return "".join("-" if report.calls == 4 else "x" for report in reports)
+
+        return said
+
+    #: Microseconds of each of the four calls: as long as several threads may take, and clearly less.
+    LIKE_SEVERAL, FASTER = 1900, 1400
+
+    def test_are_tried_by_several_threads_where_these_may_be_as_fast(self, control):
+        said = self.many()
+
+        def tried(fast):
+            """What follows on one thread's taking about as long as several are said to take."""
+            _pack.forget()
+            control.delay("cudaStreamWaitEvent", 0)
+            control.delay(BATCH, self.LIKE_SEVERAL)
+            found = said(stream, 16)
+            if fast:
+                control.delay(BATCH, 0)
+                return found + said(stream, 4)
+            control.delay("cudaStreamWaitEvent", 10_000)
+            control.delay(BATCH, 0)
+            found += said(stream, 2)
+            control.delay(BATCH, self.LIKE_SEVERAL)
+            return found + said(stream, 8)
+
+        control.stub(BATCH)
+        with emulated.Stream() as stream:
+            assert any(tried(fast=True) == "-" * 16 + "xxxx" for _ in range(20))
+            # In vain, and not again soon.
+            assert any(tried(fast=False) == "-" * 16 + "xx" + "-" * 8 for _ in range(20))
+
+    def test_are_not_tried_by_several_threads_where_one_is_clearly_faster(self, control):
+        said = self.many()
+        control.stub(BATCH)
+        control.delay(BATCH, self.FASTER)
+        with emulated.Stream() as stream:
+            for _ in range(20):
+                _pack.forget()
+                if said(stream, 24) == "-" * 24:
+                    break
+            else:
+                raise AssertionError("several threads were tried")
+
+    def test_are_tried_by_several_threads_less_often_if_that_was_in_vain(self, control):
+        said = self.many()
+
+        def tries():
+            """How many one thread makes between the others: these have 256 such slow calls."""
+            _pack.forget()
+            found = ""
+            while found.count("xx") < 4 and len(found) < 200:
+                found += said(stream, 1)
+                time.sleep(0.025)
+            return [len(part) for part in found.split("xx")]
+
+        control.stub(BATCH)
+        control.delay(BATCH, self.LIKE_SEVERAL)
+        with emulated.Stream() as stream:
+            for _ in range(5):
+                found = tries()
+                # What they took is believed for a second: some 30 transfers here.
+                if found[0] == 16 and found[3:] == [64, 0] and 20 < found[1] <= found[2] < 40:
+                    return
+        raise AssertionError(found)
+
     def test_are_what_the_look_at_the_cpu_says_where_they_are_far_apart(self, control, monkeypatch):
         cache = self.small(4)
         control.stub(BATCH)
