@@ -111,9 +111,10 @@ cdef int64_t looked = 0
 cdef double slow_now = 1
 cdef double SLOWEST_CPU = SLOWEST
 
-# How many times as long as the model says the last transfers took to submit, to the device and to
-# the host, by one thread and by several. It says more than a look at the CPU: memory may be slow as
-# well, and several threads slow down the cores that they share with the one that looks.
+# How many times as long as the model says the last transfers took to submit, by one thread and by
+# several: to the device and to the host, of few copies, and the same of many. It says more than a
+# look at the CPU: memory may be slow as well, and several threads slow down the cores that they
+# share with the one that looks.
 cdef enum:
     LATEST = 3
 
@@ -124,7 +125,7 @@ cdef struct Pace:
     int since               # transfers the other way since the last one
     int again               # and how many there are to be before this way is tried again
 
-cdef Pace[2][2] paces
+cdef Pace[4][2] paces
 
 # The first transfer of one thread behind those of several took 500 us instead of 250, the second
 # one 250, and several threads have to wake up. So each is tried twice, and not often: not before
@@ -139,36 +140,38 @@ cdef int64_t[2] BELIEVED = [500_000_000, 1_000_000_000]
 # What took longer counts as this: it was kept waiting by others.
 cdef double PACE_MOST = 4
 # Several threads took 0.8 to 1.3 times as long as the model says, as machines differ. They are
-# tried where one thread takes longer than they do at this.
+# tried where they would win if they took this.
 cdef double HOPED = 0.9
 
 
-cdef inline bint tried_now(Py_ssize_t side, bint team, int64_t now) noexcept nogil:
+cdef inline int64_t believed(const Pace *own, const Pace *other, bint team) noexcept nogil:
+    # Until when what was found is believed: it goes on to be while the other way is taken.
+    return other.at + BELIEVED[False] if own.since else own.at + BELIEVED[team]
+
+
+cdef inline bint tried_now(const Pace *lane, bint team, int64_t now) noexcept nogil:
     # Whether to try one thread where several submit, or several where it is one: for the first or
     # the second time.
-    cdef const Pace *own = &paces[side][team]
+    cdef const Pace *own = &lane[team]
     if own.since == 0:
         return own.known == 1 and now - own.at < BELIEVED[team]
     return (
         own.since >= larger(own.again, AGAIN) and now - own.at >= AGAIN_NS
-        and now - paces[side][not team].at < BELIEVED[False]
+        and now - lane[not team].at < BELIEVED[False]
     )
 
 
-cdef inline double pace_of(Py_ssize_t side, bint team, int64_t now) noexcept nogil:
+cdef inline double pace_of(const Pace *lane, bint team, int64_t now) noexcept nogil:
     # The best of the last ones, since some may have been interrupted; 0 where it is not known.
-    cdef const Pace *pace = &paces[side][team]
-    cdef double best = pace.found[0]
-    cdef int i, known = pace.known
-    cdef int64_t at = pace.at
-    if not team and pace.since:
-        at = paces[side][1].at
-    if known == 0 or now - at >= BELIEVED[team]:
+    cdef const Pace *own = &lane[team]
+    cdef double best = own.found[0]
+    cdef int i
+    if own.known == 0 or now >= believed(own, &lane[not team], team):
         return 0
-    for i in range(1, known if known < LATEST else LATEST):
-        best = pace.found[i] if pace.found[i] < best else best
+    for i in range(1, own.known):
+        best = own.found[i] if own.found[i] < best else best
     # One alone says nothing bad.
-    return 0 if known == 1 and best > 1 else best
+    return 0 if own.known == 1 and best > 1 else best
 
 
 cdef inline void add_pace(Pace *pace, double found, int64_t now) noexcept nogil:
@@ -181,26 +184,24 @@ cdef inline void add_pace(Pace *pace, double found, int64_t now) noexcept nogil:
     pace.at = now
 
 
-cdef inline void in_vain(Pace *pace, bint team) noexcept nogil:
-    # It was tried, twice, and the other way has been taken since.
-    if pace.since == 0 and pace.known == 2:
-        pace.again = AGAIN if pace.again == 0 else 2 * pace.again
-        pace.again = pace.again if pace.again < AGAIN_MOST[team] else AGAIN_MOST[team]
+cdef inline void try_later(Pace *pace, bint team) noexcept nogil:
+    pace.again = AGAIN if pace.again == 0 else 2 * pace.again
+    pace.again = pace.again if pace.again < AGAIN_MOST[team] else AGAIN_MOST[team]
 
 
-cdef inline void keep_pace(Py_ssize_t side, bint team, double found, int64_t begin,
+cdef inline void keep_pace(Pace *lane, bint team, double found, int64_t begin,
                            int64_t now) noexcept nogil:
     # Of a transfer that began and has just ended. What was believed when it began goes on.
-    cdef Pace *alone = &paces[side][False]
-    cdef Pace *several = &paces[side][True]
-    cdef Pace *own = &paces[side][team]
-    cdef Pace *other = &paces[side][not team]
-    if team and begin - (several.at if alone.since else alone.at) >= BELIEVED[False]:
-        # Too old by now, however soon several threads make the next transfer.
-        alone.known = 0
-    in_vain(other, not team)
+    cdef Pace *own = &lane[team]
+    cdef Pace *other = &lane[not team]
+    if begin >= believed(other, own, not team):
+        # Too old by now, however soon the next transfer goes this way.
+        other.known = 0
+    elif other.since == 0 and 0 < other.known < LATEST and (team == 0 or other.known == 2):
+        # Tried in vain: several threads maybe but once, where that said enough.
+        try_later(other, not team)
     other.since += other.since < AGAIN_MOST[not team]
-    if begin - own.at >= BELIEVED[team] or (not team and own.since):
+    if own.since or begin >= believed(own, other, team):
         own.known = 0
     own.since = 0
     add_pace(own, found, now)
@@ -1211,6 +1212,7 @@ cdef class Transfer:
     cdef bint following             # it comes right behind another transfer of its stream
     cdef bint met                   # its stream has been looked at: by `decide_now`
     cdef int64_t begin, behind      # when that was, and until when the stream had work
+    cdef Pace *lane
     # Times what the model says that one thread and several took just now; 0 where it is not known.
     cdef double pace, team_pace
     cdef bint tries                 # one thread is to be tried
@@ -1329,10 +1331,11 @@ cdef class Transfer:
             self.begin = clock_ns()
             self.behind = queue.until if queue.stream == stream else 0
         following = self.begin < self.behind + FOLLOWS
-        self.pace = pace_of(self.side, False, self.begin)
-        self.team_pace = pace_of(self.side, True, self.begin)
-        self.tries = tried_now(self.side, False, self.begin)
-        self.hopes = self.pace > 0 and tried_now(self.side, True, self.begin)
+        self.lane = paces[self.side + 2 * (self.scan.count * self.p.planes_in > TOGETHER_FEW)]
+        self.pace = pace_of(self.lane, False, self.begin)
+        self.tries = tried_now(self.lane, False, self.begin)
+        self.hopes = self.pace > 0 and tried_now(self.lane, True, self.begin)
+        self.team_pace = 0 if self.hopes else pace_of(self.lane, True, self.begin)
         if self.begin - looked > LOOK_AGAIN and (
             self.begin - looked > LOOK_BELIEVED or self.hangs(method, batch, following)
         ):
@@ -1759,7 +1762,11 @@ cdef class Transfer:
                     t.copies, self.mode, self.batch_size, self.first_size
                 )
             took /= t.together if team else t.alone
-            keep_pace(self.side, team, took, self.begin, now)
+            keep_pace(self.lane, team, took, self.begin, now)
+        elif t.shared and self.hopes and self.threads > 1:
+            # They were not there, which may be so for long.
+            self.lane[True].since = 0
+            try_later(&self.lane[True], True)
 
     cdef bint give(self, Workspace w) noexcept nogil:
         # Whole batch calls, until the end; the rest waits for the next pages.
