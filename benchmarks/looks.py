@@ -16,10 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from common import Report, say
+from common import Clock, Report, say
 
-from kvsig import _core, _pack, _threads, bench
+from kvsig import _pack, bench
 
 KIB = 1 << 10
 SIZES = (256, 4 * KIB, 16 * KIB, 32 * KIB)
@@ -31,11 +30,6 @@ CLASSES = (0.0, 1.25, 1.45, 1.7, 2.3, 99.0)
 ALIKE = 1.15
 #: Runs of each way on one CPU, then comes another.
 IN_A_ROW = 4
-
-
-def look_ns() -> float:
-    """Take a look at the CPU, of some ten microseconds."""
-    return statistics.median(_threads.loop_ns(1) for _ in range(15))
 
 
 def run(job: bench.Job, way: str, path: str, stream: Any) -> float:
@@ -51,12 +45,17 @@ def run(job: bench.Job, way: str, path: str, stream: Any) -> float:
     return took / len(reports)
 
 
-def measure(report: Report, seconds: float) -> None:
-    memory = bench.Memory(bench.target(), 256 << 20, 0)
-    stream = bench.make_stream(memory.device)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--seconds", type=float, default=30)
+    args = parser.parse_args()
+    clock = Clock()
+    report = Report(args.json, "looks")
+    memory = bench.Memory(clock.device, 256 << 20, 0)
     cpus = sorted(os.sched_getaffinity(0))
     shuffled = random.Random(0)
-    best = bench.FullSpeed().best
+    best = clock.speed.best
     cases = [(way, size, n) for way in ("load", "offload") for size in SIZES for n in PAGES]
     say(f"{'':<22}{'looks':<10}" + "".join(f"{path:>9} runs" for path in PATHS))
     for way, size, pages in cases:
@@ -64,13 +63,13 @@ def measure(report: Report, seconds: float) -> None:
         job = bench.Job(cell, memory, 0, bench.PYTHON_COPIES, threads=1)
         _pack.forget()
         found: list[tuple[str, float, float]] = []
-        end = time.monotonic() + seconds / len(cases)
+        end = time.monotonic() + args.seconds / len(cases)
         while not found or time.monotonic() < end:
             os.sched_setaffinity(0, {shuffled.choice(cpus)})
             for path in IN_A_ROW * PATHS:
-                before = look_ns()
-                took = run(job, way, path, stream)
-                after = look_ns()
+                before = clock.speed.look_ns()
+                took = run(job, way, path, clock.stream)
+                after = clock.speed.look_ns()
                 best = min(best, before, after)
                 if max(before, after) <= ALIKE * min(before, after):
                     found.append((path, (before + after) / 2, took))
@@ -95,17 +94,6 @@ def measure(report: Report, seconds: float) -> None:
                 )
             )
         report.add(what="looks", direction=way, page_bytes=size, pages=pages, classes=rows)
-    os.sched_setaffinity(0, cpus)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--seconds", type=float, default=30)
-    args = parser.parse_args()
-    if _core.is_emulated() or not torch.cuda.is_available():
-        raise SystemExit("this benchmark needs a GPU, and a real CUDA runtime")
-    measure(Report(args.json, "looks"), args.seconds)
 
 
 if __name__ == "__main__":

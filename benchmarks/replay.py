@@ -6,7 +6,7 @@ Takes results of ``kvsig bench --json``. Needs no GPU: in every cell that has th
 plan by batches, by strided copies and one by one, the planner chooses anew with the figures it has
 now, for a CPU of full and of half speed, and its choice is compared with the fastest of the three.
 A change of the cost model shows here first. The exit code is 1 if a choice is below 0.95 at both
-speeds, or 0.90 in transfers of less than 1 MiB.
+speeds.
 """
 
 from __future__ import annotations
@@ -23,11 +23,7 @@ from kvsig import bench, costs, planning
 from kvsig._threads import SLOWEST, Team
 
 METHODS = ("batch", "strided", "loop")
-
-
-def least(cell: bench.Cell) -> float:
-    """What a choice must reach of the fastest: less where a fraction of a microsecond counts."""
-    return 0.90 if cell.bytes < 1 << 20 else 0.95
+LEAST = 0.95
 
 
 def choices(result: dict[str, Any], slow: float) -> Iterator[tuple[bench.Cell, str, str, float]]:
@@ -73,9 +69,9 @@ def main() -> int:
         print(f"{name}: {len(found[0])} cells")
         behind: list[set[bench.Cell]] = []
         for speed, rows in zip(("full", "half"), found, strict=True):
-            behind.append({cell for cell, _, _, ratio in rows if ratio < least(cell)})
+            behind.append({cell for cell, _, _, ratio in rows if ratio < LEAST})
             for cell, chosen, best, ratio in rows:
-                if ratio < least(cell):
+                if ratio < LEAST:
                     print(f"  {speed} speed: {chosen} at {ratio:.2f} of {best}", end=", ")
                     print(f"{cell.section}: {bench.describe(cell)}")
         missed += len(behind[0] & behind[1])

@@ -197,7 +197,7 @@ cdef inline void keep_pace(Pace *lane, bint team, double found, int64_t begin,
     if begin >= believed(other, own, not team):
         # Too old by now, however soon the next transfer goes this way.
         other.known = 0
-    elif other.since == 0 and 0 < other.known < LATEST and (team == 0 or other.known == 2):
+    elif other.since == 0 and 0 < other.known < LATEST and (not team or other.known == 2):
         # Tried in vain: several threads maybe but once, where that said enough.
         try_later(other, not team)
     other.since += other.since < AGAIN_MOST[not team]
@@ -1212,7 +1212,7 @@ cdef class Transfer:
     cdef bint following             # it comes right behind another transfer of its stream
     cdef bint met                   # its stream has been looked at: by `decide_now`
     cdef int64_t begin, behind      # when that was, and until when the stream had work
-    cdef Pace *lane
+    cdef Pace *lane                 # what is known of transfers like it
     # Times what the model says that one thread and several took just now; 0 where it is not known.
     cdef double pace, team_pace
     cdef bint tries                 # one thread is to be tried
@@ -1335,7 +1335,7 @@ cdef class Transfer:
         self.pace = pace_of(self.lane, False, self.begin)
         self.tries = tried_now(self.lane, False, self.begin)
         self.hopes = self.pace > 0 and tried_now(self.lane, True, self.begin)
-        self.team_pace = 0 if self.hopes else pace_of(self.lane, True, self.begin)
+        self.team_pace = HOPED if self.hopes else pace_of(self.lane, True, self.begin)
         if self.begin - looked > LOOK_AGAIN and (
             self.begin - looked > LOOK_BELIEVED or self.hangs(method, batch, following)
         ):
@@ -1603,8 +1603,6 @@ cdef class Transfer:
         together = t.together
         if self.team_pace:
             together *= self.team_pace
-        elif self.hopes:
-            together *= HOPED
         # Where the copy engine is the slower one anyway, times say nothing, for the queue is full.
         t.shared = batched and t.copies >= TOGETHER_FROM and each > 0 and (
             self.prepared.always

@@ -1141,10 +1141,14 @@ class FullSpeed:
             self._try(cpu)
         self._anywhere()
 
+    def look_ns(self) -> float:
+        """Nanoseconds of the loop on the CPU at hand."""
+        # The median: the best of some is that of a moment in which the others were idle.
+        return statistics.median(_threads.loop_ns(1) for _ in range(self.LOOPS))
+
     def here(self) -> bool:
         """Whether the CPU at hand is at full speed."""
-        # The median: the best of some is that of a moment in which the others were idle.
-        took = statistics.median(_threads.loop_ns(1) for _ in range(self.LOOPS))
+        took = self.look_ns()
         self.best, self.least = min(self.best, took), min(self.least, took)
         good = took <= self.NEAR * self.best
         cpu = current_cpu()

@@ -872,10 +872,11 @@ class TestModelAgreesWithMeasurement:
 
     @pytest.mark.parametrize("path", sorted(RESULTS.glob("*/bench*.json")), ids=lambda p: p.stem)
     def test_choices_in_the_cells_of_committed_results(self, path, monkeypatch):
-        """0.95 of the fastest in every cell (0.90 below 1 MiB), beside CPUs of both speeds.
+        """0.95 of the fastest in every cell, beside CPUs of both speeds.
 
         But for three cells in results from before transfers were queued without a step of Python:
-        beside slow CPUs batches took up to twice as long then as they do now.
+        beside slow CPUs batches took up to twice as long then as they do now. And but for one page
+        in one result: 0.94, with the two ways a quarter of a microsecond apart.
         """
         monkeypatch.syspath_prepend(RESULTS.parent)
         import replay
@@ -885,18 +886,18 @@ class TestModelAgreesWithMeasurement:
         for slow in (1.0, _threads.SLOWEST):
             rows = list(replay.choices(result, slow))
             assert len(rows) >= 50
-            behind.append(
-                {replay.bench.describe(c) for c, _, _, r in rows if r < replay.least(c)}
-            )
-        small = {
-            f"{cell} layers, load, random, layer by layer"
-            for cell in (
+            behind.append({replay.bench.describe(cell) for cell, _, _, r in rows if r < 0.95})
+        excused: tuple[str, ...] = ()
+        if path.parent.name in THROUGH_PYTHON:
+            excused = (
                 "4 pages of 4 KiB, 32",
                 "16 pages of 4 KiB, 32",
                 "96 pages of 256 B, llama3-70b-tp8 page_size 1, 80",
             )
-        }
-        assert behind[0] | behind[1] <= (small if path.parent.name in THROUGH_PYTHON else set())
+        elif path.stem == "bench-ae1ab25":
+            excused = ("1 pages of 4 KiB, 32",)
+        small = {f"{cell} layers, load, random, layer by layer" for cell in excused}
+        assert behind[0] | behind[1] <= small
 
     def test_a_slow_cpu_takes_longer(self):
         pages = np.random.default_rng(1).permutation(500)
