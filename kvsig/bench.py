@@ -100,8 +100,9 @@ CELL_BYTES, CELL_COPIES = 256 * MIB, 65536
 #: long runs beside a CPU that changes its speed say little.
 LAYER_COPIES = 16384
 EMULATED_BYTES, EMULATED_COPIES = MIB, 2048
-#: Milliseconds: where the first run takes less, one more is made before each that is timed.
-WARM_MS = 4.0
+#: Milliseconds: where the first run takes less, one more is made before each that is timed. Longer
+#: ones have the CPU's caches to themselves after a small part of their time.
+WARM_MS = 25.0
 #: Runs that tell a slow method from a fast one, turns after which the limit runs in every second
 #: one only, and what is close: the time of a method over that of the fastest one.
 FEW_RUNS, LIMIT_RUNS, CLOSE = 3, 9, 1.5

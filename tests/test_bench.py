@@ -509,13 +509,46 @@ class TestTurns:
         monkeypatch.setattr(found.speed, "settle", lambda: None)
         monkeypatch.setattr(found.speed, "here", lambda: bool(speeds[len(made) - 1]))
         one = bench.Series("auto", lambda: made.append(1) or bench.Outcome(), None)
-        one.first_ms = 100.0
+        one.first_ms = bench.WARM_MS
         for _ in range(3):
             found.time_one(one, again)
         assert one.ms == kept
         assert len(one.host_ms) == 3
         assert (len(made), one.again) == (len(speeds), len(speeds) - 3)
         assert one.full_speed == full
+
+    def test_a_short_run_follows_one_of_its_own_kind(self, on_emulated, monkeypatch):
+        """Else it would begin with the data of another method in the CPU's caches."""
+        log = []
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self, stream):
+                log.append("event")
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, other):
+                return 1.0
+
+        monkeypatch.setattr(bench.torch.cuda, "Event", Event)
+        monkeypatch.setattr(bench.torch.cuda, "synchronize", lambda: log.append("wait"))
+        found = bench.Bench([], bench.Options(full_speed=False))
+        found.real = True
+        one = bench.Series("auto", lambda: log.append("run") or bench.Outcome(), None)
+        timed = ["wait", "event", "run", "event"]
+        for first_ms, expected in (
+            (0.9 * bench.WARM_MS, ["run", "wait", *timed]),
+            (1.1 * bench.WARM_MS, timed),
+        ):
+            log.clear()
+            one.first_ms = first_ms
+            found.time_one(one, again=False)
+            assert log == expected
+        assert len(one.ms) == 2
 
 
 class TestFullSpeed:
