@@ -117,20 +117,21 @@ cdef double SLOWEST_CPU = SLOWEST
 # share with the one that looks.
 cdef enum:
     LATEST = 3
+    SURE = 4
 
 cdef struct Pace:
     double found[LATEST]    # the last one first
-    int known               # how many of these there are
+    int known               # how many there were one behind the other, up to SURE
     int64_t at              # when that was
     int since               # transfers the other way since the last one
     int again               # and how many there are to be before this way is tried again
 
 cdef Pace[4][2] paces
 
-# The first transfer of one thread behind those of several took 500 us instead of 250, the second
-# one 250, and several threads have to wake up. So each is tried twice, and not often: not before
-# the other has made so many transfers, at first and if it was in vain again and again, and so many
-# nanoseconds have passed.
+# Behind those of several threads the first transfer of one thread took 500 us instead of 250, the
+# second one as long or 280, and the third one 280; and several threads have to wake up. So one is
+# tried three times and several are twice, and not often: not before the other has made so many
+# transfers, at first and if it was in vain again and again, and so many nanoseconds have passed.
 cdef int AGAIN = 16
 cdef int[2] AGAIN_MOST = [64, 256]
 cdef int64_t AGAIN_NS = 30_000_000
@@ -150,11 +151,13 @@ cdef inline int64_t believed(const Pace *own, const Pace *other, bint team) noex
 
 
 cdef inline bint tried_now(const Pace *lane, bint team, int64_t now) noexcept nogil:
-    # Whether to try one thread where several submit, or several where it is one: for the first or
-    # the second time.
+    # Whether to try one thread where several submit, or several where it is one: for the first
+    # time, or once more.
     cdef const Pace *own = &lane[team]
     if own.since == 0:
-        return own.known == 1 and now - own.at < BELIEVED[team]
+        return now - own.at < BELIEVED[team] and (
+            own.known == 1 or (own.known == 2 and not team and lane[True].known > 0)
+        )
     return (
         own.since >= larger(own.again, AGAIN) and now - own.at >= AGAIN_NS
         and now - lane[not team].at < BELIEVED[False]
@@ -168,19 +171,19 @@ cdef inline double pace_of(const Pace *lane, bint team, int64_t now) noexcept no
     cdef int i
     if own.known == 0 or now >= believed(own, &lane[not team], team):
         return 0
-    for i in range(1, own.known):
+    for i in range(1, own.known if own.known < LATEST else LATEST):
         best = own.found[i] if own.found[i] < best else best
     # One alone says nothing bad.
     return 0 if own.known == 1 and best > 1 else best
 
 
 cdef inline void add_pace(Pace *pace, double found, int64_t now) noexcept nogil:
-    cdef int i, known = pace.known
+    cdef int i
     for i in range(LATEST - 1, 0, -1):
         pace.found[i] = pace.found[i - 1]
     # The rest may have taken less than predicted as well: 0 says that it is not known.
     pace.found[0] = PACE_MOST if found > PACE_MOST else larger(found, 0.01)
-    pace.known = known + 1 if known < LATEST else LATEST
+    pace.known += pace.known < SURE
     pace.at = now
 
 
@@ -197,7 +200,7 @@ cdef inline void keep_pace(Pace *lane, bint team, double found, int64_t begin,
     if begin >= believed(other, own, not team):
         # Too old by now, however soon the next transfer goes this way.
         other.known = 0
-    elif other.since == 0 and 0 < other.known < LATEST and (not team or other.known == 2):
+    elif other.since == 0 and (1 < other.known < SURE if team else 0 < other.known < 3):
         # Tried in vain: several threads maybe but once, where that said enough.
         try_later(other, not team)
     other.since += other.since < AGAIN_MOST[not team]
@@ -205,7 +208,7 @@ cdef inline void keep_pace(Pace *lane, bint team, double found, int64_t begin,
         own.known = 0
     own.since = 0
     add_pace(own, found, now)
-    if own.known == LATEST:
+    if own.known == SURE:
         own.again = AGAIN
 
 
