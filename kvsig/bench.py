@@ -106,6 +106,9 @@ WARM_MS = 25.0
 #: Runs that tell a slow method from a fast one, turns after which the limit runs in every second
 #: one only, and what is close: the time of a method over that of the fastest one.
 FEW_RUNS, LIMIT_RUNS, CLOSE = 3, 9, 1.5
+#: Planning and packing: layers, kinds, page bytes and scope; copies; and runs of each.
+HOST_SHAPES = ((32, 2, 16 * KIB, "all"), (1, 1, 16 * KIB, "layer"), (32, 2, 512, "all"))
+HOST_COPIES, HOST_RUNS = (100_000, 1_000_000), 15
 #: When all cells have been measured, those go on that are known least: for so many seconds at a
 #: time and so many times as many runs at most, until the standard error of auto's ratio to each
 #: method that is about as fast is so small, and that of its share of the limit, over the share.
@@ -1717,7 +1720,19 @@ def reset_high_water() -> bool:
     return True
 
 
-def host_costs(seconds: float = 20.0, seed: int = 0) -> dict[str, Any]:
+def plan_and_pack(
+    prepared: planning.Prepared, near: I64, far: I64, direction: str, method: str
+) -> tuple[str, float]:
+    """Plan a transfer and pack all of it; what was planned, and the seconds that it took."""
+    start = time.perf_counter()
+    prepared.check(near, far, direction)
+    transfer = prepared.transfer(near, far, direction, method)
+    for _ in transfer:
+        pass
+    return transfer.method, time.perf_counter() - start
+
+
+def host_costs(seconds: float = 20.0, seed: int = 0, full_speed: bool = True) -> dict[str, Any]:
     """Measure what planning and packing costs, without any CUDA call.
 
     Parameters
@@ -1726,57 +1741,46 @@ def host_costs(seconds: float = 20.0, seed: int = 0) -> dict[str, Any]:
         Time for all.
     seed : int
         Of the page numbers.
+    full_speed : bool
+        Begin each timed run on a CPU that is at full speed, see `FullSpeed`.
 
     Returns
     -------
     dict
         ``plan`` has a row for each number of copies, geometry, direction and method: the
-        nanoseconds per copy (medians), and by how much memory grew at most.
+        nanoseconds per copy (medians of up to 15 runs, in turn), and by how much memory grew at
+        most.
     """
     rng = np.random.default_rng(seed)
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     from kvsig import costs
 
     model = costs.load(name)
-    rows = []
+    rows: list[dict[str, Any]] = []
     begin = time.monotonic()
-    cases = list(
-        itertools.product(
-            ((32, 2, 16 * KIB, "all"), (1, 1, 16 * KIB, "layer"), (32, 2, 512, "all")),
-            (100_000, 1_000_000),
-            ("load", "offload"),
-            ("auto", "batch", "strided", "loop"),
-        )
-    )
-    for done, ((layers, kinds, width, scope), wanted, direction, method) in enumerate(cases):
+    speed = FullSpeed(full_speed)
+    shuffled = random.Random(seed)
+    groups = list(itertools.product(HOST_SHAPES, HOST_COPIES))
+    for done, ((layers, kinds, width, scope), wanted) in enumerate(groups):
         left = seconds - (time.monotonic() - begin)
         if left <= 0:
             break
-        planes_count = layers * kinds
-        pages = wanted // planes_count
-        cell = Cell(width, pages, layers, kinds, direction, scope=scope)
-        prepared = planning.prepare(planes_of(cell), model)
-        near, far = (page_numbers(cell, rng)[0] for _ in range(2))
-        times: list[float] = []
-        planned = ""
-        reset = reset_high_water()
-        before = high_water()
-        cell_begin = time.monotonic()
-        while len(times) < 3 or (
-            len(times) < 15 and time.monotonic() - cell_begin < left / (len(cases) - done)
+        pages = wanted // (layers * kinds)
+        copies = pages * layers * kinds
+        cases: list[tuple[Callable[[], tuple[str, float]], dict[str, Any], list[float]]] = []
+        for direction, method in itertools.product(
+            ("load", "offload"), ("auto", "batch", "strided", "loop")
         ):
-            start = time.perf_counter()
-            prepared.check(near, far, direction)
-            transfer = prepared.transfer(near, far, direction, method)
-            for _ in transfer:
-                pass
-            times.append(time.perf_counter() - start)
-            planned = transfer.method
-        after = high_water()
-        grown = after - before if reset and before is not None and after is not None else None
-        copies = pages * planes_count
-        rows.append(
-            {
+            cell = Cell(width, pages, layers, kinds, direction, scope=scope)
+            prepared = planning.prepare(planes_of(cell), model)
+            near, far = (page_numbers(cell, rng)[0] for _ in range(2))
+            run = functools.partial(plan_and_pack, prepared, near, far, direction, method)
+            reset = reset_high_water()
+            before = high_water()
+            planned, _ = run()
+            after = high_water()
+            grown = after - before if reset and before is not None and after is not None else None
+            row = {
                 "copies": copies,
                 "layers": layers,
                 "kinds": kinds,
@@ -1785,12 +1789,25 @@ def host_costs(seconds: float = 20.0, seed: int = 0) -> dict[str, Any]:
                 "direction": direction,
                 "method": method,
                 "planned": planned,
+                "memory_grown_bytes": grown,
+            }
+            cases.append((run, row, []))
+        end = time.monotonic() + left / (len(groups) - done)
+        # In turn: what keeps the CPU from this thread for some milliseconds is in one run of each,
+        # not in most runs of one.
+        for turn in range(HOST_RUNS):
+            if turn >= FEW_RUNS and time.monotonic() > end:
+                break
+            for case, _, times in shuffled.sample(cases, len(cases)):
+                speed.settle()
+                times.append(case()[1])
+        for _, row, times in cases:
+            row |= {
                 "runs": len(times),
                 "ns_per_copy": round(statistics.median(times) / copies * 1e9, 2),
                 "ns_per_copy_max": round(max(times) / copies * 1e9, 2),
-                "memory_grown_bytes": grown,
             }
-        )
+            rows.append(row)
     return {"costs": f"{model.name}, {model.source}", "plan": rows}
 
 

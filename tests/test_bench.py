@@ -273,6 +273,30 @@ class TestEmulated:
         rows = bench.host_costs(seconds=0.01)["plan"]
         assert rows[0]["copies"] == 99_968
         assert rows[0]["ns_per_copy"] > 0
+        assert [(row["direction"], row["method"]) for row in rows] == [
+            (way, method)
+            for way in ("load", "offload")
+            for method in ("auto", "batch", "strided", "loop")
+        ]
+        assert {row["runs"] for row in rows} == {3}
+
+    def test_host_costs_are_measured_in_turn(self, monkeypatch):
+        """A moment in which the CPU belongs to others is in a run of each, and in no median."""
+        made = []
+
+        def plan_and_pack(prepared, near, far, direction, method):
+            made.append((direction, method))
+            # One run each for memory, then these: 30 of them take a hundred times as long.
+            slow = 8 + 40 <= len(made) < 8 + 70
+            return method, 1.0 if slow else 0.01
+
+        monkeypatch.setattr(bench, "plan_and_pack", plan_and_pack)
+        monkeypatch.setattr(bench, "HOST_SHAPES", bench.HOST_SHAPES[:1])
+        monkeypatch.setattr(bench, "HOST_COPIES", bench.HOST_COPIES[:1])
+        rows = bench.host_costs(seconds=60)["plan"]
+        assert len(made) == 8 * (1 + bench.HOST_RUNS)
+        assert {row["ns_per_copy"] for row in rows} == {round(0.01 / 99_968 * 1e9, 2)}
+        assert {row["ns_per_copy_max"] for row in rows} == {round(1.0 / 99_968 * 1e9, 2)}
 
 
 class TestTurns:

@@ -254,7 +254,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         if args.compute:
             part = bench.compute(seconds, seed=args.seed, threads=args.threads)
         else:
-            part = bench.host_costs(seconds, seed=args.seed)
+            part = bench.host_costs(seconds, seed=args.seed, full_speed=not args.any_cpu)
         result = {"schema": bench.SCHEMA, "kind": kind, "provenance": bench.provenance()} | part
         save(result)
         return result
