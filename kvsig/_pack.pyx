@@ -128,10 +128,11 @@ cdef struct Pace:
 
 cdef Pace[4][2] paces
 
-# Behind those of several threads the first transfer of one thread took 500 us instead of 250, the
-# second one as long or 280, and the third one 280; and several threads have to wake up. So one is
-# tried three times and several are twice, and not often: not before the other has made so many
-# transfers, at first and if it was in vain again and again, and so many nanoseconds have passed.
+# Behind those of several threads the first transfer of one thread took 420 to 500 us instead of
+# 240, the second one as long or 240, and the third one 240 to 280; and several threads have to
+# wake up. So one is tried three times and several are twice, and not often: not before the other
+# has made so many transfers, at first and if it was in vain again and again, and so many
+# nanoseconds have passed.
 cdef int AGAIN = 16
 cdef int[2] AGAIN_MOST = [64, 256]
 cdef int64_t AGAIN_NS = 30_000_000
@@ -152,7 +153,7 @@ cdef inline int64_t believed(const Pace *own, const Pace *other, bint team) noex
 
 cdef inline bint tried_now(const Pace *lane, bint team, int64_t now) noexcept nogil:
     # Whether to try one thread where several submit, or several where it is one: for the first
-    # time, or once more.
+    # time, or once more. The third time is for one behind several.
     cdef const Pace *own = &lane[team]
     if own.since == 0:
         return now - own.at < BELIEVED[team] and (
@@ -200,7 +201,9 @@ cdef inline void keep_pace(Pace *lane, bint team, double found, int64_t begin,
     if begin >= believed(other, own, not team):
         # Too old by now, however soon the next transfer goes this way.
         other.known = 0
-    elif other.since == 0 and (1 < other.known < SURE if team else 0 < other.known < 3):
+    elif other.since == 0 and (
+        1 < other.known < SURE if team else 0 < other.known < LATEST
+    ):
         # Tried in vain: several threads maybe but once, where that said enough.
         try_later(other, not team)
     other.since += other.since < AGAIN_MOST[not team]
