@@ -1769,9 +1769,7 @@ def host_costs(seconds: float = 20.0, seed: int = 0, full_speed: bool = True) ->
         pages = wanted // (layers * kinds)
         copies = pages * layers * kinds
         cases: list[tuple[Callable[[], tuple[str, float]], dict[str, Any], list[float]]] = []
-        for direction, method in itertools.product(
-            ("load", "offload"), ("auto", "batch", "strided", "loop")
-        ):
+        for direction, method in itertools.product(("load", "offload"), KVSIG_METHODS):
             cell = Cell(width, pages, layers, kinds, direction, scope=scope)
             prepared = planning.prepare(planes_of(cell), model)
             near, far = (page_numbers(cell, rng)[0] for _ in range(2))

@@ -272,7 +272,7 @@ class TestEmulated:
     def test_host_costs(self, monkeypatch):
         monkeypatch.setattr(bench, "HOST_SHAPES", bench.HOST_SHAPES[:1])
         monkeypatch.setattr(bench, "HOST_COPIES", bench.HOST_COPIES[:1])
-        rows = bench.host_costs(seconds=0.01)["plan"]
+        rows = bench.host_costs(seconds=60)["plan"]
         assert rows[0]["copies"] == 99_968
         assert rows[0]["ns_per_copy"] > 0
         assert [(row["direction"], row["method"]) for row in rows] == [
@@ -280,7 +280,22 @@ class TestEmulated:
             for way in ("load", "offload")
             for method in ("auto", "batch", "strided", "loop")
         ]
-        assert {row["runs"] for row in rows} == {3}
+        assert {row["runs"] for row in rows} == {bench.HOST_RUNS}
+
+    def test_host_costs_keep_to_their_time(self, monkeypatch):
+        """Three runs of each method at least; what there is no time for then is left out."""
+        made = []
+
+        def plan_and_pack(prepared, near, far, direction, method):
+            made.append(method)
+            return method, 1.0
+
+        monkeypatch.setattr(bench, "plan_and_pack", plan_and_pack)
+        monkeypatch.setattr(bench.time, "monotonic", lambda: float(len(made)))
+        monkeypatch.setattr(bench, "HOST_COPIES", bench.HOST_COPIES[:1])
+        rows = bench.host_costs(seconds=2, full_speed=False)["plan"]
+        assert [row["runs"] for row in rows] == [3] * 8
+        assert len(made) == 8 * (1 + 3)
 
     def test_host_costs_are_measured_in_turn(self, monkeypatch):
         """A moment in which the CPU belongs to others is in a run of each, and in no median."""
@@ -497,6 +512,28 @@ class TestTurns:
         with pytest.raises(RuntimeError, match="no memory to work on"):
             series[0].submit()
 
+    def timed(self, monkeypatch, log, elapsed, **options):
+        """What times runs on a GPU, without one: `elapsed` tells the milliseconds of a run."""
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self, stream):
+                log.append("event")
+
+            def synchronize(self):
+                pass
+
+            def elapsed_time(self, other):
+                return elapsed()
+
+        monkeypatch.setattr(bench.torch.cuda, "Event", Event)
+        monkeypatch.setattr(bench.torch.cuda, "synchronize", lambda: log.append("wait"))
+        found = bench.Bench([], bench.Options(**options))
+        found.real = True
+        return found
+
     @pytest.mark.parametrize(
         ("speeds", "again", "submits", "kept", "full"),
         [
@@ -514,23 +551,7 @@ class TestTurns:
         monkeypatch.setattr(bench, "SUBMITS", submits)
         made = []
 
-        class Event:
-            def __init__(self, enable_timing):
-                assert enable_timing
-
-            def record(self, stream):
-                pass
-
-            def synchronize(self):
-                pass
-
-            def elapsed_time(self, other):
-                return float(len(made))
-
-        monkeypatch.setattr(bench.torch.cuda, "Event", Event)
-        monkeypatch.setattr(bench.torch.cuda, "synchronize", lambda: None)
-        found = bench.Bench([], bench.Options())
-        found.real = True
+        found = self.timed(monkeypatch, [], lambda: float(len(made)))
         found.speed.cpus = [0, 1]
         monkeypatch.setattr(found.speed, "settle", lambda: None)
         monkeypatch.setattr(found.speed, "here", lambda: bool(speeds[len(made) - 1]))
@@ -547,23 +568,7 @@ class TestTurns:
         """Else it would begin with the data of another method in the CPU's caches."""
         log = []
 
-        class Event:
-            def __init__(self, enable_timing):
-                assert enable_timing
-
-            def record(self, stream):
-                log.append("event")
-
-            def synchronize(self):
-                pass
-
-            def elapsed_time(self, other):
-                return 1.0
-
-        monkeypatch.setattr(bench.torch.cuda, "Event", Event)
-        monkeypatch.setattr(bench.torch.cuda, "synchronize", lambda: log.append("wait"))
-        found = bench.Bench([], bench.Options(full_speed=False))
-        found.real = True
+        found = self.timed(monkeypatch, log, lambda: 1.0, full_speed=False)
         one = bench.Series("auto", lambda: log.append("run") or bench.Outcome(), None)
         timed = ["wait", "event", "run", "event"]
         for first_ms, expected in (
