@@ -68,26 +68,23 @@ class BuildExt(build_ext):
                 stale.unlink()
 
 
+def extension(name, *depends):
+    """Describe an extension module, and what it is to be built again for."""
+    return Extension(
+        f"kvsig.{name}",
+        [f"kvsig/{name.replace('.', '/')}.pyx"],
+        depends=["kvsig/_path.pxd", *(f"kvsig/{file}" for file in depends)],
+        extra_compile_args=FLAGS,
+        libraries=["dl"] if name == "_core" else [],
+    )
+
+
+PLAN = ("planning/_plan.pxd", "planning/_pack.pxd")
 EXTENSIONS = [
-    Extension(
-        "kvsig._core",
-        ["kvsig/_core.pyx"],
-        depends=["kvsig/_clock.pxd", "kvsig/_core.pxd", "kvsig/_generated.pxi"],
-        extra_compile_args=FLAGS,
-        libraries=["dl"],
-    ),
-    Extension(
-        "kvsig._pack",
-        ["kvsig/_pack.pyx"],
-        depends=["kvsig/_clock.pxd", "kvsig/_pack.pxd"],
-        extra_compile_args=FLAGS,
-    ),
-    Extension(
-        "kvsig._submit",
-        ["kvsig/_submit.pyx"],
-        depends=["kvsig/_core.pxd", "kvsig/_pack.pxd"],
-        extra_compile_args=FLAGS,
-    ),
+    extension("_core", "_core.pxd", "_generated.pxi"),
+    extension("planning._plan", *PLAN),
+    extension("planning._pack", *PLAN),
+    extension("_transfer", "_core.pxd", *PLAN),
 ]
 
 setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": BuildExt})

@@ -1,4 +1,4 @@
-"""What kvsig needs of torch: stream handles, the current device, tensors as arrays."""
+"""Streams and devices, as callers give them and as CUDA takes them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from kvsig import _core
@@ -18,7 +16,6 @@ __all__ = [
     "device_guard",
     "device_name",
     "event_stream",
-    "integers",
     "stream_device",
     "stream_handle",
 ]
@@ -26,11 +23,6 @@ __all__ = [
 #: A stream as callers give it: None (torch's current one), a handle, a torch.cuda.Stream,
 #: or any object with ``.cuda_stream``. Only checked at run time.
 Stream: TypeAlias = Any
-
-_INTEGERS = frozenset(
-    (torch.int8, torch.int16, torch.int32, torch.int64)
-    + (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
-)
 
 # The handle of a device's current stream without making a Stream object for it: a tenth of
 # the time. Compiled graphs of torch use it; builds that lack it take the public way.
@@ -152,16 +144,3 @@ def event_stream(stream: Stream, handle: int, device: torch.device) -> Any:
     if stream is None:
         return torch.cuda.current_stream(device)
     return torch.cuda.ExternalStream(handle, device=device)
-
-
-def integers(tensor: torch.Tensor, name: str) -> npt.NDArray[Any]:
-    """Return an integer tensor as an array: its own memory, or a copy of a CUDA tensor's.
-
-    Raises
-    ------
-    TypeError
-        If the elements are not integers.
-    """
-    if tensor.dtype not in _INTEGERS:
-        raise TypeError(f"{name} must hold integers, not {tensor.dtype}")
-    return np.asarray((tensor if tensor.is_cpu else tensor.cpu()).numpy())

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import kvsig
-from kvsig import _core, _pack, _submit, _threads, costs, emulated, geometry, planning
-from kvsig import cache as cache_module
+from kvsig import _core, emulated, streams, tensors
+from kvsig.cache import PATHS
+from kvsig.planning import costs
 
 
 @pytest.fixture(params=["12.6", "12.9", "13.0"])
@@ -400,13 +401,13 @@ class TestEvents:
         setup = Setup()
         before = setup.everything()
         log = []
-        plain = setup.cache._execute
+        plain = setup.cache._queue
 
-        def execute(selection, *args):
-            log.append(selection.layers)
-            return plain(selection, *args)
+        def queue(chosen, *args):
+            log.append(chosen.layers)
+            return plain(chosen, *args)
 
-        monkeypatch.setattr(setup.cache, "_execute", execute)
+        monkeypatch.setattr(setup.cache, "_queue", queue)
         events = [Event(log, i) for i in range(LAYERS)]
         report = setup.cache.load([1, 2, 3], [7, 8, 9], stream=stream, events=events)
         stream.synchronize()
@@ -474,7 +475,13 @@ BAD_NUMBERS = [
     (TypeError, ["1"], [1], "device_pages must hold integers, not <U1"),
     (TypeError, [1], torch.tensor([1.0]), "host_pages must hold integers, not torch.float32"),
     (TypeError, [1], torch.tensor([True]), "host_pages must hold integers, not torch.bool"),
-    (TypeError, [1], np.array([]), "host_pages must hold integers, not float64"),
+    (TypeError, [1], np.array([1.0]), "host_pages must hold integers, not float64"),
+    (
+        ValueError,
+        [1],
+        np.array([]),
+        "device_pages has 1 page numbers and host_pages has 0: give as many of each",
+    ),
     (ValueError, [[1, 2]], [1], "device_pages must be one-dimensional, not of shape (1, 2)"),
     (
         ValueError,
@@ -827,8 +834,6 @@ class TestOnARealRuntime:
         )
 
     def test_streams_of_another_device(self):
-        from kvsig import _torch
-
         class Stream:
             cuda_stream = 64
             device = torch.device("cuda:1")
@@ -837,9 +842,9 @@ class TestOnARealRuntime:
             ValueError,
             "stream is on cuda:1, but the device tensors are on cuda:0: "
             "give a stream of the tensors' device",
-            lambda: _torch.stream_handle(Stream(), torch.device("cuda:0")),
+            lambda: streams.stream_handle(Stream(), torch.device("cuda:0")),
         )
-        assert _torch.stream_handle(Stream(), torch.device("cuda:1")) == 64
+        assert streams.stream_handle(Stream(), torch.device("cuda:1")) == 64
 
 
 class TestPlans:
@@ -865,24 +870,6 @@ class TestPlans:
             stream.synchronize()
             before = setup.everything()
 
-    @pytest.mark.parametrize("path", ["auto", "batch", "strided", "loop"])
-    def test_plans_are_for_the_cpu_that_transfers_meet(self, stream, path, monkeypatch):
-        model = costs.builtin("NVIDIA H100 80GB HBM3")
-        monkeypatch.setattr("kvsig._pack.look", lambda: 1.9)
-        time.sleep(0.006)
-        device, host = torch.zeros(400, 4096), torch.zeros(400, 1, 1, 4096)
-        cache = kvsig.PagedKVCache([device], host, page_size=1, model=model, threads=1)
-        order = np.random.default_rng(0).permutation(400)
-        for count in (3, 70, 130, 300):
-            pages = {"host_pages": order[:count], "device_pages": order[::-1][:count]}
-            if path != "batch" or _core.batch_refusal(stream.cuda_stream) is None:
-                planned = cache.plan_load(**pages, stream=stream, path=path)
-                assert planned.calls == cache.load(**pages, stream=stream, path=path).calls
-            stream.synchronize()
-            time.sleep(0.01)  # a plan is of a transfer that follows no other one
-        monkeypatch.setattr("kvsig._pack.look", lambda: 1.0)
-        time.sleep(0.006)
-        assert _pack.slowness() == 1.0
 
     def test_of_bad_requests(self, stream):
         text = "device_pages[0] is 10: the device has pages 0 to 9"
@@ -895,361 +882,25 @@ class TestPlans:
         assert "NVIDIA H100 80GB HBM3, built in" in str(cache.plan_load([0], [1], stream=stream))
 
 
-def large_planes():
-    """One plane of pages of 16 MiB, which nobody allocates."""
-    side = (np.array([1 << 44], np.uint64), np.array([1 << 24], np.uint64))
-    return geometry.Planes(*side, *side, side[1], 700, 700, 1)
-
-
 class TestCalls:
     """Which calls of the runtime a transfer becomes."""
 
-    def large(self, count=700, **options):
-        self.device = torch.randint(0, 256, (count, 64 << 10), dtype=torch.uint8)
-        self.host = torch.zeros(count, 1, 1, 64 << 10, dtype=torch.uint8)
+    def test_are_as_full_as_pays(self, control):
+        """256 copies a call where there are many, 64 where the engine would wait for the first."""
+        device = torch.randint(0, 256, (9000, 16 << 10), dtype=torch.uint8)
+        host = torch.zeros(9000, 1, 1, 16 << 10, dtype=torch.uint8)
         model = costs.builtin("NVIDIA H100 80GB HBM3")
-        return kvsig.PagedKVCache([self.device], self.host, page_size=1, model=model, **options)
-
-    def sizes(self, control):
-        return [call["observed"]["copies"] for call in control.calls(BATCH)]
-
-    def test_grow_until_the_engine_is_busy(self, control):
-        cache = self.large(threads=1)
-        order = np.random.default_rng(0).permutation(700)
+        cache = kvsig.PagedKVCache([device], host, page_size=1, model=model)
+        order = np.random.default_rng(0).permutation(9000)
         with emulated.Stream() as stream:
-            control.record()
-            report = cache.offload(order, np.arange(700), stream=stream)
-            # Some of the random pages are neighbours, and one copy.
-            assert 650 < report.copies <= 700
-            assert self.sizes(control) == [64, 64, 128, 256, report.copies - 512]
-            assert report.calls == 5
-            # By the model the engine is still at work on something large.
-            queued = planning.prepare(large_planes(), cache.model).transfer(
-                order, np.arange(700), "offload"
-            )
-            queued.decide_now("batch", True, stream.cuda_stream)
-            control.record()
-            cache.offload(order, np.arange(700), stream=stream)
-            assert self.sizes(control) == [256, 256, report.copies - 512]
-            stream.synchronize()
-            time.sleep(0.15)  # the next stream may have the same handle
-        assert torch.equal(self.host.view(700, -1), self.device[order])
-
-    @pytest.mark.parametrize("path", ["auto", "batch"])
-    def test_beside_a_slow_cpu_are_shared_out_to_threads(self, control, monkeypatch, path):
-        """Copies that take the host longer than the engine, and one thread longer than several."""
-        pages = 700
-        device = torch.randint(0, 256, (pages, 4 << 10), dtype=torch.uint8)
-        host = torch.zeros(pages, 1, 1, 4 << 10, dtype=torch.uint8)
-        model = costs.builtin("NVIDIA H100 80GB HBM3")
-        order = np.random.default_rng(0).permutation(pages)
-        taken = []
-        with emulated.Stream() as stream:
-            for slow, threads in ((1.0, 4), (_threads.SLOWEST, 4), (_threads.SLOWEST, 1), (1.0, 4)):
-                monkeypatch.setattr(_pack, "look", lambda slow=slow: slow)
-                cache = kvsig.PagedKVCache(
-                    [device], host, page_size=1, model=model, threads=threads
-                )
-                host.zero_()
-                _pack.forget()
+            for count, size in ((200, 64), (9000, 256)):
                 control.record()
-                planned = cache.plan_offload(order, np.arange(pages), stream=stream, path=path)
-                report = cache.offload(order, np.arange(pages), stream=stream, path=path)
+                report = cache.offload(order[:count], np.arange(count), stream=stream, path="batch")
+                sizes = [call["observed"]["copies"] for call in control.calls(BATCH)]
+                full, rest = divmod(report.copies, size)
+                assert sizes == [size] * full + [rest] * (rest > 0)
                 stream.synchronize()
-                assert (planned.calls, planned.copies_out) == (report.calls, report.copies)
-                taken.append(sorted(self.sizes(control)))
-                assert len(taken[-1]) == report.calls
-                assert torch.equal(host.view(pages, -1), device[order])
-                time.sleep(0.01)  # none follows another one
-        assert taken[1] == [report.copies - 640, *[64] * 10]
-        assert taken[0] == taken[3]
-        assert max(taken[0]) > 64 < max(taken[2])
-
-    def small(self, threads, layers=1):
-        """Pages of 4 KiB, of which every second one is moved: 700 copies for a layer."""
-        self.device = torch.randint(0, 256, (layers, 1400, 4 << 10), dtype=torch.uint8)
-        self.host = torch.zeros(1400, layers, 1, 4 << 10, dtype=torch.uint8)
-        model = replace(costs.builtin("NVIDIA H100 80GB HBM3"), batch_sizes=(256,))
-        return kvsig.PagedKVCache(
-            list(self.device), self.host, page_size=1, model=model, threads=threads
-        )
-
-    def shared(self, cache, stream, count=1, path="batch", gap=0.0):
-        """How some transfers were submitted: x by several threads, - by one, s strided."""
-        pages, said = np.arange(0, 600 if path == "auto" else 1400, 2), ""
-        order = np.random.default_rng(0).permutation(pages)
-        for _ in range(count):
-            report = cache.offload(pages, order, stream=stream, path=path)
-            if report.path == "strided":
-                said += "s"
-            else:
-                # Several threads share out calls of 64 copies.
-                said += "x" if report.calls == -(-report.copies // 64) else "-"
-            time.sleep(gap)
-        return said
-
-    SLOW = 2000
-
-    def submitted_slowly(self, control, cache, stream):
-        """Forget, and let one thread take long, twice."""
-        _pack.forget()
-        control.delay(BATCH, self.SLOW)
-        said = self.shared(cache, stream, 2)
-        control.delay(BATCH, 0)
-        return said
-
-    def test_are_shared_out_by_the_time_that_they_took(self, control):
-        """Whatever makes submitting slow, if it is twice in a row."""
-        cache, order = self.small(4), np.random.default_rng(0).permutation(1400)[:700]
-
-        def comes(expected, *delays):
-            """Whether that comes, unless the machine stands still."""
-            end = time.monotonic() + 30
-            while time.monotonic() < end:
-                _pack.forget()
-                for function in (BATCH, "cudaStreamWaitEvent"):
-                    control.delay(function, dict(delays).get(function, 0))
-                if self.shared(cache, stream, len(expected)) == expected:
-                    return True
-            return False
-
-        with emulated.Stream() as stream:
-            cache.offload(order, np.arange(700), stream=stream)
-            stream.synchronize()
-            assert torch.equal(self.host.view(1400, -1)[:700], self.device[0, order])
-            control.stub(BATCH)
-            slow = (BATCH, self.SLOW)
-            # What only several threads call: they are not the faster way then.
-            together = ("cudaStreamWaitEvent", self.SLOW)
-            assert comes("----")
-            # One that took long may have been interrupted.
-            assert comes("--xx", slow)
-            # Of several threads, too, the first one that takes long says nothing.
-            assert comes("--xx-", slow, together)
-
-    def test_are_from_one_thread_again_when_that_is_fast(self, control):
-        """Tried now and then, three times: behind several threads it is slow at first."""
-        cache = self.small(4)
-
-        def tried(*delays):
-            """What follows on one thread's being slow, when it is tried again."""
-            said = self.submitted_slowly(control, cache, stream)
-            said += self.shared(cache, stream, 14)
-            time.sleep(0.03)
-            said += self.shared(cache, stream, 2) + " "
-            for delay in delays:
-                control.delay(BATCH, delay)
-                said += self.shared(cache, stream)
-            return said + self.shared(cache, stream)
-
-        control.stub(BATCH)
-        with emulated.Stream() as stream:
-            slow = self.SLOW
-            for delays, expected in (
-                ((slow, slow, slow), "---x"), ((slow, slow, 0), "----"), ((slow, 0, slow), "----"),
-                ((0, 0, 0), "----"), ((0, slow, slow), "----"),
-            ):  # fmt: skip
-                # Others may keep this thread waiting at any time.
-                wanted = f"--{'x' * 16} {expected}"
-                assert any(tried(*delays) == wanted for _ in range(20))
-            control.delay(BATCH, 0)
-
-    def test_are_from_one_thread_less_often_if_that_was_in_vain(self, control):
-        cache = self.small(4)
-
-        def tries():
-            said = self.submitted_slowly(control, cache, stream)
-            for count in (16, 32, 64, 64):
-                said += self.shared(cache, stream, count, gap=0.002)
-                control.delay(BATCH, self.SLOW)
-                said += self.shared(cache, stream, 3)
-                control.delay(BATCH, 0)
-            return said
-
-        control.stub(BATCH)
-        with emulated.Stream() as stream:
-            wanted = "--" + "".join("x" * count + "---" for count in (16, 32, 64, 64))
-            assert any(tries() == wanted for _ in range(20))
-
-    def many(self):
-        """16,384 copies of 64 bytes, in four calls by one thread: 8.2 ms by several, it is said."""
-        pages = 1 << 15
-        device = torch.zeros(pages, 64, dtype=torch.uint8)
-        host = torch.zeros(pages, 1, 1, 64, dtype=torch.uint8)
-        model = replace(costs.builtin("NVIDIA H100 80GB HBM3"), batch_sizes=(4096,))
-        cache = kvsig.PagedKVCache([device], host, page_size=1, model=model, threads=4)
-        order = 2 * np.random.default_rng(0).permutation(pages // 2)
-
-        def said(stream, count):
-            found = ""
-            for _ in range(count):
-                report = cache.offload(order, order, stream=stream, path="batch")
-                found += "-" if report.calls == 4 else "x"
-            return found
-
-        return said
-
-    #: Microseconds of each of the four calls: as long as several threads may take, and faster.
-    LIKE_SEVERAL, FASTER = 1900, 1400
-
-    def test_are_tried_by_several_threads_where_these_may_be_as_fast(self, control):
-        said = self.many()
-
-        def tried(fast):
-            """What follows on one thread's taking about as long as several are said to take."""
-            _pack.forget()
-            control.delay("cudaStreamWaitEvent", 0)
-            control.delay(BATCH, self.LIKE_SEVERAL)
-            found = said(stream, 16)
-            if fast:
-                control.delay(BATCH, 0)
-                return found + said(stream, 4)
-            control.delay("cudaStreamWaitEvent", 10_000)
-            control.delay(BATCH, 0)
-            found += said(stream, 2)
-            control.delay(BATCH, self.LIKE_SEVERAL)
-            return found + said(stream, 8)
-
-        control.stub(BATCH)
-        with emulated.Stream() as stream:
-            assert any(tried(fast=True) == "-" * 16 + "xxxx" for _ in range(20))
-            # In vain, and not again soon.
-            assert any(tried(fast=False) == "-" * 16 + "xx" + "-" * 8 for _ in range(20))
-
-    def test_are_not_tried_by_several_threads_where_one_is_clearly_faster(self, control):
-        said = self.many()
-        control.stub(BATCH)
-        control.delay(BATCH, self.FASTER)
-        with emulated.Stream() as stream:
-            assert any(_pack.forget() or said(stream, 24) == "-" * 24 for _ in range(20))
-
-    def test_are_tried_by_several_threads_less_often_if_that_was_in_vain(self, control):
-        said = self.many()
-
-        def tries():
-            """How many one thread makes between the others: these have 256 such slow calls."""
-            _pack.forget()
-            return [len(part) for part in said(stream, 136).split("xx")]
-
-        control.stub(BATCH)
-        control.delay(BATCH, self.LIKE_SEVERAL)
-        with emulated.Stream() as stream:
-            assert any(tries() == [16, 16, 32, 64, 0] for _ in range(10))
-
-    def test_are_not_tried_by_several_threads_again_and_again_where_these_are_taken(self, control):
-        """Another transfer has them: the calls of 64 are one thread's, and nothing was tried."""
-        said = self.many()
-        nowhere = np.zeros(200_000, dtype=np.uint8)
-        address = np.uint64(nowhere.ctypes.data) + np.arange(200_000, dtype=np.uint64)
-
-        def among_others():
-            _pack.forget()
-            other = threading.Thread(
-                target=_core.copy_batch,
-                args=(address, address, 1, others.cuda_stream, "batch", 64, 4),
-            )
-            other.start()
-            try:
-                return said(stream, 24)
-            finally:
-                other.join()
-
-        control.stub(BATCH)
-        control.delay(BATCH, self.LIKE_SEVERAL)
-        with emulated.Stream() as stream, emulated.Stream() as others:
-            assert any(among_others() == "-" * 16 + "x" + "-" * 7 for _ in range(5))
-
-    def test_of_many_copies_are_not_judged_by_those_of_few(self, control):
-        """One thread is slow, and then it is not: what is known of it is of few copies."""
-        cache, said = self.small(4), self.many()
-
-        def few_and_many():
-            few = self.submitted_slowly(control, cache, stream) + self.shared(cache, stream)
-            return few, said(stream, 1)
-
-        control.stub(BATCH)
-        with emulated.Stream() as stream:
-            assert any(few_and_many() == ("--x", "-") for _ in range(20))
-
-    def test_are_what_the_look_at_the_cpu_says_where_they_are_far_apart(self, control, monkeypatch):
-        cache = self.small(4)
-        control.stub(BATCH)
-        with emulated.Stream() as stream:
-            assert self.shared(cache, stream, gap=0.52) == "-"
-            monkeypatch.setattr(_pack, "look", lambda: _threads.SLOWEST)
-            # What one thread took is not believed again because several have made a transfer.
-            assert self.shared(cache, stream, 3, gap=0.52) == "xxx"
-
-    def test_are_tried_by_one_thread_three_times_also_if_that_takes_long(self, control):
-        """Longer than what was measured before is believed, counted from its end."""
-        cache = self.small(4)
-
-        def tried():
-            said = self.submitted_slowly(control, cache, stream)
-            said += self.shared(cache, stream, 16, gap=0.002)
-            control.delay(BATCH, 180_000)  # 540 ms each
-            said += self.shared(cache, stream, 3)
-            control.delay(BATCH, 0)
-            return said + self.shared(cache, stream, 3)
-
-        control.stub(BATCH)
-        with emulated.Stream() as stream:
-            wanted = f"--{'x' * 16}---xxx"
-            assert any(tried() == wanted for _ in range(20))
-
-    def test_are_not_given_up_for_want_of_a_measurement(self, control, monkeypatch):
-        """Where one thread is to be tried, what the CPU looks like does not lead elsewhere."""
-        monkeypatch.setattr(_pack, "look", lambda: _threads.SLOWEST)
-        cache = self.small(4, layers=4)
-        control.stub(BATCH)
-        with emulated.Stream() as stream:
-            said = self.shared(cache, stream, 60, "auto", 0.004)
-        assert "s" not in said
-        assert said.startswith("x" * 16 + "--")
-
-    def test_of_others_do_not_matter(self, control):
-        """Caches that one thread submits for anyway, and transfers that wait for the engine."""
-        cache, alone, large = self.small(4), self.small(1), self.large(threads=4)
-        order = np.random.default_rng(0).permutation(700)
-
-        def among_others():
-            said = self.submitted_slowly(control, cache, stream)
-            for _ in range(10):
-                self.shared(alone, stream)
-                large.offload(order, np.arange(700), stream=stream)
-                said += self.shared(cache, stream)
-            return said
-
-        control.stub(BATCH)
-        with emulated.Stream() as stream:
-            assert any(among_others() == "--" + "x" * 10 for _ in range(20))
-
-    def test_are_from_one_thread_where_the_engine_is_the_slower_one(self, control, monkeypatch):
-        monkeypatch.setattr(_pack, "look", lambda: _threads.SLOWEST)
-        cache = self.large(threads=4)
-        order = np.random.default_rng(0).permutation(700)
-        with emulated.Stream() as stream:
-            time.sleep(0.006)
-            control.record()
-            cache.offload(order, np.arange(700), stream=stream)
-            assert max(self.sizes(control)) > 64
-            stream.synchronize()
-        assert torch.equal(self.host.view(700, -1), self.device[order])
-        monkeypatch.setattr(_pack, "look", lambda: 1.0)
-        time.sleep(0.006)
-        assert _pack.slowness() == 1.0
-
-    @pytest.mark.parametrize("route", ["runtime", "driver"])
-    def test_are_for_one_thread_where_the_driver_is_called(self, monkeypatch, route):
-        """Its own function wants a context in each thread: nobody counts on several."""
-        monkeypatch.setenv("KVSIG_ROUTE", route)
-        _core.rebind("emulated:13.0")
-        try:
-            cache = self.large(threads=4)
-            assert cache._team == ((4, 4) if route == "runtime" else (1, 1))
-        finally:
-            monkeypatch.delenv("KVSIG_ROUTE")
-            _core.rebind(None)
+        assert torch.equal(host.view(9000, -1), device[order])
 
     def test_are_planned_anew_where_batches_turn_out_to_be_refused(self, monkeypatch):
         """16 pages of one layer are a batch; without it, K and V of a page are two rows."""
@@ -1271,7 +922,7 @@ class TestCalls:
                 control.record()
                 report = cache.offload(order, range(16), layers=1, stream=stream)
                 seen[version] = report.path, {call["function"] for call in control.calls()} & {
-                    BATCH, "cudaMemcpy2DAsync", "cudaMemcpyAsync"
+                    BATCH, "cudaMemcpy3DAsync", "cudaMemcpyAsync"
                 }
                 stream.synchronize()
             assert torch.equal(host[:, :16, 1, 0], device[:, 1, order]), version
@@ -1279,22 +930,7 @@ class TestCalls:
             control.reset()
         _core.rebind(None)
         assert seen["13.0"] == ("batch", {BATCH})
-        assert seen["12.6"] == ("strided", {"cudaMemcpy2DAsync"})
-
-    def test_nobody_asks_for_batches_where_none_are_planned(self, control, monkeypatch):
-        device = torch.zeros(2, 8, 10, 64, dtype=torch.uint8)
-        host = torch.ones(2, 10, 8, 1, 64, dtype=torch.uint8)
-        model = costs.builtin("NVIDIA H100 80GB HBM3")
-        cache = kvsig.PagedKVCache(
-            (list(device[0]), list(device[1])), host, page_size=1, model=model
-        )
-        monkeypatch.setattr(_core, "batch_refusal", lambda handle: pytest.fail("asked"))
-        with emulated.Stream() as stream:
-            control.record()
-            assert cache.load([1, 5], [4, 9], stream=stream).path == "strided"
-            assert {call["function"] for call in control.calls()} == {"cudaMemcpy3DAsync"}
-            stream.synchronize()
-        assert device.sum() == 2 * 8 * 2 * 64
+        assert seen["12.6"] == ("strided", {"cudaMemcpy3DAsync"})
 
 
 class TestHostSeams:
@@ -1337,28 +973,28 @@ class TestHostSeams:
         def rows():
             cache = kvsig.PagedKVCache(device, host, page_size=4)
             planned = cache.plan_load([1, 3], [4, 2], path="strided")
-            return planned.strided[:, 5].tolist(), planned.strided3[:, 7:].tolist()
+            return planned.strided[:, 7:].tolist()
 
         # pageable memory, as far as can be told: no limits
-        assert rows() == ([], [[4, 2]] * 2)
+        assert rows() == [[4, 2]] * 2
         # one allocation on each side
         self.asked(monkeypatch, [ends[0] - 512, ends[-1]], [pools[0], pools[-1] + 512])
-        assert rows() == ([], [[4, 2]] * 2)
+        assert rows() == [[4, 2]] * 2
         # K and V pools apart, on either side
         self.asked(monkeypatch, [ends[0], ends[-1]], pools)
-        assert rows() == ([4] * 4, [])
+        assert rows() == [[4, 1]] * 4
         self.asked(monkeypatch, [ends[0], ends[4], ends[-1]], [pools[0], pools[-1]])
-        assert rows() == ([4] * 4, [])
+        assert rows() == [[4, 1]] * 4
         # a tensor per allocation
         self.asked(monkeypatch, ends, pools)
-        assert rows() == ([1] * 16, [])
+        assert rows() == [[1, 1]] * 16
         # two segments of layers that are not those of K and V
         self.asked(monkeypatch, [ends[0], ends[2], ends[-1]], [pools[0], pools[-1]])
-        assert sorted(rows()[0]) == [2] * 4 + [4] * 2
+        assert sorted(rows()) == [[2, 1]] * 4 + [[4, 1]] * 2
         # blocks of host memory registered by themselves, and pageable memory in front of them
         third = pools[1] + 4 * 4 * 4 * 16
         self.asked(monkeypatch, [ends[0], ends[-1]], [pools[1], third, pools[2]])
-        assert rows() == ([4] * 4, [])
+        assert rows() == [[4, 1]] * 4
 
     def test_of_more_than_the_driver_knows(self, runtime, monkeypatch):
         (device,), ends = self.views(1)
@@ -1387,8 +1023,8 @@ class TestHostSeams:
         monkeypatch.setattr(_core, "memory_range", lambda address: None)
 
         def seams(*args):
-            tensors = [(str(at), Tensor(at, *args)) for at in (1024, 1088, 4096)]
-            return cache_module._seams(tensors, ()).tolist()
+            named = [(str(at), Tensor(at, *args)) for at in (1024, 1088, 4096)]
+            return tensors.seams(named, ()).tolist()
 
         assert seams(True, False) == [1024, 1088, 1152, 4096, 4160]
         assert seams(False, True) == [1024, 1088, 1152, 4096, 4160]
@@ -1402,7 +1038,7 @@ class TestHostSeams:
             return found[0] if found else None
 
         monkeypatch.setattr(_core, "memory_range", memory_range)
-        found = list(cache_module._blocks(0x100000, 0x200000, True))
+        found = list(tensors._blocks(0x100000, 0x200000, True))
         assert found == [0x100000, 0x140000, 0x180000, 0x200000]
 
     @pytest.mark.parametrize("seams", [[-1], [1.5], [[1]]])
@@ -1495,7 +1131,7 @@ class TestOnAGpu(RoundTrip):
         stream.synchronize()
         assert setup.everything() == setup.expect(before, "device", [1, 2], [7, 9])
 
-    @pytest.mark.parametrize("path", _submit.PATHS)
+    @pytest.mark.parametrize("path", PATHS)
     @pytest.mark.parametrize("apart", [(), ("device",), ("host",), ("device", "host")], ids=str)
     def test_of_layers_in_allocations_of_their_own(self, apart, path):
         """torch gives tensors of 10 MiB an allocation each; CUDA refuses rows in two of them."""
@@ -1523,8 +1159,7 @@ class TestOnAGpu(RoundTrip):
             planned = cache.plan_offload(near, far, layers=chosen, stream=stream, path=path)
             if path == "strided" and chosen is None:
                 # a page is one copy, one each of K and V, or one for each plane
-                slices = len(planned.strided3) > 0
-                assert slices == (not apart)
+                assert (planned.strided[:, 8].max() > 1) == (not apart)
             cache.offload(near, far, layers=chosen, stream=stream, path=path)
             stream.synchronize()
         for group in range(2):
@@ -1563,7 +1198,7 @@ class TestOnAGpu(RoundTrip):
         torch.cuda.synchronize()
         pages = np.random.default_rng(0).permutation(tokens // 16)
         planned = cache.plan_offload(pages, pages, stream=stream, path="strided")
-        assert len(planned.strided3) == len(pages) and planned.calls == len(pages)
+        assert (planned.strided[:, 8] == 2).sum() == len(pages) and planned.calls == len(pages)
         cache.offload(pages, pages, stream=stream, path="strided")
         stream.synchronize()
         for group, pool in zip(device, host, strict=True):
@@ -1584,7 +1219,7 @@ class TestOnAGpu(RoundTrip):
             cache = kvsig.PagedKVCache(list(device.unbind(0)), host)
             stream = torch.cuda.Stream()
             torch.cuda.synchronize()
-            for path in _submit.PATHS:
+            for path in PATHS:
                 for pick in (np.arange(pages), np.random.default_rng(0).permutation(pages)):
                     host.zero_()
                     cache.offload(pick, pick, stream=stream, path=path)

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvsig import _core, _torch
+from kvsig import _core, streams, tensors
 from kvsig._core import Report
-from kvsig._pack import none_wrong
+from kvsig._transfer import none_wrong
 
 __all__ = ["copy_batch"]
 
@@ -25,7 +25,7 @@ def copy_batch(
     dsts: npt.ArrayLike | torch.Tensor,
     srcs: npt.ArrayLike | torch.Tensor,
     sizes: npt.ArrayLike | torch.Tensor | int,
-    stream: _torch.Stream = None,
+    stream: streams.Stream = None,
     path: str = "auto",
     batch_size: int = 256,
     check: bool = True,
@@ -109,10 +109,10 @@ def copy_batch(
     _no_null(origin, "srcs", keep)
     if check and len(to):
         _no_overlap(to, origin, length, keep)
-    handle = _torch.stream_handle(stream)
+    handle = streams.stream_handle(stream)
     if not len(to):
         return Report()
-    with _torch.device_guard(_torch.stream_device(stream)):
+    with streams.device_guard(streams.stream_device(stream)):
         return _core.copy_batch(to, origin, length, handle, path, min(batch_size, len(to)))
 
 
@@ -129,11 +129,13 @@ def _addresses(values: Any, name: str) -> U64:
             raise TypeError(
                 f"{name} is on {values.device}: addresses are read on the CPU, pass {name}.cpu()"
             )
-        array = _torch.integers(values, name)
+        array = tensors.integers(values, name)
     else:
+        if isinstance(values, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in values):
+            raise TypeError(f"{name} holds tensors: give their addresses, as t.data_ptr() does")
         array = np.asarray(values)
-        if array.size == 0 and not isinstance(values, np.ndarray):
-            array = array.astype(np.int64)  # an empty list has no dtype of its own
+        if array.size == 0:
+            array = array.astype(np.int64)  # no number is of the wrong type
     if array.dtype.kind not in "iu" or array.dtype.itemsize != 8:
         raise TypeError(f"{name} must hold int64 or uint64, not {array.dtype}")
     if array.ndim != 1:

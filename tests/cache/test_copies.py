@@ -286,9 +286,9 @@ class TestOverlap:
         refused(ValueError, text, [0x1000], [0x1000], 16)
 
     def test_agrees_with_looking_at_every_pair(self, monkeypatch):
-        from kvsig import transfer
+        from kvsig import copies
 
-        monkeypatch.setattr(transfer._core, "copy_batch", lambda *args: None)
+        monkeypatch.setattr(copies._core, "copy_batch", lambda *args: None)
         rng = np.random.default_rng(7)
         outcomes = set()
         for case in range(3000):

@@ -1,0 +1,16 @@
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvsig._core import Report
+from kvsig.planning._plan import Direction, Geometry, Pages, Plan
+
+def begin(
+    geometry: Geometry, device_pages: Any, host_pages: Any, direction: Direction
+) -> Pages: ...
+def choose(geometry: Geometry, pages: Pages, stream: int, path: str) -> Plan: ...
+def run(geometry: Geometry, pages: Pages, stream: int, path: str) -> Report: ...
+def moved(tensors_: tuple[torch.Tensor, ...], addresses: list[int]) -> int: ...
+def none_wrong(values: npt.NDArray[np.uint64], zeros: bool) -> bool: ...
