@@ -72,7 +72,7 @@ EXTENSIONS = [
     Extension(
         "kvsig._core",
         ["kvsig/_core.pyx"],
-        depends=["kvsig/_clock.pxd", "kvsig/_core.pxd", "kvsig/_generated.pxi"],
+        depends=["kvsig/_core.pxd", "kvsig/_generated.pxi", "kvsig/_path.pxd"],
         extra_compile_args=FLAGS,
         libraries=["dl"],
     ),
@@ -85,7 +85,7 @@ EXTENSIONS = [
     Extension(
         "kvsig._submit",
         ["kvsig/_submit.pyx"],
-        depends=["kvsig/_core.pxd", "kvsig/_pack.pxd"],
+        depends=["kvsig/_clock.pxd", "kvsig/_core.pxd", "kvsig/_pack.pxd", "kvsig/_path.pxd"],
         extra_compile_args=FLAGS,
     ),
 ]

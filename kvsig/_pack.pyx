@@ -1639,8 +1639,6 @@ cdef class Transfer:
         # Longest calls first: shorter ones cost the host more, and it may be a slow one.
         self.consider(mode, size, 0)
         if batched and t.copies > first:
-            if mode == BATCH and doubles_to(first, size):
-                self.consider(mode, size, first)
             for i in range(p.sizes - 2, -1, -1):
                 self.consider(mode, p.batch_size[i], 0)
         if batched:

@@ -6,16 +6,19 @@ between empties the CPU's caches. Every step of Python costs a microsecond then 
 tenth otherwise, so there is none here that the usual transfer needs.
 """
 
-from libc.stdint cimport uint64_t
+from libc.stdint cimport int64_t, uint64_t
 
 import numpy as np
 import torch
 
 from kvsig import _core, _torch
 
-from kvsig._core cimport submit_copies
+from kvsig._clock cimport clock_ns
+from kvsig._core cimport (
+    PATH_BATCH, PATH_LOOP, Path, batch_refusal_of, no_batch, run_copies, run_strided
+)
 from kvsig._pack cimport (
-    CUBES, END, ROWS, Copies, Step, arrays_of, begin_transfer, choose_now, next_step
+    COPIES, CUBES, END, ROWS, Copies, Step, arrays_of, begin_transfer, choose_now, next_step
 )
 
 PATHS = ("auto", "batch", "strided", "loop")
@@ -144,23 +147,14 @@ cdef class Submitter:
             if step == END:
                 break
             try:
-                if step == ROWS:
-                    done = _core.copy_strided(arrays_of(transfer, step), handle)
-                elif step == CUBES:
-                    done = _core.copy_strided3(arrays_of(transfer, step), handle)
-                else:
+                if step == COPIES:
                     # Where batches are refused, "auto" makes the same loop and says why.
                     plain = path if path != "strided" else "auto"
                     if plain == "auto" and not copies.batched and not refused:
                         plain = "loop"
-                    # Calls grow at the start only; once something is queued, the rest goes one
-                    # way or the other.
-                    done = submit_copies(
-                        copies.dsts, copies.srcs, copies.sizes, copies.same, copies.count, handle,
-                        plain, copies.batch_size, copies.threads,
-                        copies.first_size if report is None else 0,
-                        report is None and copies.batched, &copies.took,
-                    )
+                    done = self.copy(&copies, handle, plain, report is None)
+                else:
+                    done = self.rows(arrays_of(transfer, step), step, handle)
             except CudaError as error:
                 kind = "strided" if step == ROWS else "strided3" if step == CUBES else "copies"
                 self._explain(error, selection, kind, arrays_of(transfer, step), load)
@@ -171,3 +165,35 @@ cdef class Submitter:
                 return self.queue(selection, transfer, handle, path, load, True)
             report = done if report is None else report + done
         return Report() if report is None else report
+
+    cdef object copy(self, Copies *copies, uint64_t handle, str plain, bint first):
+        """Submit plain copies; None where others may be better, for batches are refused."""
+        cdef object reason = None
+        cdef object done
+        cdef Path way = PATH_LOOP
+        cdef int64_t begin = clock_ns()
+        if plain != "loop":
+            reason = batch_refusal_of(handle)
+            if reason is None:
+                way = PATH_BATCH
+            elif plain == "batch":
+                raise no_batch(reason, handle)
+            elif first and copies.batched:
+                return None
+        done = run_copies(
+            copies.dsts, copies.srcs, copies.sizes, copies.same, copies.count, handle, way,
+            plain == "batch", copies.batch_size, reason,
+        )
+        copies.took = clock_ns() - begin if done.path == "batch" else -1
+        return done
+
+    cdef object rows(self, object ops, Step step, uint64_t handle):
+        """Submit strided copies."""
+        cdef const uint64_t[:, ::1] words
+        if step == ROWS:
+            flat = ops
+            ops = np.ones((len(flat), 9), np.uint64)
+            ops[:, [0, 1, 3, 4, 6, 7]] = flat
+            ops[:, 2] = ops[:, 5] = flat[:, 5]
+        words = ops
+        return run_strided(&words[0, 0], words.shape[0], handle)

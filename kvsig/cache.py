@@ -115,7 +115,7 @@ class PagedKVCache(Submitter):
             raise ValueError(f"layout must be 'layer_first' or 'page_first_direct', not {layout!r}")
         if not isinstance(page_size, int) or isinstance(page_size, bool) or page_size < 1:
             raise ValueError(f"page_size must be an int of at least 1, not {page_size!r}")
-        team = _threads.most(threads)
+        _threads.most(threads)
         groups = _device_groups(device)
         labels = ("K ", "V ") if len(groups) == 2 else ("",)
         layers = len(groups[0])
@@ -161,7 +161,7 @@ class PagedKVCache(Submitter):
             model = costs.load(_torch.device_name(self.device))
         self.model = model
         # Tensors were looked at, so the runtime is bound, and stays so.
-        self._team = team if _core.teams_bound() else _threads.ALONE
+        self._team = _threads.ALONE
         self._rows = _core.strided_bound()
         self._all = self._select(tuple(range(layers)))
         self._selections = {}
