@@ -12,109 +12,161 @@ from libc.stdint cimport int64_t, uint64_t
 import numpy as np
 import torch
 
-from kvsig import _core, tensors
+from kvsig import _core, streams, tensors
 
 from kvsig._core cimport batch_refusal_of, no_batch, run_copies, run_strided
 from kvsig._path cimport PATH_STRIDED
 from kvsig.planning._pack cimport Packer, Piece
-from kvsig.planning._plan cimport OFFLOAD, Direction, Geometry, Pages, Plan
+from kvsig.planning._plan cimport Direction, Geometry, Pages, Plan
 
 cdef object ndarray = np.ndarray
 cdef object Tensor = torch.Tensor
 cdef object int64 = torch.int64
+cdef object CudaStream = torch.cuda.Stream
+cdef object HANDLES = 1 << 64
 cdef object Report = _core.Report
 cdef object CudaError = _core.CudaError
 cdef object data_ptr = torch.Tensor.data_ptr
 
 
-cdef object as_array(object values, str name, int64_t limit):
-    """Page numbers as an int64 array: what callers mostly give without a step of Python."""
+class TensorMoved(ValueError):
+    """A tensor's memory is not where it was: its number, and both addresses."""
+
+
+cdef object simple(object values):
+    """What callers mostly give as an array, unchecked; anything else as None."""
     kind = type(values)
     if kind is ndarray:
-        if values.dtype.char == "l" and values.ndim == 1 and values.flags.c_contiguous:
-            return values
-    elif kind is Tensor and values.dtype is int64 and values.is_cpu and values.dim() == 1:
-        return np.ascontiguousarray(values.numpy())
-    return tensors.page_numbers(values, name, limit)
+        return values
+    if kind is Tensor and values.dtype is int64 and values.is_cpu:
+        return values.numpy()
+    return None
 
 
-def begin(Geometry geometry not None, device_pages, host_pages, Direction direction):
-    """Read the page numbers of a request: once, into memory that nobody else can write to.
-
-    Parameters
-    ----------
-    geometry : Geometry
-        Of any layers of the cache: all have the same pages.
-    device_pages, host_pages : sequence, array or tensor of int, shape (n,)
-        Page numbers, as the caller gave them.
-    direction : Direction
-
-    Returns
-    -------
-    Pages
-
-    Raises
-    ------
-    TypeError, ValueError
-        If they are no page numbers, out of range, or a destination comes twice.
-    """
-    near = as_array(device_pages, "device_pages", geometry.layout.device_pages)
-    far = as_array(host_pages, "host_pages", geometry.layout.host_pages)
-    return Pages(near, far, geometry.layout.device_pages, geometry.layout.host_pages, direction)
-
-
-def choose(Geometry geometry not None, Pages pages not None, uint64_t stream, path):
-    """Plan what `run` would do; nothing is queued.
+cdef class Selection:
+    """Some layers of a cache, ready to be moved.
 
     Parameters
     ----------
+    layers : tuple of int
+        Which ones, in order.
     geometry : Geometry
-    pages : Pages
-    stream : int
-        Handle of the stream.
-    path : {"auto", "batch", "strided", "loop"}
+        Where their pages are.
+    tensors : tuple of Tensor
+        What holds them, on both sides.
+    device : torch.device
+        Where the layers are.
 
-    Returns
-    -------
-    Plan
+    Notes
+    -----
+    Nothing changes once it is made: many threads may move pages by it at a time.
     """
-    refusal = batch_refusal_of(stream) if path == "auto" else None
-    return geometry.plan_pages(pages, path, refusal is None, _core.strided_bound())
 
+    cdef readonly tuple layers, tensors
+    cdef readonly list addresses
+    cdef readonly Geometry geometry
+    cdef readonly object device
+    cdef object index
+    cdef bint one_device, strided
 
-def run(Geometry geometry not None, Pages pages not None, uint64_t stream, path):
-    """Plan a request and queue its copies.
+    def __init__(self, tuple layers, Geometry geometry not None, tuple tensors, device):
+        self.layers, self.geometry, self.tensors = layers, geometry, tensors
+        self.addresses = [data_ptr(tensor) for tensor in tensors]
+        self.device = device
+        self.index = device.index if device.type == "cuda" else None
+        self.one_device = self.index is None or torch.cuda.device_count() == 1
+        # Tensors were looked at, so the runtime is bound, and stays so.
+        self.strided = _core.strided_bound()
 
-    Parameters
-    ----------
-    geometry : Geometry
-        Of the layers to move.
-    pages : Pages
-    stream : int
-        Handle of the stream.
-    path : {"auto", "batch", "strided", "loop"}
+    def move(self, device_pages, host_pages, stream, path, Direction direction):
+        """Move pages, from the arguments as the caller gave them.
 
-    Returns
-    -------
-    Report
+        What is the caller's code is run first, page numbers are copied then, and nothing of the
+        caller's is looked at again.
 
-    Raises
-    ------
-    BindError
-        If the path cannot be taken, before anything is queued.
-    CudaError
-        If CUDA refuses a copy; ``addresses`` are its destination and source where the error is
-        about one copy.
-    """
-    cdef object refusal = None
-    if path == "auto" or path == "batch":
-        refusal = batch_refusal_of(stream)
-        if refusal is not None and path == "batch" and pages.count:
-            raise no_batch(refusal, stream)
-    return submit(
-        geometry.plan_pages(pages, path, refusal is None, _core.strided_bound()), stream,
-        path == "batch", refusal,
-    )
+        Parameters
+        ----------
+        device_pages, host_pages : sequence, array or tensor of int, shape (n,)
+        stream : Stream
+        path : {"auto", "batch", "strided", "loop"}
+        direction : Direction
+
+        Returns
+        -------
+        Report
+
+        Raises
+        ------
+        TypeError, ValueError
+            If the request is wrong; nothing has moved then.
+        BindError
+            If the path cannot be taken, before anything is queued.
+        CudaError
+            If CUDA refuses a copy; ``addresses`` are its destination and source where the error
+            is about one copy.
+        """
+        cdef uint64_t handle = self.handle_of(stream)
+        cdef Pages pages = self.begin(device_pages, host_pages, direction)
+        if self.one_device:
+            return self.run(pages, handle, path)
+        with streams.device_guard(self.device):
+            return self.run(pages, handle, path)
+
+    cpdef uint64_t handle_of(self, stream) except? 0:
+        """Handle of a stream that the caller gave."""
+        # What callers in a hurry give.
+        if type(stream) is int and 0 <= stream < HANDLES:
+            return stream
+        if type(stream) is CudaStream and stream.device_index == self.index:
+            return stream.cuda_stream
+        return streams.stream_handle(stream, self.device)
+
+    cpdef Pages begin(self, device_pages, host_pages, Direction direction):
+        """Read the page numbers of a request: once, into memory that nobody else can write to.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If they are no page numbers, out of range, or a destination comes twice; or if a
+            tensor has moved.
+        """
+        cdef Geometry g = self.geometry
+        cdef object near = simple(device_pages), far = simple(host_pages)
+        cdef Pages pages = None
+        if near is not None and far is not None:
+            pages = g.pages_now(near, far, direction)
+        if pages is None:
+            near = tensors.page_numbers(device_pages, "device_pages", g.layout.device_pages)
+            far = tensors.page_numbers(host_pages, "host_pages", g.layout.host_pages)
+            pages = g.pages_now(near, far, direction)
+        self.check_places()
+        return pages
+
+    cdef int check_places(self) except -1:
+        """Refuse tensors whose memory is not where it was."""
+        cdef Py_ssize_t i
+        cdef object now
+        for i in range(len(self.tensors)):
+            now = data_ptr(self.tensors[i])
+            if now != self.addresses[i]:
+                raise TensorMoved(i, self.addresses[i], now)
+        return 0
+
+    def plan(self, Pages pages not None, uint64_t handle, path):
+        """Plan what `run` would do; nothing is queued. Returns the `Plan`."""
+        refusal = batch_refusal_of(handle) if path == "auto" else None
+        return self.geometry.plan_pages(pages, path, refusal is None, self.strided)
+
+    cpdef object run(self, Pages pages, uint64_t handle, path):
+        """Plan a request and queue its copies on a stream. Returns the `Report`."""
+        cdef object refusal = None
+        cdef Plan plan
+        if path == "auto" or path == "batch":
+            refusal = batch_refusal_of(handle)
+            if refusal is not None and path == "batch" and pages.count:
+                raise no_batch(refusal, handle)
+        plan = self.geometry.plan_pages(pages, path, refusal is None, self.strided)
+        return submit(plan, handle, path == "batch", refusal)
 
 
 cdef object submit(Plan plan, uint64_t stream, bint strict, object refusal):
@@ -149,22 +201,6 @@ cdef locate(object error, const Piece *piece):
         error.addresses = piece.ops[9 * index], piece.ops[9 * index + 3]
     else:
         error.addresses = piece.dsts[index], piece.srcs[index]
-
-
-def moved(tuple tensors_, list addresses):
-    """Number of the first tensor whose memory is not where it was, or -1.
-
-    Parameters
-    ----------
-    tensors_ : tuple of Tensor
-    addresses : list of int
-        Where each one was.
-    """
-    cdef Py_ssize_t i
-    for i in range(len(tensors_)):
-        if data_ptr(tensors_[i]) != addresses[i]:
-            return i
-    return -1
 
 
 def none_wrong(const uint64_t[::1] values not None, bint zeros):

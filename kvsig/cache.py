@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvsig import _core, _transfer, planning, streams, tensors
+from kvsig import planning, streams, tensors
 from kvsig._core import Report
+from kvsig._errors import CudaError
+from kvsig._transfer import Selection, TensorMoved
 from kvsig.planning import Direction, Plan, costs, geometry
 from kvsig.planning.costs import CostModel
 
@@ -19,20 +21,13 @@ __all__ = ["PagedKVCache"]
 
 LAYOUTS = ("layer_first", "page_first_direct")
 PATHS = ("auto", "batch", "strided", "loop")
+# Looked up once: an attribute of an enumeration costs more than the rest of a call.
+LOAD, OFFLOAD = Direction.LOAD, Direction.OFFLOAD
 
 U64: TypeAlias = npt.NDArray[np.uint64]
 Pages: TypeAlias = Sequence[int] | npt.NDArray[Any] | torch.Tensor
 Layers: TypeAlias = int | Sequence[int] | None
 Group: TypeAlias = torch.Tensor | Sequence[torch.Tensor]
-
-
-class _Selection(NamedTuple):
-    """Some layers of the cache, ready to plan transfers of, and the tensors that hold them."""
-
-    layers: tuple[int, ...]
-    geometry: planning.Geometry
-    tensors: tuple[torch.Tensor, ...]
-    addresses: list[int]
 
 
 class PagedKVCache:
@@ -142,13 +137,11 @@ class PagedKVCache:
         self._given_seams = [] if host_seams is None else tensors.addresses(
             host_seams, "host_seams"
         ).tolist()
-        self._index = self.device.index if self.device.type == "cuda" else None
-        self._one_device = self._index is None or torch.cuda.device_count() == 1
         with streams.device_guard(self.device):
             self.pinned = all(tensors.page_locked(item.tensor) for item in far)
             self._seams = self._look_for_seams()
         self.model = costs.load(streams.device_name(self.device)) if model is None else model
-        self._selections: dict[Any, _Selection] = {}
+        self._selections: dict[Any, Selection] = {}
         self._all = self._select(tuple(range(layers)))
 
     def __repr__(self) -> str:
@@ -205,9 +198,7 @@ class PagedKVCache:
         The call returns when the work is queued: read the host pool only after the stream
         has been waited for. Page numbers are read before the call returns.
         """
-        return self._transfer(
-            device_pages, host_pages, layers, stream, path, Direction.OFFLOAD, None
-        )
+        return self._move(device_pages, host_pages, layers, stream, path, OFFLOAD)
 
     def load(
         self,
@@ -242,9 +233,9 @@ class PagedKVCache:
         TypeError, ValueError, BindError, CudaError
             As in `offload`; also if `events` are not one for each layer.
         """
-        return self._transfer(
-            device_pages, host_pages, layers, stream, path, Direction.LOAD, events
-        )
+        if events is not None:
+            return self._move_in_layers(device_pages, host_pages, layers, stream, path, events)
+        return self._move(device_pages, host_pages, layers, stream, path, LOAD)
 
     def plan_offload(
         self,
@@ -272,7 +263,7 @@ class PagedKVCache:
         TypeError, ValueError
             As in `offload`.
         """
-        return self._plan(device_pages, host_pages, layers, stream, path, Direction.OFFLOAD)
+        return self._plan(device_pages, host_pages, layers, stream, path, OFFLOAD)
 
     def plan_load(
         self,
@@ -299,9 +290,9 @@ class PagedKVCache:
         TypeError, ValueError
             As in `load`.
         """
-        return self._plan(device_pages, host_pages, layers, stream, path, Direction.LOAD)
+        return self._plan(device_pages, host_pages, layers, stream, path, LOAD)
 
-    def _transfer(
+    def _move(
         self,
         device_pages: Pages,
         host_pages: Pages,
@@ -309,53 +300,40 @@ class PagedKVCache:
         stream: streams.Stream,
         path: str,
         direction: Direction,
-        events: Iterable[Any] | None,
     ) -> Report:
-        """Move pages, from the arguments as the caller gave them.
+        chosen = self._all if layers is None else self._selection(layers)
+        if type(path) is not str or path not in PATHS:
+            path = _checked_path(path)
+        try:
+            return chosen.move(device_pages, host_pages, stream, path, direction)
+        except (CudaError, TensorMoved) as error:
+            raise self._explained(error, chosen) from None
 
-        What is the caller's code is run first, page numbers are copied then, and nothing of the
-        caller's is looked at again.
-        """
+    def _move_in_layers(
+        self,
+        device_pages: Pages,
+        host_pages: Pages,
+        layers: Layers,
+        stream: streams.Stream,
+        path: str,
+        events: Iterable[Any],
+    ) -> Report:
+        """Load layer by layer, and record an event behind each."""
         chosen = self._all if layers is None else self._selection(layers)
         path = _checked_path(path)
-        if events is not None:
-            events = _checked_events(events, len(chosen.layers))
-        handle = streams.stream_handle(stream, self.device)
-        pages = _transfer.begin(chosen.geometry, device_pages, host_pages, direction)
-        moved = _transfer.moved(chosen.tensors, chosen.addresses)
-        if moved >= 0:
-            raise self._moved(chosen, moved)
-        if self._one_device:
-            return self._run(chosen, pages, handle, path, stream, events)
-        with streams.device_guard(self.device):
-            return self._run(chosen, pages, handle, path, stream, events)
-
-    def _run(
-        self,
-        chosen: _Selection,
-        pages: planning.Pages,
-        handle: int,
-        path: str,
-        stream: streams.Stream,
-        events: Iterable[Any] | None,
-    ) -> Report:
-        if events is None:
-            return self._queue(chosen, pages, handle, path)
-        report = Report()
+        events = _checked_events(events, len(chosen.layers))
+        handle = chosen.handle_of(stream)
         recorder = streams.event_stream(stream, handle, self.device)
-        for layer, event in zip(chosen.layers, events, strict=True):
-            report += self._queue(self._selection(layer), pages, handle, path)
-            event.record(recorder)
-        return report
-
-    def _queue(
-        self, chosen: _Selection, pages: planning.Pages, handle: int, path: str
-    ) -> Report:
+        report = Report()
         try:
-            return _transfer.run(chosen.geometry, pages, handle, path)
-        except _core.CudaError as error:
-            self._explain(error, chosen)
-            raise
+            pages = chosen.begin(device_pages, host_pages, LOAD)
+            with streams.device_guard(self.device):
+                for layer, event in zip(chosen.layers, events, strict=True):
+                    report += self._selection(layer).run(pages, handle, path)
+                    event.record(recorder)
+        except (CudaError, TensorMoved) as error:
+            raise self._explained(error, chosen) from None
+        return report
 
     def _plan(
         self,
@@ -368,48 +346,50 @@ class PagedKVCache:
     ) -> Plan:
         chosen = self._all if layers is None else self._selection(layers)
         path = _checked_path(path)
-        handle = streams.stream_handle(stream, self.device)
-        pages = _transfer.begin(chosen.geometry, device_pages, host_pages, direction)
-        return planning.explain(_transfer.choose(chosen.geometry, pages, handle, path))
+        handle = chosen.handle_of(stream)
+        try:
+            pages = chosen.begin(device_pages, host_pages, direction)
+        except TensorMoved as error:
+            raise self._explained(error, chosen) from None
+        return planning.explain(chosen.plan(pages, handle, path))
 
-    def _moved(self, chosen: _Selection, number: int) -> ValueError:
-        """Make the error for a tensor whose memory is not where it was."""
-        name = next(n for n, t in self._near + self._far if t is chosen.tensors[number])
-        now = chosen.tensors[number].data_ptr()
-        return ValueError(
-            f"{name} was at {chosen.addresses[number]:#x} when the cache was made, and is at "
-            f"{now:#x} now: a cache's tensors must stay where they are; make the cache anew"
-        )
-
-    def _explain(self, error: _core.CudaError, chosen: _Selection) -> None:
-        """Add to an error of CUDA what it is about: a page, or memory that has changed."""
-        found = getattr(error, "addresses", None)
-        if found is None:
-            return
-        with streams.device_guard(self.device):
-            seams = self._look_for_seams()
-        if not all(map(np.array_equal, seams, self._seams)):
-            error.add_note(
-                "memory of the cache has been registered or freed since the cache was made: "
-                "make it anew"
+    def _explained(self, error: Exception, chosen: Selection) -> Exception:
+        """Say what an error is about: a page, a tensor that moved, or memory that has changed."""
+        if isinstance(error, TensorMoved):
+            number, before, now = error.args
+            tensor = chosen.tensors[number]
+            name = next(name for name, other in self._near + self._far if other is tensor)
+            return ValueError(
+                f"{name} was at {before:#x} when the cache was made, and is at {now:#x} now: "
+                "a cache's tensors must stay where they are; make the cache anew"
             )
-            return
-        for address in found:
+        addresses = getattr(error, "addresses", ())
+        if addresses:
+            with streams.device_guard(self.device):
+                seams = self._look_for_seams()
+            if not all(map(np.array_equal, seams, self._seams)):
+                error.add_note(
+                    "memory of the cache has been registered or freed since the cache was made: "
+                    "make it anew"
+                )
+                return error
+        for address in addresses:
             place = chosen.geometry.planes.locate(int(address))
             if place is not None and place[2]:
                 name = self._near[self._plane(chosen, place[0])].name
                 error.add_note(f"the copy that failed begins at page {place[1]} of {name}")
+        return error
 
     def _look_for_seams(self) -> tuple[U64, U64]:
         """Where allocations and registered blocks meet, on the device and on the host."""
         return tensors.seams(self._near, ()), tensors.seams(self._far, self._given_seams)
 
-    def _plane(self, chosen: _Selection, plane: int) -> int:
+    def _plane(self, chosen: Selection, plane: int) -> int:
         """Return the number, in the whole cache, of a plane of a selection."""
         group, position = divmod(plane, len(chosen.layers))
         return group * self.num_layers + chosen.layers[position]
 
-    def _select(self, layers: tuple[int, ...]) -> _Selection:
+    def _select(self, layers: tuple[int, ...]) -> Selection:
         near, far = self._seams
         ready = planning.Geometry(self._planes.select(layers), self.model, far, near)
         groups = len(self._near) // self.num_layers
@@ -419,9 +399,9 @@ class PagedKVCache:
         else:
             far_used = self._far
         used += [item.tensor for item in far_used]
-        return _Selection(layers, ready, tuple(used), [tensor.data_ptr() for tensor in used])
+        return Selection(layers, ready, tuple(used), self.device)
 
-    def _selection(self, layers: int | Sequence[int]) -> _Selection:
+    def _selection(self, layers: int | Sequence[int]) -> Selection:
         """Return the planes of the layers asked for, made once for each choice of layers."""
         kind = type(layers)
         key: Any = layers

@@ -112,6 +112,7 @@ cdef Py_ssize_t next_run(Scan *s, int64_t *device_step, int64_t *host_step) noex
 cdef class Geometry:
     cdef Layout layout
     cdef readonly object model, planes
+    cdef Pages pages_now(self, object device_pages, object host_pages, Direction direction)
     cdef Plan plan_pages(self, Pages pages, object path, bint batch, bint strided)
 
 cdef class Pages:
@@ -121,6 +122,7 @@ cdef class Pages:
     cdef readonly int direction
     cdef Runs runs
     cdef bint lone          # no page is in a run
+    cdef int check(self, int64_t device_limit, int64_t host_limit) except -1
     cdef object beyond(self, Py_ssize_t first, int64_t device_limit, int64_t host_limit)
     cdef object repeated(self, const int64_t *to, Py_ssize_t last)
     cdef int find_runs(self) except -1 nogil

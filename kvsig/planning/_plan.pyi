@@ -35,14 +35,6 @@ class Geometry:
     ) -> Plan: ...
 
 class Pages:
-    def __init__(
-        self,
-        device_pages: Any,
-        host_pages: Any,
-        device_limit: int,
-        host_limit: int,
-        direction: Direction,
-    ) -> None: ...
     @property
     def count(self) -> int: ...
     @property

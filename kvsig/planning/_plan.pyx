@@ -213,9 +213,36 @@ cdef class Geometry:
         return [self.layout.group[g].depth for g in range(self.layout.groups)]
 
     def pages(self, device_pages, host_pages, Direction direction):
-        """Copy and check the page numbers of a request; see `Pages`."""
-        return Pages(device_pages, host_pages, self.layout.device_pages, self.layout.host_pages,
-                     direction)
+        """Copy and check the page numbers of a request.
+
+        Parameters
+        ----------
+        device_pages, host_pages : ndarray of int64, shape (n,)
+            Page numbers, one to one, contiguous.
+        direction : Direction
+            Says which side is the destination, where no page may come twice.
+
+        Returns
+        -------
+        Pages
+
+        Raises
+        ------
+        TypeError
+            If they are no such arrays.
+        ValueError
+            If lengths differ, a number is out of range, or a destination comes twice; the message
+            names the place and both values.
+        """
+        cdef Pages pages = self.pages_now(device_pages, host_pages, direction)
+        if pages is None:
+            raise TypeError("page numbers must be one-dimensional contiguous int64 arrays")
+        return pages
+
+    cdef Pages pages_now(self, object device_pages, object host_pages, Direction direction):
+        return pages_of(
+            device_pages, host_pages, self.layout.device_pages, self.layout.host_pages, direction
+        )
 
     def plan(self, Pages pages not None, path="auto", *, bint batch=True, bint strided=True):
         """Choose how to move pages; nothing is packed.
@@ -329,18 +356,20 @@ cdef void store_uses(Layout *p) noexcept:
 # --- Page numbers -----------------------------------------------------------------------------
 
 
-cdef int read_pages(object array, str name, int64_t **numbers, Py_ssize_t *count) except -1:
-    """Copy page numbers: what is checked afterwards, nobody else can write to."""
+cdef int read_pages(object array, int64_t **numbers, Py_ssize_t *count) except -1:
+    """Copy page numbers: what is checked afterwards, nobody else can write to. 0 if they are none."""
     cdef Py_buffer view
     cdef int64_t *copy
-    numbers[0] = NULL
-    PyObject_GetBuffer(array, &view, PyBUF_ND | PyBUF_FORMAT)
+    try:
+        PyObject_GetBuffer(array, &view, PyBUF_ND | PyBUF_FORMAT)
+    except (TypeError, BufferError, ValueError):
+        return 0
     try:
         if (
             view.ndim != 1 or view.itemsize != 8 or view.format == NULL
             or (view.format[0] != c"l" and view.format[0] != c"q")
         ):
-            raise ValueError(f"{name} must be a one-dimensional contiguous int64 array")
+            return 0
         copy = <int64_t *>malloc(view.shape[0] * sizeof(int64_t) + 1)
         if copy == NULL:
             raise MemoryError(f"no memory for {view.shape[0]} page numbers")
@@ -348,43 +377,48 @@ cdef int read_pages(object array, str name, int64_t **numbers, Py_ssize_t *count
         numbers[0], count[0] = copy, view.shape[0]
     finally:
         PyBuffer_Release(&view)
-    return 0
+    return 1
+
+
+cdef Pages pages_of(object device_pages, object host_pages, int64_t device_limit,
+                    int64_t host_limit, Direction direction):
+    """Copy and check page numbers; None where they are no contiguous int64 arrays."""
+    cdef Pages pages = Pages.__new__(Pages)
+    cdef Py_ssize_t n = 0, m = 0
+    if not read_pages(device_pages, &pages.device, &n):
+        return None
+    if not read_pages(host_pages, &pages.host, &m):
+        return None
+    if n != m:
+        raise ValueError(
+            f"device_pages has {n} page numbers and host_pages has {m}: give as many of each"
+        )
+    pages.count, pages.direction = n, direction
+    pages.check(device_limit, host_limit)
+    return pages
 
 
 cdef class Pages:
     """The page numbers of one request: copied, checked, and searched for runs.
 
-    Parameters
+    `Geometry.pages` makes it.
+
+    Attributes
     ----------
-    device_pages, host_pages : ndarray of int64, shape (n,)
-        Page numbers, one to one.
-    device_limit, host_limit : int
-        Pages on each side; valid numbers are below it.
+    count : int
+        Pages to move.
     direction : Direction
         Says which side is the destination, where no page may come twice.
-
-    Raises
-    ------
-    ValueError
-        If lengths differ, a number is out of range, or a destination comes twice; the message
-        names the place and both values.
     """
 
-    def __cinit__(self, device_pages, host_pages, int64_t device_limit, int64_t host_limit,
-                  Direction direction):
-        cdef Py_ssize_t n = 0, m = 0, first
-        cdef const int64_t *to
-        cdef int64_t limit
-        self.direction = direction
-        read_pages(device_pages, "device_pages", &self.device, &n)
-        read_pages(host_pages, "host_pages", &self.host, &m)
-        if n != m:
-            raise ValueError(
-                f"device_pages has {n} page numbers and host_pages has {m}: give as many of each"
-            )
-        self.count = n
-        to, limit = self.device, device_limit
-        if direction == OFFLOAD:
+    def __init__(self):
+        raise TypeError("page numbers are checked against a geometry: use Geometry.pages")
+
+    cdef int check(self, int64_t device_limit, int64_t host_limit) except -1:
+        cdef Py_ssize_t n = self.count, first
+        cdef const int64_t *to = self.device
+        cdef int64_t limit = device_limit
+        if self.direction == OFFLOAD:
             to, limit = self.host, host_limit
         if n < KEEP_GIL:
             first = first_beyond(self.device, self.host, n, device_limit, host_limit)
@@ -398,6 +432,7 @@ cdef class Pages:
         first = first_repeated(to, n) if n <= FEW else first_marked(to, n, limit)
         if first >= 0:
             raise self.repeated(to, first)
+        return 0
 
     def __dealloc__(self):
         free(self.device)

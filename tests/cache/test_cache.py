@@ -397,22 +397,25 @@ class Event:
 
 
 class TestEvents:
-    def test_one_behind_each_layer(self, stream, monkeypatch):
+    def test_one_behind_each_layer(self, stream):
         setup = Setup()
         before = setup.everything()
-        log = []
-        plain = setup.cache._queue
+        log, copied = [], []
+        stream.control.record()
 
-        def queue(chosen, *args):
-            log.append(chosen.layers)
-            return plain(chosen, *args)
+        class Counting(Event):
+            def record(self, stream):
+                copied.append(len([c for c in control_calls() if "Memcpy" in c["function"]]))
+                super().record(stream)
 
-        monkeypatch.setattr(setup.cache, "_queue", queue)
-        events = [Event(log, i) for i in range(LAYERS)]
+        control_calls = stream.control.calls
+        events = [Counting(log, i) for i in range(LAYERS)]
         report = setup.cache.load([1, 2, 3], [7, 8, 9], stream=stream, events=events)
         stream.synchronize()
         assert setup.everything() == setup.expect(before, "device", [7, 8, 9], [1, 2, 3])
-        assert log == [(0,), (0, stream), (1,), (1, stream), (2,), (2, stream)]
+        assert log == [(0, stream), (1, stream), (2, stream)]
+        # each event behind its own layer's calls, before the next layer's
+        assert copied == sorted(set(copied)) and copied[0] > 0
         assert report.bytes == 3 * setup.cache.page_bytes
         assert report.copies == 3 * 2 * LAYERS
 

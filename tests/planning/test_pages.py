@@ -1,6 +1,7 @@
 """Page numbers are copied once, and checked in the copy."""
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,8 +14,15 @@ def numbers(*values):
     return np.array(values, np.int64)
 
 
+def pages_of(device, host, device_limit, host_limit, direction):
+    planes = replace(
+        layer_first(1, 8, 1, kv=1), device_pages=device_limit, host_pages=host_limit
+    )
+    return Geometry(planes, H100).pages(device, host, direction)
+
+
 def check(device, host, direction=Direction.LOAD):
-    return Pages(device, host, 100, 200, direction)
+    return pages_of(device, host, 100, 200, direction)
 
 
 GOOD = numbers(1, 2, 3)
@@ -47,24 +55,22 @@ class TestChecks:
                 0,
                 "device_pages has 3 page numbers and host_pages has 1: give as many of each",
             ),
-            (
-                GOOD.astype(np.int32),
-                GOOD,
-                0,
-                "device_pages must be a one-dimensional contiguous int64 array",
-            ),
-            (
-                GOOD,
-                GOOD.reshape(1, 3),
-                0,
-                "host_pages must be a one-dimensional contiguous int64 array",
-            ),
         ],
     )
     def test_what_is_wrong(self, device, host, direction, text):
         with pytest.raises(ValueError) as caught:
             check(device, host, Direction(direction))
         assert str(caught.value) == text
+
+    @pytest.mark.parametrize(
+        "other", [GOOD.astype(np.int32), GOOD.reshape(1, 3), np.arange(6)[::2], [1, 2, 3], None]
+    )
+    def test_what_are_no_pages(self, other):
+        for pair in ((GOOD, other), (other, GOOD)):
+            with pytest.raises(TypeError, match="one-dimensional contiguous int64 arrays"):
+                check(*pair)
+        with pytest.raises(TypeError, match="use Geometry.pages"):
+            Pages()
 
     def test_what_is_right(self):
         assert check(GOOD, numbers(199, 0, 0)).count == 3
@@ -92,16 +98,16 @@ class TestChecks:
         again = pages.copy()
         again[399] = 7
         for _ in range(3):
-            Pages(pages, pages, 500, 500, Direction.LOAD)
+            pages_of(pages, pages, 500, 500, Direction.LOAD)
             with pytest.raises(ValueError, match=r"device_pages\[399\] is page 7 again"):
-                Pages(again, pages, 500, 500, Direction.LOAD)
-            Pages(pages + 100, pages, 500, 500, Direction.LOAD)
+                pages_of(again, pages, 500, 500, Direction.LOAD)
+            pages_of(pages + 100, pages, 500, 500, Direction.LOAD)
 
     def test_of_larger_and_smaller_caches_in_turn(self):
         rng = np.random.default_rng(1)
         for limit in (1000, 70, 100_000, 64, 1000):
             pages = rng.permutation(limit)[:60]
-            Pages(pages, pages, limit, limit, Direction.OFFLOAD)
+            pages_of(pages, pages, limit, limit, Direction.OFFLOAD)
 
     def test_from_many_threads(self):
         failures = []
@@ -110,10 +116,10 @@ class TestChecks:
             rng = np.random.default_rng(seed)
             for _ in range(50):
                 pages = rng.permutation(5000)[:2000]
-                Pages(pages, pages, 5000, 5000, Direction.LOAD)
+                pages_of(pages, pages, 5000, 5000, Direction.LOAD)
                 pages[1999] = pages[3]
                 try:
-                    Pages(pages, pages, 5000, 5000, Direction.LOAD)
+                    pages_of(pages, pages, 5000, 5000, Direction.LOAD)
                     failures.append("not noticed")
                 except ValueError:
                     pass
