@@ -40,6 +40,11 @@ cdef object simple(object values):
         return values
     if kind is Tensor and values.dtype is int64 and values.is_cpu:
         return values.numpy()
+    if kind is list:
+        try:
+            return np.array(values)
+        except ValueError:
+            pass  # ragged: the slow way names the argument
     return None
 
 
