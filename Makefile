@@ -50,7 +50,7 @@ linters := $(VENV)/.kvsig-linters
 # A build belongs to one interpreter, so each environment has a stamp of its own.
 built := build/stamp$(subst /,-,$(VENV))
 sources := setup.py pyproject.toml kvsig/signatures.toml kvsig/registry.py kvsig/codegen.py \
-	$(wildcard kvsig/*.pyx kvsig/*.pxd csrc/*.c csrc/*.h csrc/*.cu csrc/*.cuh)
+	$(wildcard kvsig/*.pyx kvsig/*.pxd csrc/*.c csrc/*.h csrc/emulated/*.[ch] csrc/*.cu csrc/*.cuh)
 
 # Requirements are written down once, in pyproject.toml; torch is installed by itself, or not at all.
 define requirements

@@ -973,7 +973,7 @@ class TestLibraries:
         assert hasattr(library, "cudaMemcpyAsync")
 
     def test_build_without_sources(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(emulated, "SOURCES", tmp_path / "csrc")
+        monkeypatch.setattr(emulated.libraries, "SOURCES", tmp_path / "csrc")
         with pytest.raises(RuntimeError, match="is not there: it is part of kvsig's source tree"):
             emulated.build(registry.load(), "13.0", tmp_path)
 
