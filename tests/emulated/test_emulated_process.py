@@ -261,3 +261,13 @@ class TestUnknown:
                 lacking.add(name)
         runtime.control.reset()
         assert lacking == known_lacks
+
+
+def test_the_example_of_a_stream_runs_as_it_stands():
+    done = subprocess.run(
+        [sys.executable, "-c", "import doctest, kvsig.emulated.control as control\n"
+         "print(doctest.testmod(control))"],
+        env={**os.environ, "KVSIG_CUDART": "emulated:13.0"}, cwd=Path(__file__).parents[2],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert done.stdout.startswith("TestResults(failed=0") and "attempted=0" not in done.stdout
