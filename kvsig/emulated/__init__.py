@@ -22,3 +22,7 @@ __all__ = [
     "parse",
     "resolve",
 ]
+
+# They are known by the name of this package, whatever file they are written in.
+for _public in (Control, Library, Stream):
+    _public.__module__ = __name__
