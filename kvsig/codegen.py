@@ -285,8 +285,9 @@ def _write_exported(function: Function, variant: Variant) -> Iterator[str]:
             text = str(param.type)
             yield f'        {{"{param.name}", "{text}", &{param.name}, sizeof({param.name})}},'
         yield "    };"
+    dispatch = "emu_dispatch_pointer" if "*" in str(function.returns) else "emu_dispatch"
     yield (
-        f"    return ({function.returns})emu_dispatch("
+        f"    return ({function.returns}){dispatch}("
         f'"{function.name}", "{variant.symbol}", "{variant.label}", {array}, {count});'
     )
     yield "}"
@@ -314,7 +315,7 @@ def emulated_glue(registry: Registry, version: int, without: Collection[str] = (
     -------
     str
         Each function with its exact prototype, passing its arguments by name to
-        ``emu_dispatch`` of ``csrc/emulated.h``. A function past its last range is exported
+        ``emu_dispatch`` of ``csrc/emulated/emulated.h``. A function past its last range is exported
         as a trap that aborts: calling it would be calling an unproven prototype.
     """
     bounds = emulated_versions(registry)

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * The emulated CUDA runtime: what the generated glue of one ABI and the hand-written behaviour
- * (emulated.c) say to each other.
+ * (the C files beside this one) say to each other.
  *
  * The glue exports every function of the registry with its exact prototype for one interval of
  * runtime versions, and hands the arguments over by name:
@@ -36,11 +36,15 @@ struct emu_arg {
 };
 
 /*
- * Does what FUNCTION does. The result is the error code or, for a function that returns a pointer,
- * the pointer. All strings must live as long as the library.
+ * Does what FUNCTION does; the result is the error code. A function that the behaviour does not
+ * know answers NotSupported. All strings must live as long as the library.
  */
 int64_t emu_dispatch(const char *function, const char *symbol, const char *variant,
                      const struct emu_arg *args, size_t count);
+
+/* The same for a function that returns a pointer; NULL where the behaviour does not know it. */
+const void *emu_dispatch_pointer(const char *function, const char *symbol, const char *variant,
+                                 const struct emu_arg *args, size_t count);
 
 /* Ends the process: FUNCTION was called on a version for which no prototype was ever proven. */
 _Noreturn void emu_trap(const char *function);
@@ -55,6 +59,7 @@ extern const int emu_abi_since, emu_abi_before;
 
 KVSIG_EMULATED_API void kvsig_emulated_abi(int *since, int *before);
 KVSIG_EMULATED_API void kvsig_emulated_set_version(int runtime, int driver);
+KVSIG_EMULATED_API int kvsig_emulated_set_state(const char *name);
 KVSIG_EMULATED_API void kvsig_emulated_set_devices(int count);
 KVSIG_EMULATED_API void kvsig_emulated_set_attribute(int attribute, int value);
 KVSIG_EMULATED_API void kvsig_emulated_fault(const char *function, int error, long nth_call,
@@ -72,8 +77,8 @@ KVSIG_EMULATED_API void *kvsig_emulated_stream_create(unsigned flags);
 KVSIG_EMULATED_API int kvsig_emulated_stream_synchronize(void *stream);
 KVSIG_EMULATED_API int kvsig_emulated_stream_query(void *stream);
 KVSIG_EMULATED_API int kvsig_emulated_stream_destroy(void *stream);
-KVSIG_EMULATED_API int kvsig_emulated_mark_device(void *pointer, size_t size);
-KVSIG_EMULATED_API int kvsig_emulated_unmark_device(void *pointer);
+KVSIG_EMULATED_API int kvsig_emulated_mark(void *pointer, size_t size, int host, int device);
+KVSIG_EMULATED_API int kvsig_emulated_unmark(void *pointer);
 KVSIG_EMULATED_API int kvsig_emulated_reset(void);
 
 #endif

@@ -1,206 +1,23 @@
-"""The emulated CUDA runtimes: finding them, building others, and telling them what to do.
-
-An emulated runtime is a shared library that stands in for libcudart on a machine without a GPU
-and in tests. Device memory is host memory there, streams are queues with deferred execution, and
-faults can be ordered. The build makes one for each ABI of the registry; ``KVSIG_CUDART`` set to
-``emulated:12.9`` binds kvsig to the one that serves CUDA 12.9. No timing taken on it says
-anything about a GPU.
-"""
+"""Telling an emulated runtime what to do, and its streams."""
 
 from __future__ import annotations
 
 import ctypes
 import json
-import os
-import re
-import shlex
-import subprocess
-from collections.abc import Collection
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
-from kvsig.registry import Registry, format_version
+from kvsig.emulated.libraries import is_version, parse, resolve
 
-__all__ = ["Control", "Library", "Stream", "available", "build", "parse", "resolve"]
-
-DIRECTORY = Path(__file__).resolve().parent / "_emulated"
-SOURCES = Path(__file__).resolve().parent.parent / "csrc"
-REBUILD = "python setup.py build_ext --inplace"
 NOT_READY = 600
-
-_FILE = re.compile(r"libcudart-emulated-(\d+)\.(\d+)\.so")
-_VERSION = re.compile(r"(?:emulated:)?(\d+)\.(\d+)")
-
-
-class Library(NamedTuple):
-    """One emulated runtime: it serves the versions in [since, before)."""
-
-    since: int
-    before: int | None
-    path: Path
-
-
-def parse(version: str | int) -> int:
-    """Return a version as CUDA counts.
-
-    Parameters
-    ----------
-    version : str or int
-        "12.9", "emulated:12.9" or 12090.
-
-    Returns
-    -------
-    int
-        12090 for all three.
-
-    Raises
-    ------
-    ValueError
-        The text is no version.
-    """
-    if isinstance(version, int):
-        return version
-    match = _VERSION.fullmatch(version.strip())
-    if match is None:
-        raise ValueError(
-            f"{version!r} names no version of an emulated CUDA runtime: "
-            'write MAJOR.MINOR, such as "12.9" or "emulated:12.9"'
-        )
-    return int(match[1]) * 1000 + int(match[2]) * 10
-
-
-def available(directory: Path | str | None = None) -> list[Library]:
-    """Return the emulated runtimes that are built, oldest first.
-
-    Parameters
-    ----------
-    directory : path-like, optional
-        Where to look; by default where the build of kvsig puts them.
-
-    Returns
-    -------
-    list of Library
-        Each serves the versions up to the next one's first; the last has no end.
-    """
-    folder = DIRECTORY if directory is None else Path(directory)
-    found = []
-    for path in folder.glob("libcudart-emulated-*.so"):
-        if match := _FILE.fullmatch(path.name):
-            found.append((int(match[1]) * 1000 + int(match[2]) * 10, path))
-    found.sort()
-    ends = [*(since for since, _ in found[1:]), None]
-    return [Library(since, end, path) for (since, path), end in zip(found, ends, strict=False)]
-
-
-def resolve(version: str | int, directory: Path | str | None = None) -> Path:
-    """Return the emulated runtime that serves a version.
-
-    Parameters
-    ----------
-    version : str or int
-        "12.9", "emulated:12.9" or 12090.
-    directory : path-like, optional
-        Where to look; by default where the build of kvsig puts them.
-
-    Returns
-    -------
-    Path
-
-    Raises
-    ------
-    ValueError
-        The text is no version, nothing is built, or what is built starts later.
-    """
-    wanted = parse(version)
-    libraries = available(directory)
-    if not libraries:
-        folder = DIRECTORY if directory is None else directory
-        raise ValueError(f"no emulated CUDA runtime is built in {folder}: build with `{REBUILD}`")
-    for library in reversed(libraries):
-        if library.since <= wanted:
-            return library.path
-    names = ", ".join(format_version(library.since) for library in libraries)
-    raise ValueError(
-        f"no emulated CUDA runtime serves version {format_version(wanted)}: "
-        f"those that are built begin at {names}"
-    )
-
-
-def build(
-    registry: Registry,
-    version: str | int,
-    directory: Path | str,
-    without: Collection[str] = (),
-) -> Path:
-    """Compile an emulated runtime from a registry.
-
-    Parameters
-    ----------
-    registry : Registry
-        Where the prototypes come from.
-    version : str or int
-        A version that the library is to serve, such as "14.0" or 14000.
-    directory : path-like
-        Where the library goes; made if missing.
-    without : collection of str, optional
-        Symbols that the library is not to export.
-
-    Returns
-    -------
-    Path
-        The library.
-
-    Raises
-    ------
-    RuntimeError
-        The C sources are not there (they are part of the source tree, not of a wheel), or the
-        compiler failed.
-    """
-    source = SOURCES / "emulated.c"
-    if not source.is_file():
-        raise RuntimeError(
-            f"an emulated CUDA runtime is compiled from csrc/emulated.c, and {source} is not "
-            "there: it is part of kvsig's source tree, not of an installed wheel"
-        )
-    number = parse(version)
-    glue: str = import_module("kvsig.codegen").emulated_glue(registry, number, without=without)
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"libcudart-emulated-{format_version(number)}"
-    text = folder / f"{name}.c"
-    text.write_text(glue)
-    common = folder / "emulated.o"  # the same for every version
-    newest = max(source.stat().st_mtime, (SOURCES / "emulated.h").stat().st_mtime)
-    if not common.exists() or common.stat().st_mtime <= newest:
-        _compile(["-c", str(source), "-o", str(common)])
-    # Linked under another name first, so that a library which is loaded is not written over.
-    library, fresh = folder / f"{name}.so", folder / f"{name}.so.new"
-    _compile(["-shared", str(text), str(common), "-o", str(fresh), "-ldl"])
-    fresh.replace(library)
-    return library
-
-
-def _compile(arguments: list[str]) -> None:
-    compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
-    flags = ["-std=gnu11", "-O2", "-fPIC", "-pthread", "-fvisibility=hidden", f"-I{SOURCES}"]
-    command = [*compiler, *flags, *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise RuntimeError(
-            f"no C compiler to build an emulated CUDA runtime: {compiler[0]}: {error.strerror}; "
-            "set CC to one"
-        ) from error
-    if done.returncode:
-        raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr}")
-
 
 _c_int_p = ctypes.POINTER(ctypes.c_int)
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "abi": (None, [_c_int_p, _c_int_p]),
     "set_version": (None, [ctypes.c_int, ctypes.c_int]),
+    "set_state": (ctypes.c_int, [ctypes.c_char_p]),
     "set_devices": (None, [ctypes.c_int]),
     "set_attribute": (None, [ctypes.c_int, ctypes.c_int]),
     "fault": (None, [ctypes.c_char_p, ctypes.c_int, ctypes.c_long, ctypes.c_long]),
@@ -217,8 +34,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "stream_synchronize": (ctypes.c_int, [ctypes.c_void_p]),
     "stream_query": (ctypes.c_int, [ctypes.c_void_p]),
     "stream_destroy": (ctypes.c_int, [ctypes.c_void_p]),
-    "mark_device": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_size_t]),
-    "unmark_device": (ctypes.c_int, [ctypes.c_void_p]),
+    "mark": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int]),
+    "unmark": (ctypes.c_int, [ctypes.c_void_p]),
     "reset": (ctypes.c_int, []),
 }
 
@@ -247,9 +64,7 @@ class Control:
     """
 
     def __init__(self, library: Path | str | int) -> None:
-        if isinstance(library, int) or (
-            isinstance(library, str) and _VERSION.fullmatch(library.strip())
-        ):
+        if isinstance(library, int) or (isinstance(library, str) and is_version(library)):
             self.path = resolve(library)
         else:
             self.path = Path(library)
@@ -292,6 +107,36 @@ class Control:
         """
         number = parse(runtime)
         self._ask("set_version", number, number if driver is None else parse(driver))
+
+    def set_driver(self, state: str | int) -> None:
+        """Put the driver into a state that programs meet in the field.
+
+        ``KVSIG_EMULATED_DRIVER`` in the environment puts it there when the library is loaded,
+        for programs that cannot be told.
+
+        Parameters
+        ----------
+        state : str or int
+            "ready", as it is at first; "missing": its version is 0, calls answer 35
+            (InsufficientDriver); "old": its version is a major behind the runtime's, the
+            runtime's calls answer 35, the driver's own work; "stub": a stub library in the
+            driver's place, 34 (StubLibrary) from calls and from the driver's version; "lost": a
+            device that met an illegal address, 700 from calls and from every later
+            cudaGetLastError; "uninitialised": 3 (InitializationError) from calls. Or the code
+            that calls answer, such as 802 (SystemNotReady), 804 (CompatNotSupportedOnDevice) or
+            807 (MpsServerNotReady). The runtime's version and the texts of errors can be asked
+            for in every state.
+
+        Raises
+        ------
+        ValueError
+            There is no such state.
+        """
+        if self._ask("set_state", str(state).encode()):
+            raise ValueError(
+                f"the emulated driver has no state {state!r}: there are ready, missing, old, stub, "
+                "lost, uninitialised, and the error code that calls are to answer, 1 to 999"
+            )
 
     def set_devices(self, count: int) -> None:
         """Set the number of devices, 0 to 16."""
@@ -374,13 +219,16 @@ class Control:
         Parameters
         ----------
         name : str
-            "calls" (of any function), "operations" (finished by queues), "copies" and "bytes"
-            (made), "batches" (accepted), or "dropped" (recorded calls that were not kept).
+            "calls" (of any function), "unknown" (of functions that the registry has and the
+            emulated runtime does not know: they answer 801, NotSupported), "operations"
+            (finished by queues), "copies" and "bytes" (made), "batches" (accepted), "launches"
+            (of kernels, done), or "dropped" (recorded calls that were not kept).
         """
         value = int(self._ask("counter", name.encode()))
         if value < 0:
             raise ValueError(
-                f"no counter {name!r}: there are calls, operations, copies, bytes, batches, dropped"
+                f"no counter {name!r}: there are calls, operations, copies, bytes, batches, "
+                "launches, unknown, dropped"
             )
         return value
 
@@ -403,16 +251,48 @@ class Control:
         """Wait for a stream; 0, the legacy stream, stands for all blocking ones."""
         self._check("stream_synchronize", _handle(stream))
 
-    def mark_device(self, pointer: int, size: int) -> None:
-        """Let host memory count as device memory until `unmark_device` or `reset`."""
-        self._check("mark_device", pointer, size)
+    def mark_device(self, pointer: int, size: int, device: int = 0) -> None:
+        """Let a range of host memory count as one allocation of device memory.
+
+        Copies that leave the range, or run into it from outside, are refused as CUDA refuses
+        them (1, InvalidValue), and cuPointerGetAttribute answers the range. Ranges may touch:
+        that is a seam between two allocations.
+
+        Parameters
+        ----------
+        pointer : int
+            Address of the first byte.
+        size : int
+            Bytes.
+        device : int, default 0
+            The device that the memory is said to be on.
+
+        Raises
+        ------
+        RuntimeError
+            The range is empty (error 1), or a part of it is marked, allocated or registered
+            already (error 712).
+        """
+        self._check("mark", pointer, size, 0, device)
+
+    def mark_host(self, pointer: int, size: int, device: int = 0) -> None:
+        """Let a range count as one chunk of registered (pinned) host memory.
+
+        As `mark_device`, but ``reset`` forgets it, where it keeps what cudaHostRegister has
+        registered. A pool that is registered in chunks, or in part, is marked chunk by chunk.
+        """
+        self._check("mark", pointer, size, 1, device)
+
+    def unmark(self, pointer: int) -> None:
+        """Take back `mark_device` or `mark_host` for the range that begins here."""
+        self._check("unmark", pointer)
 
     def unmark_device(self, pointer: int) -> None:
         """Take back `mark_device`."""
-        self._check("unmark_device", pointer)
+        self._check("unmark", pointer)
 
     def reset(self) -> None:
-        """Forget faults, stubs, delays, records, marks and settings; release and drain queues.
+        """Forget faults, states, stubs, delays, records and marks; release and drain queues.
 
         Versions stay as they are, since kvsig has bound itself by them.
 
@@ -425,7 +305,11 @@ class Control:
 
 
 class Stream:
-    """An emulated stream, as other code hands torch's streams to kvsig.
+    """An emulated stream, where a program with a GPU would have a `torch.cuda.Stream`.
+
+    It is handed over as ``stream=`` wherever kvsig takes a stream. Work is queued and done by a
+    thread of the stream's own, so bytes are there only after `synchronize`, or after a ``with``
+    block, which waits at its end: a check made earlier may see the old ones, as with CUDA.
 
     Parameters
     ----------
@@ -440,6 +324,29 @@ class Stream:
         The handle.
     control : Control
         The runtime that it belongs to.
+
+    Raises
+    ------
+    RuntimeError
+        This process was forked from one that had used the emulated runtime: as with CUDA, it
+        cannot use it then.
+
+    Examples
+    --------
+    Pages go to the host on a machine without a GPU (``KVSIG_CUDART=emulated:13.0``), the stream
+    of kvsig's choice being replaced by one that can be waited for:
+
+    >>> import torch, kvsig
+    >>> from kvsig.emulated import Stream
+    >>> source = torch.arange(4)
+    >>> target = torch.zeros_like(source)
+    >>> with Stream() as stream:
+    ...     report = kvsig.copy_batch(
+    ...         [target.data_ptr()], [source.data_ptr()], source.nbytes, stream=stream
+    ...     )
+    ...     stream.synchronize()
+    ...     target.tolist()
+    [0, 1, 2, 3]
     """
 
     def __init__(
@@ -448,7 +355,13 @@ class Stream:
         if library is None:
             library = str(import_module("kvsig._core").info()["library"])
         self.control = library if isinstance(library, Control) else Control(library)
-        self.cuda_stream: int = self.control._ask("stream_create", 0 if blocking else 1)
+        handle = self.control._ask("stream_create", 0 if blocking else 1)
+        if handle is None:
+            raise RuntimeError(
+                "no emulated stream in a forked child: its parent had used the emulated CUDA "
+                "runtime before the fork; start the child by spawn instead"
+            )
+        self.cuda_stream: int = handle
 
     def synchronize(self) -> None:
         """Wait for all work of the stream."""
