@@ -160,7 +160,7 @@ cdef class Selection:
     def plan(self, Pages pages not None, uint64_t handle, path):
         """Plan what `run` would do; nothing is queued. Returns the `Plan`."""
         refusal = batch_refusal_of(handle) if path == "auto" else None
-        return self.geometry.plan_pages(pages, path, refusal is None, self.strided)
+        return self.geometry.plan_pages(pages, path, refusal is None, self.strided, False)
 
     cpdef object run(self, Pages pages, uint64_t handle, path):
         """Plan a request and queue its copies on a stream. Returns the `Report`."""
@@ -170,7 +170,7 @@ cdef class Selection:
             refusal = batch_refusal_of(handle)
             if refusal is not None and path == "batch" and pages.count:
                 raise no_batch(refusal, handle)
-        plan = self.geometry.plan_pages(pages, path, refusal is None, self.strided)
+        plan = self.geometry.plan_pages(pages, path, refusal is None, self.strided, False)
         return submit(plan, handle, path == "batch", refusal)
 
 

@@ -15,14 +15,15 @@ cdef enum Form:
     LINES = 2
 
 # What a plan may consist of. The mixtures are strided copies where they are cheaper, and batches or
-# single copies for the rest.
+# single copies for the rest. The kernel moves all of a request in one launch, or nothing.
 cdef enum:
     BATCH = 0
     LOOP = 1
     STRIDED = 2
     STRIDED_BATCH = 3
     STRIDED_LOOP = 4
-    MODES = 5
+    KERNEL = 5
+    MODES = 6
 
 cdef enum:
     BUCKETS = 64
@@ -35,6 +36,7 @@ cdef struct Costs:
     double call_submit, call_engine
     double copy_submit, copy_engine
     double strided_submit, strided_engine, strided_row
+    double kernel_submit, kernel_latency, kernel_byte, kernel_block_byte, kernel_piece
 
 cdef struct Kind:
     # Groups that cost the same.
@@ -72,7 +74,7 @@ cdef struct Layout:
     Kind *kind
     Use *use                                # [direction][mode][kind], see use_of
     Costs cost[2]
-    Py_ssize_t weight[2][5]                 # operations that a page in no run takes
+    Py_ssize_t weight[2][6]                 # operations that a page in no run takes
     Py_ssize_t batch_size[8]
     int64_t device_pages, host_pages
     uint64_t page_bytes
@@ -112,8 +114,11 @@ cdef Py_ssize_t next_run(Scan *s, int64_t *device_step, int64_t *host_step) noex
 cdef class Geometry:
     cdef Layout layout
     cdef readonly object model, planes
+    cdef readonly int sms
+    cdef readonly tuple rates
     cdef Pages pages_now(self, object device_pages, object host_pages, Direction direction)
-    cdef Plan plan_pages(self, Pages pages, object path, bint batch, bint strided)
+    cdef Plan plan_pages(self, Pages pages, object path, bint batch, bint strided,
+                         bint kernel)
 
 cdef class Pages:
     cdef int64_t *device
@@ -132,7 +137,7 @@ cdef class Plan:
     cdef readonly Geometry geometry
     cdef readonly Pages pages
     cdef int mode
-    cdef Price price[5]
+    cdef Price price[6]
     cdef Py_ssize_t unit, step
     cdef readonly uint64_t same_size
     cdef readonly Py_ssize_t batch_size

@@ -20,7 +20,13 @@ class Geometry:
         model: CostModel,
         host_seams: npt.ArrayLike | None = None,
         device_seams: npt.ArrayLike | None = None,
+        sms: int = 0,
+        rates: tuple[float, float] = ...,
     ) -> None: ...
+    @property
+    def sms(self) -> int: ...
+    @property
+    def rates(self) -> tuple[float, float]: ...
     @property
     def planes(self) -> Planes: ...
     @property
@@ -31,7 +37,13 @@ class Geometry:
     def plane_slices(self) -> list[int]: ...
     def pages(self, device_pages: Any, host_pages: Any, direction: Direction) -> Pages: ...
     def plan(
-        self, pages: Pages, path: str = "auto", *, batch: bool = True, strided: bool = True
+        self,
+        pages: Pages,
+        path: str = "auto",
+        *,
+        batch: bool = True,
+        strided: bool = True,
+        kernel: bool = False,
     ) -> Plan: ...
 
 class Pages:

@@ -15,12 +15,14 @@ from libc.string cimport memcpy
 from kvsig._errors import page_out_of_range
 from kvsig.planning import geometry as _geometry
 
-PATHS = ("auto", "batch", "strided", "loop")
-METHODS = ("batch", "loop", "strided", "strided+batch", "strided+loop")
+PATHS = ("auto", "batch", "strided", "loop", "kernel")
+METHODS = ("batch", "loop", "strided", "strided+batch", "strided+loop", "kernel")
 
 LONGEST_PITCH = _geometry.LONGEST_PITCH
 # A smaller number of copies per batch call must promise this much to be taken.
 cdef double SMALLER_CALLS = 0.97
+# The kernel must be this much faster than the copy engine, which costs a computing model nothing.
+cdef double WORTH_KERNEL = 1.1
 # A batch call has no more copies, whatever the cost model says.
 cdef Py_ssize_t LONGEST_CALL = 1 << 31
 # Runs are cut here, so that one run never fills a buffer without bound.
@@ -123,7 +125,18 @@ cdef int read_costs(Costs *into, object costs) except -1:
     into.copy_submit, into.copy_engine = costs.copy_submit, costs.copy_engine
     into.strided_submit, into.strided_engine = costs.strided_submit, costs.strided_engine
     into.strided_row = costs.strided_row
+    into.kernel_submit, into.kernel_latency = costs.kernel_submit, costs.kernel_latency
+    into.kernel_byte, into.kernel_block_byte = costs.kernel_byte, costs.kernel_block_byte
+    into.kernel_piece = costs.kernel_piece
     return 0
+
+
+cdef void hold_kernel(Costs *c, int sms, double rate) noexcept:
+    # Few blocks, or a rate that is kept, make a byte dearer.
+    if sms > 0:
+        c.kernel_byte = larger(c.kernel_byte, c.kernel_block_byte / sms)
+    if rate > 0:
+        c.kernel_byte = larger(c.kernel_byte, 1 / rate)
 
 
 # --- Geometry ---------------------------------------------------------------------------------
@@ -154,14 +167,20 @@ cdef class Geometry:
     host_seams, device_seams : array_like of uint64, optional
         Addresses that no single copy may have on both sides of it: where an allocation, or
         a block of host memory that was registered by itself, begins or ends.
+    sms : int
+        Multiprocessors that the page-copy kernel may take; 0: it is not to be used.
+    rates : (float, float)
+        Bytes a microsecond that the kernel is held to, of loads and of offloads; 0: none.
 
     Notes
     -----
     Nothing changes once it is made, so many threads may plan with it at a time.
     """
 
-    def __cinit__(self, planes, model, host_seams=None, device_seams=None):
+    def __cinit__(self, planes, model, host_seams=None, device_seams=None, int sms=0,
+                  rates=(0.0, 0.0)):
         cdef Py_ssize_t i
+        cdef double rate
         lengths = {
             len(array) for array in (
                 planes.device_base, planes.device_pitch, planes.host_base, planes.host_pitch,
@@ -174,6 +193,10 @@ cdef class Geometry:
         self.layout.device_pages, self.layout.host_pages = planes.device_pages, planes.host_pages
         read_costs(&self.layout.cost[<int>LOAD], model.load)
         read_costs(&self.layout.cost[<int>OFFLOAD], model.offload)
+        self.sms, self.rates = sms, rates
+        for i in range(2):
+            rate = rates[i]
+            hold_kernel(&self.layout.cost[i], sms, rate)
         sizes = sorted({min(int(size), LONGEST_CALL) for size in model.batch_sizes})[:MOST_SIZES]
         if not sizes or sizes[0] < 1:
             raise ValueError(f"batch_sizes is {model.batch_sizes!r}: needs positive sizes")
@@ -244,29 +267,32 @@ cdef class Geometry:
             device_pages, host_pages, self.layout.device_pages, self.layout.host_pages, direction
         )
 
-    def plan(self, Pages pages not None, path="auto", *, bint batch=True, bint strided=True):
+    def plan(self, Pages pages not None, path="auto", *, bint batch=True, bint strided=True,
+             bint kernel=False):
         """Choose how to move pages; nothing is packed.
 
         Parameters
         ----------
         pages : Pages
             Page numbers inside this geometry.
-        path : {"auto", "batch", "strided", "loop"}
-            ``"auto"`` takes what is predicted to end first, the others insist on one.
-        batch, strided : bool
-            Whether batch calls, and strided copies, can be used: ``"auto"`` plans around them.
+        path : {"auto", "batch", "strided", "loop", "kernel"}
+            ``"auto"`` takes what is predicted to end first, but the kernel only where it is
+            clearly faster; the others insist on one.
+        batch, strided, kernel : bool
+            Whether batch calls, strided copies and the page-copy kernel can be used: ``"auto"``
+            plans around them.
 
         Returns
         -------
         Plan
         """
-        return self.plan_pages(pages, path, batch, strided)
+        return self.plan_pages(pages, path, batch, strided, kernel)
 
-    cdef Plan plan_pages(self, Pages pages, object path, bint batch, bint strided):
+    cdef Plan plan_pages(self, Pages pages, object path, bint batch, bint strided, bint kernel):
         cdef Plan plan = Plan.__new__(Plan)
         cdef bint wanted[MODES]
         plan.geometry, plan.pages = self, pages
-        want(wanted, path, batch, strided)
+        want(wanted, path, batch, strided, kernel)
         predict(&self.layout, pages, wanted, plan.price)
         plan.mode = cheapest(wanted, plan.price)
         plan.batch_size = plan.price[plan.mode].batch_size
@@ -638,7 +664,7 @@ cdef struct Tally:
     double host, engine, copies, strided
 
 
-cdef int want(bint *wanted, object path, bint batch, bint strided) except -1:
+cdef int want(bint *wanted, object path, bint batch, bint strided, bint kernel) except -1:
     """Which modes a path may choose from."""
     cdef Py_ssize_t m
     for m in range(MODES):
@@ -646,10 +672,11 @@ cdef int want(bint *wanted, object path, bint batch, bint strided) except -1:
     if path == "auto":
         wanted[BATCH], wanted[LOOP] = batch, True
         wanted[STRIDED_BATCH], wanted[STRIDED_LOOP] = batch and strided, strided
+        wanted[KERNEL] = kernel
     elif path in PATHS:
         wanted[METHODS.index(path)] = True
     else:
-        raise ValueError(f"path is {path!r}: it is 'auto', 'batch', 'strided' or 'loop'")
+        raise ValueError(f"path is {path!r}: it is one of {', '.join(PATHS)}")
     return 0
 
 
@@ -717,6 +744,9 @@ cdef void predict(const Layout *p, Pages pages, const bint *wanted, Price *price
         price[m].time = NEVER
         if not wanted[m]:
             continue
+        if m == KERNEL:
+            price_kernel(p, c, pages.count, &price[m])
+            continue
         t.host = t.engine = t.copies = t.strided = 0
         for k in range(p.kinds):
             kind = &p.kind[k]
@@ -753,6 +783,16 @@ cdef void price_mode(const Layout *p, const Costs *c, int mode, Tally *t,
             break
 
 
+cdef void price_kernel(const Layout *p, const Costs *c, Py_ssize_t pages,
+                       Price *price) noexcept nogil:
+    # One launch, of bytes or of rows, whichever takes longer.
+    price.host, price.calls, price.copies, price.strided = c.kernel_submit, 1, 0, 0
+    price.batch_size = 1
+    price.time = c.kernel_submit + c.kernel_latency + larger(
+        <double>pages * p.page_bytes * c.kernel_byte, <double>pages * p.planes_in * c.kernel_piece
+    )
+
+
 cdef inline double time_of(double host, double engine, double calls) noexcept nogil:
     # Host and copy engine work side by side; what neither hides is the first call, or the last one
     # where the host is the slower.
@@ -762,9 +802,11 @@ cdef inline double time_of(double host, double engine, double calls) noexcept no
 
 cdef int cheapest(const bint *wanted, const Price *price) noexcept nogil:
     cdef int m, best = -1
-    for m in range(MODES):
+    for m in range(KERNEL):
         if wanted[m] and (best < 0 or price[m].time < price[best].time):
             best = m
+    if wanted[KERNEL] and (best < 0 or price[KERNEL].time * WORTH_KERNEL < price[best].time):
+        return KERNEL
     return best
 
 
@@ -774,7 +816,7 @@ cdef void keep_runs(const Layout *p, Pages pages, Plan plan) noexcept:
     cdef Use *use
     cdef int64_t shortest = LONGEST_RUN + 1
     plan.unit = plan.step = LONGEST_RUN + 1
-    if pages.lone:
+    if pages.lone or plan.mode == KERNEL:
         return
     for k in range(p.kinds):
         use = use_of(p, pages.direction, plan.mode, k)

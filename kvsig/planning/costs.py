@@ -52,7 +52,20 @@ class DirectionCosts:
     strided_row : float
         Engine time of one row of it.
     latency : float
-        From the last submission to the end, the same for every method.
+        From the last submission to the end, the same for every method of the copy engine.
+    kernel_submit : float
+        One launch of the page-copy kernel.
+    kernel_latency : float
+        From the launch to the end, bytes apart.
+    kernel_byte : float
+        One byte that the kernel moves, with as many multiprocessors as help.
+    kernel_block_byte : float
+        One byte that one multiprocessor moves by itself.
+    kernel_piece : float
+        One page of one plane, at the least: the look-up of its address.
+    kernel_rate : float
+        Bytes a microsecond that long transfers of the kernel are held to, so that a model that
+        computes meanwhile is not held up; 0: not held.
 
     Raises
     ------
@@ -71,6 +84,12 @@ class DirectionCosts:
     strided_engine: float
     strided_row: float
     latency: float
+    kernel_submit: float
+    kernel_latency: float
+    kernel_byte: float
+    kernel_block_byte: float
+    kernel_piece: float
+    kernel_rate: float
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -136,6 +155,12 @@ _H100_LOAD = DirectionCosts(
     strided_engine=2.87,
     strided_row=0.005,
     latency=7.0,
+    kernel_submit=4.0,
+    kernel_latency=6.5,
+    kernel_byte=1 / 51.1e3,
+    kernel_block_byte=1 / 28e3,
+    kernel_piece=0.011,
+    kernel_rate=0,
 )
 _H100_OFFLOAD = DirectionCosts(
     byte=1 / 55.1e3,
@@ -149,10 +174,21 @@ _H100_OFFLOAD = DirectionCosts(
     strided_engine=2.45,
     strided_row=0.005,
     latency=7.0,
+    kernel_submit=4.0,
+    kernel_latency=6.0,
+    kernel_byte=1 / 52.4e3,
+    kernel_block_byte=1 / 28e3,
+    kernel_piece=0.011,
+    kernel_rate=45e3,
 )
 # Nothing is known of the device: a slower link, and strided copies only where they win clearly.
-_DEFAULT_LOAD = replace(_H100_LOAD, byte=1 / 25e3, strided_submit=3.3, strided_engine=3.6)
-_DEFAULT_OFFLOAD = replace(_H100_OFFLOAD, byte=1 / 25e3, strided_submit=3.3, strided_engine=3.6)
+_DEFAULT_LOAD = replace(
+    _H100_LOAD, byte=1 / 25e3, strided_submit=3.3, strided_engine=3.6, kernel_byte=1 / 23e3
+)
+_DEFAULT_OFFLOAD = replace(
+    _H100_OFFLOAD, byte=1 / 25e3, strided_submit=3.3, strided_engine=3.6, kernel_byte=1 / 23e3,
+    kernel_rate=20e3,
+)  # fmt: skip
 
 # Words that a device name must hold, and the figures it gets. The H200 has the H100's link
 # and copy engines.

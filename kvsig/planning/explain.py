@@ -47,7 +47,8 @@ class Plan:
     direction : {"offload", "load"}
         From the device to the host, or back.
     method : str
-        ``"batch"``, ``"loop"``, ``"strided"``, ``"strided+batch"`` or ``"strided+loop"``.
+        ``"batch"``, ``"loop"``, ``"strided"``, ``"strided+batch"``, ``"strided+loop"``
+        or ``"kernel"``, which has no copies of its own.
     copies_in : int
         Copies of one page of one plane each that were asked for.
     dsts, srcs, sizes : ndarray of uint64
@@ -101,6 +102,8 @@ class Plan:
     @property
     def calls(self) -> int:
         """CUDA calls."""
+        if self.method == "kernel":
+            return 1
         plain = len(self.dsts)
         if self.plain_path == "batch":
             plain = -(-plain // self.batch_size)
@@ -156,7 +159,7 @@ def explain(chosen: _plan.Plan) -> Plan:
     """
     plain: tuple[list[_U64], list[_U64], list[_U64]] = ([], [], [])
     strided: list[_U64] = []
-    for path, arrays in pieces(chosen):
+    for path, arrays in () if chosen.method == "kernel" else pieces(chosen):
         if path == "strided":
             strided.append(arrays)
         else:
@@ -193,6 +196,7 @@ def plan(
     device_seams: npt.ArrayLike | None = None,
     *,
     batch: bool = True,
+    kernel: bool = False,
 ) -> Plan:
     """Plan a whole transfer without moving anything.
 
@@ -204,14 +208,14 @@ def plan(
         Page numbers, one to one, inside the geometry.
     direction : Direction
         From the device to the host, or back.
-    path : {"auto", "batch", "strided", "loop"}
+    path : {"auto", "batch", "strided", "loop", "kernel"}
         ``"auto"`` takes what is predicted to end first, the others insist on one.
     model : CostModel, optional
         What copies cost; the careful default if not given.
     host_seams, device_seams : array_like of uint64, optional
         Addresses that no single copy may have on both sides of it.
-    batch : bool
-        Whether the batch call can be used.
+    batch, kernel : bool
+        Whether the batch call, and the page-copy kernel, can be used.
 
     Returns
     -------
@@ -226,4 +230,4 @@ def plan(
         np.ascontiguousarray(host_pages, dtype=np.int64),
         direction,
     )
-    return explain(planes.plan(pages, path, batch=batch))
+    return explain(planes.plan(pages, path, batch=batch, kernel=kernel))

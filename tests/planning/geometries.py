@@ -181,6 +181,7 @@ def random_model(rng):
     def side():
         figures = {f.name: float(10 ** rng.uniform(-2, 1)) for f in fields(DirectionCosts)}
         figures["byte"] = float(10 ** rng.uniform(-5, -2))
+        figures["kernel_byte"] = float(10 ** rng.uniform(-5, -2))
         return DirectionCosts(**figures)
 
     return CostModel("random", "default", side(), side(), (3, 64) if rng.random() < 0.5 else (256,))

@@ -237,7 +237,7 @@ class TestChoice:
 
     def test_unknown_path(self):
         ready = Geometry(page_first(1, 64, 4), H100)
-        with pytest.raises(ValueError, match="path is 'dma': it is 'auto', 'batch'"):
+        with pytest.raises(ValueError, match="path is 'dma': it is one of auto, batch"):
             choose(ready, [1], [1], "load", "dma")
 
     def test_nothing_to_move(self):
