@@ -1,0 +1,1 @@
+"""What the commands of ``kvsig`` are made of: the demo, the benchmark, the calibration, reporting."""
