@@ -268,14 +268,17 @@ def condensed(result: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
+#: Of a method in a cell.
+KEPT = ("runs", "path", "calls", "verified", "gb_s", "share", "auto_ratio", "host_ns_per_copy")
+
+
 def condensed_cell(cell: dict[str, Any]) -> dict[str, Any]:
-    """Keep medians, and the 10th and 90th percentile of times."""
+    """Keep what tables and plots show, and of times the median and the outer tenths."""
     methods = {}
     for name, row in cell["methods"].items():
-        methods[name] = {key: value for key, value in row.items() if value is not None}
-        for key in ("ms", "host_ms"):
-            if key in row:
-                methods[name][key] = {k: row[key][k] for k in ("median", "p10", "p90")}
+        methods[name] = {key: row[key] for key in KEPT if row.get(key) is not None}
+        if "ms" in row:
+            methods[name]["ms"] = {key: row["ms"][key] for key in ("median", "p10", "p90")}
     return cell | {"methods": methods}
 
 

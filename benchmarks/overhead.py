@@ -2,10 +2,10 @@
 
     PYTHONPATH=. python benchmarks/overhead.py --json FILE
 
-Runs on the emulated runtime, without a GPU: its functions answer at once, so what is left is kvsig's
-own time. Medians, for one plane of random pages, the dearest case for the planner, and for small
-calls. Asked of it: at most 15 microseconds per call (10 of one page) and 25 ns per copy. The exit
-code is 1 if that is missed.
+Runs on the emulated runtime, without a GPU: its functions answer at once, so what is left is
+kvsig's own time. Medians, for one plane of random pages, the dearest case for the planner, and for
+small calls. Asked of it: at most 15 microseconds per call (10 of one page) and 25 ns per copy. The
+exit code is 1 if that is missed.
 """
 
 from __future__ import annotations

@@ -1,14 +1,17 @@
 """kvsig beside other projects' ways of moving the same pages.
 
     PYTHONPATH=. python benchmarks/rivals.py --json FILE --plot FILE
+    PYTHONPATH=. python benchmarks/rivals.py --from benchmarks/results/h100/summary.json --plot FILE
 
-Needs a GPU, and measures those of the others that are installed. Each is a method like kvsig's
+Needs a GPU, but for showing what was measured before; measures those of the others that are
+installed. Each is a method like kvsig's
 own: add one by a function that gets a job ready and returns its runner.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,14 +24,13 @@ import torch
 from kvsig import _core
 from kvsig.cli.bench import text_of
 from kvsig.tools import plot
-from kvsig.tools.cells import grid
+from kvsig.tools.cells import PAGE_BYTES, WAYS, grid
 from kvsig.tools.jobs import Job
 from kvsig.tools.measuring import Bench, Options
 from kvsig.tools.methods import LIMIT, METHODS, Outcome, Runner, Unavailable
 from kvsig.tools.report import write_json
 
 U64 = npt.NDArray[np.uint64]
-PAGE_BYTES = (2048, 4096, 16384, 65536, 131072)
 #: Methods that cost microseconds of Python per copy move only so many copies of a cell.
 PYTHON_COPIES = 4096
 
@@ -221,15 +223,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help=".png or .svg; needs matplotlib")
+    parser.add_argument("--from", dest="source", type=Path, help="a summary of gpu_run.py")
     parser.add_argument("--seconds", type=float, default=90)
     args = parser.parse_args()
-    if _core.is_emulated() or not torch.cuda.is_available():
+    if args.source:
+        result = json.loads(args.source.read_text(encoding="utf-8"))["rivals"]
+    elif _core.is_emulated() or not torch.cuda.is_available():
         print("rivals are compared on a GPU, with a real CUDA runtime", file=sys.stderr)
         return 1
-    METHODS.update(RIVALS)
-    fields = {"scope": ("all",), "direction": ("offload", "load"), "page_bytes": PAGE_BYTES}
-    options = Options(methods=("auto", *RIVALS, LIMIT), runs=9, seconds=args.seconds)
-    result = Bench(grid(False, "rivals", fields), options).run()
+    else:
+        METHODS.update(RIVALS)
+        fields = {"direction": WAYS, "page_bytes": PAGE_BYTES}
+        options = Options(methods=("auto", *RIVALS, LIMIT), runs=9, seconds=args.seconds)
+        result = Bench(grid(False, "rivals", fields), options).run()
     print(text_of(result))
     if args.json:
         write_json(args.json, result)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -256,24 +256,35 @@ def text_of(result: dict[str, Any]) -> str:
         names = list(dict.fromkeys(name for cell in cells for name in cell["methods"]))
         lines += ["", wrap(title(cells[0]))]
 
-        def block(head: str, write: Any, more: Any = None, cells: Any = cells, names: Any = names):
-            rows = [["page", "pages", *(SHORT.get(name, name) for name in names)]]
-            rows[0] += [more[0]] if more else []
-            for cell in cells:
-                row = [bytes_text(cell["page_bytes"]), f"{cell['pages']:,}"]
-                methods = cell["methods"]
-                row += [write(methods[name]) if name in methods else "-" for name in names]
-                row += [more[1](methods.get("auto", {}))] if more else []
-                rows.append(row)
-            return [f"  {head}", *table(rows, labels=2, indent="  ")]
-
         if emulated:
-            lines += block("calls", lambda row: f"{row['calls']:,}")
+            lines += block(cells, names, "calls", lambda row: f"{row['calls']:,}")
         else:
-            share = ("of limit", lambda row: f"{row['share']:.0%}" if "share" in row else "-")
-            lines += block("GB/s, and auto's share of the limit", gb_s_text, share)
-        lines += block("host time per copy, ns", lambda row: f"{row['host_ns_per_copy']:,.0f}")
+            lines += block(cells, names, "GB/s, and auto's share of the limit", gb_s_text, True)
+        lines += block(
+            cells, names, "host time per copy, ns", lambda row: f"{row['host_ns_per_copy']:,.0f}"
+        )
     return "\n".join([*lines, "", *summary_text(result)])
+
+
+def block(
+    cells: list[dict[str, Any]],
+    names: list[str],
+    head: str,
+    write: Callable[[dict[str, Any]], str],
+    share: bool = False,
+) -> list[str]:
+    """Write one figure of each method in each cell; with `share` also what auto reaches."""
+    rows = [["page", "pages", *(SHORT.get(name, name) for name in names)]]
+    rows[0] += ["of limit"] if share else []
+    for cell in cells:
+        methods = cell["methods"]
+        row = [bytes_text(cell["page_bytes"]), f"{cell['pages']:,}"]
+        row += [write(methods[name]) if name in methods else "-" for name in names]
+        if share:
+            reached = methods.get("auto", {}).get("share")
+            row.append("-" if reached is None else f"{reached:.0%}")
+        rows.append(row)
+    return [f"  {head}", *table(rows, labels=2, indent="  ")]
 
 
 def gb_s_text(row: dict[str, Any]) -> str:

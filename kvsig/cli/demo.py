@@ -156,8 +156,8 @@ def run_one(
         say_field(
             say,
             "checked",
-            f"{count_text(cache.pages, 'page')} x {len(cache.planes())} tensors are right on the host and "
-            f"back on the device; {count_text(len(cache.host_spare), 'host page')} and "
+            f"{count_text(cache.pages, 'page')} x {len(cache.planes())} tensors are right on the "
+            f"host and back on the device; {count_text(len(cache.host_spare), 'host page')} and "
             f"{count_text(cache.device_spare, 'device page')} that had no part are untouched",
         )
     return (
@@ -170,7 +170,6 @@ def run_one(
 
 def say_before(cache: Cache, runtime: dict[str, Any], say: Callable[[str], None]) -> None:
     """Tell what will run, and on what."""
-    from kvsig.tools import demo
     from kvsig.registry import format_version
 
     text = f"CUDA {format_version(runtime['runtime_version'])}"
@@ -199,8 +198,6 @@ def say_field(say: Callable[[str], None], label: str, text: str) -> None:
 
 def transfer_text(result: dict[str, Any], direction: str) -> str:
     """Write what a transfer did: path, copies, calls, bytes, and speed on a GPU."""
-    from kvsig.tools import demo
-
     report = result[direction]
     text = (
         f"{report['path']} path: {count_text(report['copies'], 'copy')} in "

@@ -1,1 +1,1 @@
-"""What the commands of ``kvsig`` are made of: the demo, the benchmark, the calibration, reporting."""
+"""What the commands of ``kvsig`` are made of: demo, benchmark, calibration, reporting."""

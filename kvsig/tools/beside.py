@@ -17,7 +17,7 @@ import kvsig
 from kvsig.tools.cells import PATHS, WAYS, Cell, make
 from kvsig.tools.jobs import Job, Memory
 from kvsig.tools.measuring import target
-from kvsig.tools.methods import LIMIT, METHODS, Outcome, Unavailable
+from kvsig.tools.methods import LIMIT, METHODS, Outcome, Runner, Unavailable
 from kvsig.tools.report import spread
 
 __all__ = ["Product", "compute"]
@@ -183,8 +183,8 @@ def _case(
     return asdict(cell) | {"methods": rows, "notes": notes}
 
 
-def _submission(runner: Any, job: Job, stream: Any) -> Callable[[], Outcome]:
-    return lambda: runner(job, job.cell.direction, stream)  # type: ignore[no-any-return]
+def _submission(runner: Runner, job: Job, stream: Any) -> Callable[[], Outcome]:
+    return lambda: runner(job, job.cell.direction, stream)
 
 
 def _beside(

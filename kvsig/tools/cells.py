@@ -24,6 +24,9 @@ __all__ = [
     "quick",
 ]
 
+#: Field of `Cell` -> the values that it takes.
+Fields = dict[str, Sequence[Any]]
+
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 #: Values of `path=` that are measured. A new path of kvsig is measured when it stands here.
@@ -168,7 +171,7 @@ def make(emulated: bool, **fields: Any) -> Cell:
     return Cell(**fields)
 
 
-def grid(emulated: bool, section: str, fields: dict[str, Sequence[Any]]) -> list[Cell]:
+def grid(emulated: bool, section: str, fields: Fields) -> list[Cell]:
     """Every combination of the values of some fields, the last field varying fastest."""
     return [
         make(emulated, section=section, **dict(zip(fields, values, strict=True)))
@@ -192,16 +195,14 @@ def preset(emulated: bool, sections: Iterable[str] | None = None) -> list[Cell]:
         If a section is none.
     """
     wanted = list(SECTIONS) if sections is None else list(sections)
-    sizes, middle = {"page_bytes": PAGE_BYTES}, {"page_bytes": MIDDLE_BYTES}
-    ways = {"direction": WAYS}
-    fields: dict[str, dict[str, Sequence[Any]]] = {
-        "sizes": {"scope": ("all",)} | ways | sizes,
-        "layers": {"scope": ("layer",)} | ways | sizes,
-        "orders": {"layout": CHOICES["layout"], "order": CHOICES["order"]} | ways | middle,
-        "pages": {"scope": CHOICES["scope"]}
-        | ways
+    fields: dict[str, Fields] = {
+        "sizes": {"direction": WAYS, "page_bytes": PAGE_BYTES},
+        "layers": {"scope": ("layer",), "direction": WAYS, "page_bytes": PAGE_BYTES},
+        "orders": {"layout": CHOICES["layout"], "order": CHOICES["order"], "direction": WAYS}
+        | {"page_bytes": MIDDLE_BYTES},
+        "pages": {"scope": CHOICES["scope"], "direction": WAYS}
         | {"page_bytes": (4 * KIB, 32 * KIB), "pages": (1, 4, 16)},
-        "spacing": {"spacing": ("separate",)} | ways | middle,
+        "spacing": {"spacing": ("separate",), "direction": WAYS, "page_bytes": MIDDLE_BYTES},
         "both": {"direction": ("both",), "page_bytes": (16 * KIB, 64 * KIB, 256 * KIB)},
     }
     cells: list[Cell] = []

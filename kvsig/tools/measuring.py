@@ -364,7 +364,7 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
         row["verified"]
         for cell in result["cells"]
         for row in cell["methods"].values()
-        if row["verified"] is not None
+        if row.get("verified") is not None
     ]
     return {
         "compared": len(ratios),

@@ -15,6 +15,7 @@ STYLES = (
     ("#8c5bb5", "x"), ("#9c6b4a", "+"), ("#d65fa3", "1"), ("#17a3b5", "2"),
 )  # fmt: skip
 LIMIT = "one-copy"
+LABELS = {LIMIT: "limit: one big copy", "auto": "kvsig, as it chooses"}
 
 
 def pyplot() -> Any:
@@ -91,7 +92,7 @@ def save(result: dict[str, Any], path: Path) -> None:
     for axis in list(axes.flat)[len(found) :]:
         axis.set_visible(False)
     order = [name for name in (LIMIT, *methods) if name in shown]
-    labels = ["limit: one big copy" if name == LIMIT else name for name in order]
+    labels = [LABELS.get(name, name) for name in order]
     figure.legend([shown[name] for name in order], labels, loc="outside lower center", ncols=5)
     figure.suptitle(source_text(result["provenance"])[0])
     # Words stay words: smaller, and they can be searched and read aloud.

@@ -131,7 +131,10 @@ class TestRefusals:
                 ["--section", "sizes", "--order", "sorted"],
                 "--section chooses from the preset: not with --order",
             ),
-            (["--section", "sizes", "--quick"], "--section chooses from the preset: not with --quick"),
+            (
+                ["--section", "sizes", "--quick"],
+                "--section chooses from the preset: not with --quick",
+            ),
             (["--quick", "--layers", "2"], "--quick is a preset: not with --layers"),
             (
                 ["--model", "llama3-8b", "--layers", "2"],

@@ -15,7 +15,7 @@ import torch
 from commands import ROOT, SMALL, VERSIONS, environment, kvsig_command
 
 import kvsig
-from kvsig import _core, cli, registry
+from kvsig import cli, registry
 from kvsig.cli import info as info_command
 from kvsig.tools import runtimes
 
@@ -73,7 +73,8 @@ class TestInfo:
         assert done.returncode == 0, done.stderr
         assert "CUDA runtime  12.9, emulated: host memory stands in for the GPU's" in done.stdout
         assert "KVSIG_CUDART=emulated:12.9" in done.stdout
-        row = next(line for line in done.stdout.splitlines() if line.startswith(runtimes.BATCH + " "))
+        lines = done.stdout.splitlines()
+        row = next(line for line in lines if line.startswith(runtimes.BATCH + " "))
         label = registry.load().functions[runtimes.BATCH].select(12090).label
         assert label in row
         assert row.endswith("bound")
@@ -105,7 +106,8 @@ class TestInfo:
         assert "page copies   loop: " in done.stdout
         assert "\nwarning: " in done.stdout
         assert done.stderr == ""
-        row = next(line for line in done.stdout.splitlines() if line.startswith(runtimes.BATCH + " "))
+        lines = done.stdout.splitlines()
+        row = next(line for line in lines if line.startswith(runtimes.BATCH + " "))
         assert not row.endswith("bound")
 
     def test_functions_that_are_not_bound_are_listed_by_reason(self):
