@@ -89,11 +89,6 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
-        "--compute",
-        action="store_true",
-        help="measure instead how much transfers slow a matrix product on another stream",
-    )
-    instead.add_argument(
         "--host",
         action="store_true",
         help="measure instead what planning and packing costs the host, without any CUDA runtime",
@@ -129,8 +124,8 @@ def run(args: argparse.Namespace) -> int:
 
         plot.pyplot()  # says now, not after minutes, if it is missing
     result = read_result(args.source) if args.source is not None else measure(args)
-    if result["kind"] != "bench":
-        print(compute_text(result) if result["kind"] == "compute" else host_text(result))
+    if result["kind"] == "host":
+        print(host_text(result))
         return 0
     print(text_of(result))
     if args.plot is not None:
@@ -144,8 +139,8 @@ def run(args: argparse.Namespace) -> int:
 def check_together(args: argparse.Namespace) -> None:
     """Refuse arguments that contradict each other."""
     chosen = [option for option, (name, *_) in SELECTORS.items() if getattr(args, name)]
-    if args.plot is not None and (args.compute or args.host):
-        raise UsageError("--plot is of GB/s over page size: not with --compute or --host")
+    if args.plot is not None and args.host:
+        raise UsageError("--plot is of GB/s over page size: not with --host")
     if args.section and (chosen or args.quick):
         raise UsageError(f"--section chooses from the preset: not with {(*chosen, '--quick')[0]}")
     if args.quick and chosen:
@@ -164,7 +159,8 @@ def read_result(path: Path) -> dict[str, Any]:
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UsageError(f"{path} is not JSON: {error}") from None
-    if not isinstance(result, dict) or result.get("schema") != SCHEMA:
+    known = isinstance(result, dict) and result.get("schema") == SCHEMA
+    if not known or result["kind"] not in ("bench", "host"):
         raise UsageError(f"{path} is not a result of this version's kvsig bench --json")
     return result
 
@@ -189,13 +185,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     with runtimes.newest() as preface:
         if preface:
             print(f"{wrap(preface)}\n", flush=True)
-        if args.compute:
-            from kvsig.tools.beside import compute
-
-            part = compute(float(args.seconds or 40), seed=args.seed)
-            head = {"schema": SCHEMA, "kind": "compute", "provenance": provenance()}
-            save(head | part)
-            return head | part
         return measure_cells(args, save)
 
 
@@ -323,21 +312,6 @@ def summary_text(result: dict[str, Any]) -> list[str]:
         for name, text in cell.get("notes", {}).items()
     )
     return [wrap(line, "  ") for line in [*lines, *notes]]
-
-
-def compute_text(result: dict[str, Any]) -> str:
-    """Write slowdowns of the matrix product as a table."""
-    lines = [*source_text(result["provenance"]), ""]
-    lines.append(f"{result['product']} beside transfers on another stream")
-    rows = [["page", "direction", "scope", "transfer", "ms", "slower", "GB/s meanwhile"]]
-    for cell in result["cells"]:
-        place = [bytes_text(cell["page_bytes"]), cell["direction"], cell["scope"]]
-        rows += [
-            [*place, name, f"{row['ms']['median']:.3f}", f"{row['slowdown'] - 1:+.1%}",
-             f"{row['gb_s_meanwhile']:.1f}"]
-            for name, row in cell["methods"].items()
-        ]  # fmt: skip
-    return "\n".join(lines + table(rows, labels=4))
 
 
 def host_text(result: dict[str, Any]) -> str:

@@ -100,11 +100,6 @@ class TestResults:
         assert json.loads(path.read_text())["kind"] == "host"
         assert main("--from", str(path)) == 0
 
-    def test_compute_needs_a_gpu(self, on_emulated, capsys):
-        assert main("--compute") == 1
-        said = "--compute needs a GPU: the runtime in use is the emulated one"
-        assert capsys.readouterr().err == f"kvsig bench: {said}\n"
-
 
 class TestRefusals:
     @pytest.mark.parametrize(
@@ -115,7 +110,7 @@ class TestRefusals:
             (["--model", "gpt"], "'gpt' is not one of: llama3-8b, llama3-70b-tp8, deepseek-v3"),
             (["--kinds", "3"], "'3' is not one of: 1, 2"),
             (["--plot", "speed.pdf"], "'speed.pdf' does not end in .png or .svg"),
-            (["--host", "--compute"], "not allowed with argument"),
+            (["--host", "--from", __file__], "not allowed with argument"),
         ],
     )
     def test_wrong_values(self, args, text, capsys):
@@ -150,8 +145,8 @@ class TestRefusals:
                 " may have 2 GiB: ask for fewer --pages or --layers",
             ),
             (
-                ["--compute", "--plot", "x.png"],
-                "--plot is of GB/s over page size: not with --compute or --host",
+                ["--host", "--plot", "x.png"],
+                "--plot is of GB/s over page size: not with --host",
             ),
         ],
     )

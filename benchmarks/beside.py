@@ -1,26 +1,33 @@
-"""How much transfers slow a matrix product on another stream: ``kvsig bench --compute``."""
+"""How much transfers slow a matrix product on another stream.
+
+    PYTHONPATH=. python benchmarks/beside.py --json FILE
+
+Needs a GPU.
+"""
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import random
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import kvsig
+from kvsig import _core
 from kvsig.tools.cells import PATHS, WAYS, Cell, make
 from kvsig.tools.jobs import Job, Memory
-from kvsig.tools.measuring import target
+from kvsig.tools.measuring import SCHEMA
 from kvsig.tools.methods import LIMIT, METHODS, Outcome, Runner, Unavailable
-from kvsig.tools.report import spread
-
-__all__ = ["Product", "compute"]
+from kvsig.tools.report import bytes_text, provenance, source_text, spread, table, write_json
 
 #: Rows and columns of the matrices, products timed together, turns at most.
 ROWS, PRODUCTS, MOST_TURNS = 8192, 16, 40
@@ -113,15 +120,8 @@ def compute(
     -------
     dict
         Milliseconds of the product alone and beside each transfer, and the slowdowns.
-
-    Raises
-    ------
-    ValueError
-        On the emulated runtime.
     """
-    device = target()
-    if device.type != "cuda":
-        raise ValueError("--compute needs a GPU: the runtime in use is the emulated one")
+    device = torch.device("cuda", torch.cuda.current_device())
     cases = [
         make(False, page_bytes=page, scope=scope, direction=way)
         for scope, page in TRANSFERS
@@ -191,3 +191,37 @@ def _beside(
     product: Product, submit: Callable[[], Outcome]
 ) -> Callable[[], tuple[list[float], float]]:
     return lambda: product.beside(submit)
+
+
+def text_of(result: dict[str, Any]) -> str:
+    """Write the slowdowns as a table."""
+    lines = [*source_text(result["provenance"]), "", f"{result['product']} beside transfers"]
+    rows = [["page", "direction", "scope", "transfer", "ms", "slower", "GB/s meanwhile"]]
+    for cell in result["cells"]:
+        place = [bytes_text(cell["page_bytes"]), cell["direction"], cell["scope"]]
+        rows += [
+            [*place, name, f"{row['ms']['median']:.3f}", f"{row['slowdown'] - 1:+.1%}",
+             f"{row['gb_s_meanwhile']:.1f}"]
+            for name, row in cell["methods"].items()
+        ]  # fmt: skip
+    return "\n".join(lines + table(rows, labels=4))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--seconds", type=float, default=40)
+    args = parser.parse_args()
+    if _core.is_emulated() or not torch.cuda.is_available():
+        print("computing beside transfers needs a GPU, and a real CUDA runtime", file=sys.stderr)
+        return 1
+    result = {"schema": SCHEMA, "kind": "compute", "provenance": provenance()}
+    result |= compute(args.seconds)
+    print(text_of(result))
+    if args.json:
+        write_json(args.json, result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
