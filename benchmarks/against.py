@@ -37,7 +37,11 @@ class Side:
 
     def __init__(self, checkout: Path) -> None:
         self.checkout = checkout
-        environment = os.environ | {"PYTHONPATH": str(checkout), "PYTHONSAFEPATH": "1"}
+        paths = [str(checkout), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "PYTHONSAFEPATH": "1",  # not the folder of the script
+        }
         self.process = subprocess.Popen(
             [sys.executable, str(WORKER)],
             stdin=subprocess.PIPE,

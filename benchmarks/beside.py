@@ -23,10 +23,10 @@ import torch
 
 import kvsig
 from kvsig import _core
-from kvsig.tools.cells import PATHS, WAYS, Cell, make
+from kvsig.tools.cells import LIMIT, PATHS, WAYS, Cell, make
 from kvsig.tools.jobs import Job, Memory
 from kvsig.tools.measuring import SCHEMA
-from kvsig.tools.methods import LIMIT, METHODS, Outcome, Runner, Unavailable
+from kvsig.tools.methods import METHODS, Outcome, Runner, Unavailable
 from kvsig.tools.report import bytes_text, provenance, source_text, spread, table, write_json
 
 #: Rows and columns of the matrices, products timed together, turns at most.

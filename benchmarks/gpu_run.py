@@ -45,6 +45,7 @@ PARTS = {
     "calibrate": (45, "kvsig calibrate --dry-run"),
     "against": (300, "another checkout and this one, in turn: give --against"),
 }
+BUILD = ("setup.py", "-q", "build_ext", "--inplace", "-j4")
 DEFAULT = ("build", "machine", "tests", "quick", "models", "overhead")
 
 MACHINE = """
@@ -77,7 +78,11 @@ class Run:
             "commit": args.commit,
             "parts": {},
         }
-        self.environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        self.environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(paths),
+            "PYTHONUNBUFFERED": "1",
+        }
         if args.commit:
             self.environment["KVSIG_COMMIT"] = args.commit
 
@@ -94,7 +99,12 @@ class Run:
         temporary.replace(self.path)
 
     def python(
-        self, arguments: list[str], seconds: float, echo: int = 40, **environment: str
+        self,
+        arguments: list[str],
+        seconds: float,
+        echo: int = 40,
+        folder: Path = ROOT,
+        **environment: str,
     ) -> tuple[int, str]:
         """Run Python with all that it starts; its output into the log, the end of it here."""
         seconds = max(5.0, min(seconds, self.left()))
@@ -104,7 +114,7 @@ class Run:
         start = self.log_path.stat().st_size
         process = subprocess.Popen(
             [sys.executable, *arguments],
-            cwd=ROOT,
+            cwd=folder,
             env=self.environment | environment,
             stdout=self.log,
             stderr=subprocess.STDOUT,
@@ -163,7 +173,7 @@ class Run:
     # The parts.
 
     def build(self, seconds: float) -> int:
-        return self.python(["setup.py", "-q", "build_ext", "--inplace", "-j4"], seconds, 6)[0]
+        return self.python([*BUILD], seconds, 6)[0]
 
     def machine(self, seconds: float) -> int:
         code, text = self.python(["-c", MACHINE], seconds, 0)
@@ -249,12 +259,8 @@ class Run:
         old = self.args.against
         if old is None:
             raise ValueError("give --against CHECKOUT")
-        build = ["setup.py", "-q", "build_ext", "--inplace", "-j4"]
         if not any((old / "kvsig").glob("_core*.so")):
-            # In the other checkout's folder: its own setup.py, on its own sources.
-            command = f"import os, runpy, sys; os.chdir({str(old)!r}); sys.argv = {build!r}; "
-            command += "sys.path.insert(0, '.'); runpy.run_path('setup.py', run_name='__main__')"
-            code = self.python(["-c", command], seconds, 6, PYTHONPATH="")[0]
+            code = self.python([*BUILD], seconds, 6, folder=old)[0]
             if code:
                 return code
         limit = ["--seconds", str(max(10, int(seconds - 60)))]

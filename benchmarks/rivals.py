@@ -24,10 +24,10 @@ import torch
 from kvsig import _core
 from kvsig.cli.bench import text_of
 from kvsig.tools import plot
-from kvsig.tools.cells import PAGE_BYTES, WAYS, grid
+from kvsig.tools.cells import LIMIT, PAGE_BYTES, WAYS, grid
 from kvsig.tools.jobs import Job
 from kvsig.tools.measuring import Bench, Options
-from kvsig.tools.methods import LIMIT, METHODS, Outcome, Runner, Unavailable
+from kvsig.tools.methods import METHODS, Outcome, Runner, Unavailable
 from kvsig.tools.report import write_json
 
 U64 = npt.NDArray[np.uint64]

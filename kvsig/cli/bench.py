@@ -18,7 +18,7 @@ from kvsig.cli.arguments import (
     positive,
     size,
 )
-from kvsig.tools.cells import CHOICES, PATHS, SECTIONS
+from kvsig.tools.cells import CHOICES, LIMIT, PATHS, SECTIONS
 from kvsig.tools.models import MODELS
 from kvsig.tools.report import bytes_text, count_text, source_text, table, wrap, write_json
 
@@ -33,7 +33,6 @@ with KVSIG_CUDART unset, the emulated runtime is used, which has no speeds.
 Without selectors a preset of cells is measured. With any of the selectors, every
 combination of the values given; values are separated by commas.
 """
-LIMIT = "one-copy"
 #: Heads of columns; methods that are not here have their own name.
 SHORT = {LIMIT: "limit"}
 #: Option -> field of a cell, and how its values are read.

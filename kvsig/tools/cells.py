@@ -15,6 +15,7 @@ from kvsig.tools.report import bytes_text, count_text
 
 __all__ = [
     "CHOICES",
+    "LIMIT",
     "PATHS",
     "SECTIONS",
     "Cell",
@@ -31,6 +32,8 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 #: Values of `path=` that are measured. A new path of kvsig is measured when it stands here.
 PATHS = ("auto", "batch", "strided", "loop")
+#: The method that gives the limit: one big copy.
+LIMIT = "one-copy"
 #: Field of `Cell` -> its values, the first one being the default.
 CHOICES = {
     "direction": ("offload", "load", "both"),

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 import kvsig
-from kvsig.tools.cells import PATHS, Cell, describe
+from kvsig.tools.cells import LIMIT, PATHS, Cell, describe
 from kvsig.tools.jobs import Job, Memory
-from kvsig.tools.methods import LIMIT, METHODS, Outcome, Runner, Unavailable
+from kvsig.tools.methods import METHODS, Outcome, Runner, Unavailable
 from kvsig.tools.report import Progress, provenance, spread
 from kvsig.tools.runtimes import real_device
 

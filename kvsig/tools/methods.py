@@ -13,13 +13,10 @@ from typing import Any
 
 import torch
 
-from kvsig.tools.cells import PATHS
+from kvsig.tools.cells import LIMIT, PATHS
 from kvsig.tools.jobs import LIMIT_BYTES, Job
 
-__all__ = ["LIMIT", "METHODS", "Method", "Outcome", "Runner", "Unavailable"]
-
-#: Name of the method that gives the limit.
-LIMIT = "one-copy"
+__all__ = ["METHODS", "Method", "Outcome", "Runner", "Unavailable"]
 
 
 class Unavailable(Exception):

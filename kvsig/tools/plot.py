@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from kvsig.tools.cells import LIMIT
 from kvsig.tools.report import bytes_text, replace_file, source_text
 
 __all__ = ["pyplot", "save"]
@@ -14,7 +15,6 @@ STYLES = (
     ("#0b5fa5", "o"), ("#e07b00", "s"), ("#2a8f4a", "^"), ("#8a8a8a", "v"), ("#c23b3b", "D"),
     ("#8c5bb5", "x"), ("#9c6b4a", "+"), ("#d65fa3", "1"), ("#17a3b5", "2"),
 )  # fmt: skip
-LIMIT = "one-copy"
 LABELS = {LIMIT: "limit: one big copy", "auto": "kvsig, as it chooses"}
 
 
