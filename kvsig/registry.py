@@ -307,13 +307,24 @@ class Alias:
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """A shared library: its header, and the functions that tell its version and addresses."""
+    """A shared library: its header, and the functions that tell its version and addresses.
+
+    ``sonames`` are the names by which the dynamic loader may know it, the one to try first in
+    front. ``optional`` says that kvsig opens it only where it is needed, and that its header
+    comes in a package of its own.
+    """
 
     name: str
     header: str
-    soname: str
+    sonames: tuple[str, ...]
     version: str
     lookup: str | None = None
+    optional: bool = False
+
+    @property
+    def soname(self) -> str:
+        """The name to try first."""
+        return self.sonames[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -543,17 +554,29 @@ def _c_name(text: str) -> bool:
 def _read_libraries(read: _Reader, data: dict[str, Any]) -> dict[str, Library]:
     found = {}
     for name, value in read.section(data, "library"):
-        keys = ("header", "soname", "version", "lookup")
+        keys = ("header", "soname", "version", "lookup", "optional")
         table = read.table(value, keys, keys[:3])
         if table is not None:
             found[name] = Library(
                 name,
                 read.text(table, "header"),
-                read.text(table, "soname"),
+                _read_sonames(read, table),
                 read.name(table, "version"),
                 read.name(table, "lookup") or None,
+                read.flag(table, "optional"),
             )
     return found
+
+
+def _read_sonames(read: _Reader, table: dict[str, Any]) -> tuple[str, ...]:
+    """``soname``: one name, or a list of them in the order in which they are tried."""
+    value = table.get("soname", "")
+    if not isinstance(value, list):
+        return (read.text(table, "soname"),)
+    if not value or not all(isinstance(one, str) and one.strip() for one in value):
+        read.bad(f"must be a name or a list of names, not {value!r}", "soname")
+        return ("",)
+    return tuple(value)
 
 
 def _library(read: _Reader, table: dict[str, Any], libraries: dict[str, Library]) -> str:

@@ -55,11 +55,14 @@ def _field(item: Field) -> str:
 
 
 def _library(library: Library) -> str:
-    lookup = f"lookup = {quoted(library.lookup)}\n" if library.lookup else ""
-    return (
+    names = [quoted(soname) for soname in library.sonames]
+    text = (
         f"[library.{library.name}]\nheader = {quoted(library.header)}\n"
-        f"soname = {quoted(library.soname)}\nversion = {quoted(library.version)}\n{lookup}"
+        f"soname = {names[0] if len(names) == 1 else '[' + ', '.join(names) + ']'}\n"
+        f"version = {quoted(library.version)}\n"
     )
+    text += f"lookup = {quoted(library.lookup)}\n" if library.lookup else ""
+    return text + ("optional = true\n" if library.optional else "")
 
 
 def alias_text(alias: Alias) -> str:

@@ -109,7 +109,7 @@ def test_every_variable_of_the_environment_is_documented() -> None:
 @pytest.mark.parametrize(
     ("heading", "keys"),
     [
-        ("[library.NAME]", "header soname version lookup"),
+        ("[library.NAME]", "header soname version lookup optional"),
         ("[enum.NAME]", "library since constants"),
         ("[struct.NAME]", "library since fields size typedef grows"),
         ("[function.NAME]", "library returns summary page stands_in_for result variant"),

@@ -126,7 +126,8 @@ ERRORS = {
     ),
     "library has an unknown key": (
         changed("soname = ", 'path = "x"\nsoname = '),
-        "library.cudart.path: unknown key; use one of: header, soname, version, lookup",
+        "library.cudart.path: unknown key; use one of: header, soname, version, lookup,"
+        " optional",
     ),
     "library tells its version by an unknown function": (
         changed('version = "version"', 'version = "nothing"'),

@@ -241,6 +241,7 @@ def expected(table: registry.Registry, release: str) -> list[headers.Result]:
     """
     version = registry.parse_version(release.rpartition(".")[0])
     results = []
+    apart = {library.name for library in table.libraries.values() if library.optional}
     for function in table.functions.values():
         variant = function.select(version)
         status = "agrees" if variant else "absent"
@@ -251,15 +252,20 @@ def expected(table: registry.Registry, release: str) -> list[headers.Result]:
         ):
             status = "pinned"
         since = variant.since if variant else None
+        if function.library in apart:
+            status, since = "unchecked", None
         results.append(
             headers.Result("function", function.name, function.library, version, status, since)
         )
     types: list[registry.Struct | registry.Enum]
+    since: int | None
     types = [*table.structs.values(), *table.enums.values()]
     for item in types:
         kind = "struct" if item.name in table.structs else "enum"
-        status = "agrees" if item.since <= version else "absent"
-        results.append(headers.Result(kind, item.name, item.library, version, status, item.since))
+        status, since = "agrees" if item.since <= version else "absent", item.since
+        if item.library in apart:
+            status, since = "unchecked", None
+        results.append(headers.Result(kind, item.name, item.library, version, status, since))
     return results
 
 
