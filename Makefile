@@ -49,7 +49,7 @@ packages := $(VENV)/.kvsig-packages
 linters := $(VENV)/.kvsig-linters
 # A build belongs to one interpreter, so each environment has a stamp of its own.
 built := build/stamp$(subst /,-,$(VENV))
-sources := setup.py pyproject.toml kvsig/signatures.toml kvsig/registry.py kvsig/codegen.py \
+sources := setup.py pyproject.toml kvsig/signatures.toml kvsig/registry.py kvsig/registry_reader.py kvsig/codegen.py \
 	$(wildcard kvsig/*.pyx kvsig/*.pxd csrc/*.c csrc/*.h csrc/*.cu csrc/*.cuh)
 
 # Requirements are written down once, in pyproject.toml; torch is installed by itself, or not at all.

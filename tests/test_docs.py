@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from cuda_headers import REGISTRY, header
 
-from kvsig import headers, proposals, registry, registry_text
+from kvsig import registry
+from kvsig.check import headers, proposals, registry_text
 
 DOCS = Path(__file__).parent.parent / "docs"
 ADD = (DOCS / "add-a-signature.md").read_text()

@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from kvsig import headers, registry, releases
+from kvsig import registry
+from kvsig.check import headers, releases
 
 __all__ = ["expected", "markdown", "register", "run"]
 
@@ -138,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
     table = registry.load(args.registry)
     found, names = _read_all(args, table)
     if args.propose:
-        from kvsig import proposals
+        from kvsig.check import proposals
 
         print(proposals.propose(table, [header for _, header in found], names).text, end="")
         return 0
@@ -248,7 +249,7 @@ def expected(table: registry.Registry, release: str) -> list[headers.Result]:
         if (
             variant
             and variant.pinned
-            and not (variant.pinned <= version < headers.next_major(variant.pinned))
+            and not (variant.pinned <= version < registry.next_major(variant.pinned))
         ):
             status = "pinned"
         since = variant.since if variant else None

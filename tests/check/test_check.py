@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from cuda_headers import REGISTRY, SMALL, Checker, header, run, small_headers
 
-from kvsig import headers, registry, releases
+from kvsig import registry
+from kvsig.check import headers, releases
 from kvsig.cli import check as command
 from kvsig.registry import CType, Function, Param, Variant
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TEXT = registry.PATH.read_text()
 
 

@@ -126,6 +126,8 @@ def function_text(function: Function) -> str:
 def dump(registry: Registry) -> str:
     """A whole registry as TOML; `kvsig.registry.parse` reads it back to an equal one."""
     parts = [_array("verified", map(quoted, registry.verified))]
+    hashes = registry.sha256.items()
+    parts.append("[sha256]\n" + "".join(f"{quoted(n)} = {quoted(h)}\n" for n, h in hashes))
     parts += [_library(library) for library in registry.libraries.values()]
     parts.append("[alias]\n" + "".join(map(alias_text, registry.aliases.values())))
     parts += [enum_text(enum) for enum in registry.enums.values()]
