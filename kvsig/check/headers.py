@@ -31,7 +31,7 @@ from kvsig.registry import (
     next_major,
 )
 
-__all__ = ["Header", "HeaderError", "Prototype", "Result", "check", "read"]
+__all__ = ["Header", "HeaderError", "NoHeaders", "Prototype", "Result", "check", "read"]
 
 VERSION_MACROS = {"cuda_runtime_api.h": "CUDART_VERSION", "cuda.h": "CUDA_VERSION"}
 VALUES = ".kvsig.values"
@@ -48,6 +48,10 @@ _NOISE = frozenset({"extern", "static", "inline", "__inline", "__inline__", "__e
 
 class HeaderError(ValueError):
     """A folder of headers cannot be read, or there is no C compiler."""
+
+
+class NoHeaders(HeaderError):
+    """What was given is no folder of CUDA headers."""
 
 
 def compiler() -> list[str]:
@@ -225,7 +229,7 @@ def section(data: bytes, name: str) -> bytes:
         If the file has no such section.
     """
     if data[:5] != b"\x7fELF\x02":
-        raise HeaderError("the C compiler does not write 64-bit ELF files, from which values are read")
+        raise HeaderError("the C compiler does not write 64-bit ELF files, which values come from")
     (table,) = unpack_from("=Q", data, 0x28)
     size, count, names = unpack_from("=HHH", data, 0x3A)
     rows = [unpack_from("=IIQQQQ", data, table + i * size) for i in range(count)]
@@ -334,7 +338,7 @@ def locate(path: Path | str) -> Path:
 
     Raises
     ------
-    HeaderError
+    NoHeaders
         If there is no such header.
     """
     given = Path(path)
@@ -343,7 +347,7 @@ def locate(path: Path | str) -> Path:
         if (candidate / "cuda_runtime_api.h").is_file():
             return candidate
     there = "has no cuda_runtime_api.h" if folder.is_dir() else "is not there"
-    raise HeaderError(
+    raise NoHeaders(
         f"{given} {there}; give a folder of CUDA headers, such as /usr/local/cuda/include"
     )
 

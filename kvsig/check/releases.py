@@ -21,17 +21,21 @@ from pathlib import Path, PurePosixPath
 
 from kvsig import registry
 
-__all__ = ["ReleaseError", "cache", "crt", "ensure", "include", "library", "package"]
+__all__ = ["NotARelease", "ReleaseError", "cache", "crt", "ensure", "include", "library", "package"]
 
 CRT = "13.5.37"
 """Release of nvidia-cuda-crt whose ``crt/host_defines.h`` serves every runtime's headers."""
 
 _OFFLINE = ("connection broken", "Max retries exceeded", "Failed to establish")
-_RELEASE = re.compile(r"(\d+)\.\d+\.\d+")
+_RELEASE = re.compile(r"([0-9]{1,3})\.[0-9]{1,3}\.[0-9]{1,4}")
 
 
 class ReleaseError(OSError):
     """A release cannot be fetched, or what is in the cache is not one."""
+
+
+class NotARelease(ReleaseError):
+    """The text names no release."""
 
 
 def cache() -> Path:
@@ -53,12 +57,12 @@ def package(release: str) -> str:
 
     Raises
     ------
-    ReleaseError
-        If the text is not a release.
+    NotARelease
+        If the text is not three numbers.
     """
     match = _RELEASE.fullmatch(release)
     if match is None:
-        raise ReleaseError(f'{release!r} is not a release; give three numbers, such as "12.8.90"')
+        raise NotARelease(f'{release!r} is not a release; give three numbers, such as "12.8.90"')
     major = int(match[1])
     return f"nvidia-cuda-runtime-cu{major}" if major < 13 else "nvidia-cuda-runtime"
 
