@@ -31,7 +31,7 @@ else:
     RESERVED = importlib.import_module("kvsig_unbuilt.registry_reader").RESERVED
 
 if TYPE_CHECKING:
-    from .registry import CType, Function, Param, Registry, Struct, Variant
+    from .registry import CType, Function, Param, Registry, Variant
 
 __all__ = [
     "GenerationError",
@@ -286,7 +286,8 @@ def _write_invoke(registry: Registry) -> Iterator[str]:
     for slot, function in enumerate(registry.functions.values()):
         for index in range(len(function.variants)):
             yield f"    {word} slot == {slot} and which == {index}:"
-            yield f"        return kvsig_invoke_{_pointer_type(function, index)}(address, arguments)"
+            name = f"kvsig_invoke_{_pointer_type(function, index)}"
+            yield f"        return {name}(address, arguments)"
             word = "elif"
     yield '    raise SystemError("no invoker for slot %d, variant %d" % (slot, which))'
     yield ""

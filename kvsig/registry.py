@@ -513,7 +513,7 @@ def parse(text: bytes | str, source: str = "signatures.toml", path: Path = PATH)
         raise RegistryError(source, [f"not TOML: {error}"]) from None
     except ValueError as error:
         # Python's own bound on the digits of an integer, which tomllib passes on.
-        raise RegistryError(source, [f"not TOML: an integer has too many digits: {error}"]) from None
+        raise RegistryError(source, [f"not TOML: too many digits: {error}"]) from None
     if read.problems:
         raise RegistryError(source, read.problems)
     return registry

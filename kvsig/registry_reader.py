@@ -59,7 +59,7 @@ RESERVED = frozenset(
     {*keyword.kwlist, *dir(builtins), *_KEYWORDS, *_CYTHON_WORDS, *_GENERATED, *_C_LIBRARY}
 )
 """Names that no function, type or constant can have: generated code would mean another thing."""
-OWN_PREFIXES = ("kvsig_", "emu_", "SLOT_", "invoke_", "p_")
+OWN_PREFIXES = ("kvsig_", "emu_", "SLOT_")
 """How the names begin that generated code makes for itself."""
 
 MAX_NAME, MAX_TEXT, MAX_LENGTH, MAX_POINTERS = 128, 2000, 65536, 8
@@ -152,6 +152,7 @@ class Reader:
 
     @contextmanager
     def at(self, place: str) -> Iterator[None]:
+        """Add to the place; what is found wrong inside is a problem there."""
         self.where.append(place)
         try:
             yield
@@ -161,6 +162,7 @@ class Reader:
             self.where.pop()
 
     def bad(self, text: str, key: str = "") -> None:
+        """Note a problem."""
         place = ("".join(self.where) + (f".{key}" if key else "")).lstrip(".")
         # Keys are text of the file as well: in an error they are one line, and not a long one.
         place = "".join(c if c.isprintable() else repr(c)[1:-1] for c in place)
@@ -207,6 +209,7 @@ class Reader:
                     yield key, value
 
     def text(self, table: dict[str, Any], key: str, default: str = "") -> str:
+        """Text of one printable line."""
         value = table.get(key, default)
         if not isinstance(value, str) or (key in table and not value.strip()):
             self.bad(f"must be text, not {_shown(value)}", key)
@@ -225,6 +228,7 @@ class Reader:
         return value
 
     def flag(self, table: dict[str, Any], key: str) -> bool:
+        """True or false; false where it is missing."""
         value = table.get(key, False)
         if not isinstance(value, bool):
             self.bad(f"must be true or false, not {_shown(value)}", key)
@@ -232,6 +236,7 @@ class Reader:
         return value
 
     def version(self, table: dict[str, Any], key: str) -> int | None:
+        """A version as CUDA counts."""
         if key not in table:
             return None
         try:
@@ -241,6 +246,7 @@ class Reader:
             return None
 
     def name(self, table: dict[str, Any], key: str, default: str = "") -> str:
+        """A C name."""
         value = self.text(table, key, default)
         fault = _name_fault(value) if key in table and value else None
         if fault is not None:
@@ -503,15 +509,15 @@ def _read_value(read: Reader, value: object, ctype: CType) -> int | str | dict[s
     assert isinstance(value, (int, str))
     if not inner.pointers and inner.name in read.structs:
         raise _Bad(f"value of {ctype} must be a table of its fields, not {_shown(value)}")
-    number: object = value
+    chosen: object = value
     if isinstance(value, str) and not inner.pointers:
         constants = {n: v for enum in read.enums.values() for n, v in enum.constants.items()}
         if value not in constants:
             raise _Bad(
                 f"value {_shown(value)} is no constant of an [enum]; declare it, or use a number"
             )
-        number = constants[value]
-    _check_fits(read, "value", number, inner)
+        chosen = constants[value]
+    _check_fits(read, "value", chosen, inner)
     return value
 
 
@@ -701,7 +707,8 @@ def _read_verified(read: Reader, data: dict[str, Any]) -> tuple[tuple[str, ...],
     if not isinstance(releases, list) or not all(
         isinstance(r, str) and _RELEASE.fullmatch(r) for r in releases
     ):
-        read.bad(f'must be a list of releases, such as "12.8.90", not {_shown(releases)}', "verified")
+        what = 'a list of releases, such as "12.8.90"'
+        read.bad(f"must be {what}, not {_shown(releases)}", "verified")
         return (), 0
     newest = max((1000 * int(r.split(".")[0]) + 10 * int(r.split(".")[1]) for r in releases),
                  default=0)  # fmt: skip
@@ -709,6 +716,7 @@ def _read_verified(read: Reader, data: dict[str, Any]) -> tuple[tuple[str, ...],
 
 
 def build(read: Reader, data: dict[str, Any], digest: str, path: Path) -> Registry:
+    """The registry that a parsed file is, as far as it is right; see ``Reader.problems``."""
     sections = ("verified", "sha256", "library", "alias", "enum", "struct", "function")
     read.table(data, sections, ("library", "function"))
     verified, newest = _read_verified(read, data)

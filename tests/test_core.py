@@ -455,8 +455,8 @@ class TestFallbacks:
             )
         path = _core.info()["library"]
         text = (
-            f"libcudart {NEXT_TEXT} ({path}) is newer than every prototype of cudaMemcpyBatchAsync that"
-            " kvsig knows, so pages are copied one by one. Add a"
+            f"libcudart {NEXT_TEXT} ({path}) is newer than every prototype of cudaMemcpyBatchAsync"
+            " that kvsig knows, so pages are copied one by one. Add a"
             f' [[function.cudaMemcpyBatchAsync.variant]] with since = "{NEXT_TEXT}" to'
             f" {registry.PATH} and rebuild"
         )

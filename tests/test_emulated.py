@@ -988,7 +988,7 @@ class TestLibraries:
             emulated.build(registry.load(), "13.0", tmp_path)
 
     def test_prototype_of_another_order_needs_no_other_behaviour(self, tmp_path):
-        """A form of the next major drops attrsIdxs and numAttrs, adds one and turns the order around."""
+        """A form of the next major drops two parameters, adds one and turns the order around."""
         text = Path(registry.PATH).read_text()
         head = "[function.cudaMemcpy3DBatchAsync]"
         assert text.count(head) == 1

@@ -27,7 +27,8 @@ examples:
   kvsig check --propose include/            the TOML that a new release needs
   kvsig check --propose include/ cudaMemPoolCreate     and a function that is not there yet
 
-Exit code 1 if anything differs, 2 for arguments that name nothing to check. The C compiler is $CC, or cc. Releases are kept in
+Exit code 1 if anything differs, 2 for arguments that name nothing to check. The C compiler is
+$CC, or cc. Releases are kept in
 $KVSIG_RELEASES_CACHE, or kvsig/releases in the user's cache folder.
 """
 
@@ -278,14 +279,13 @@ def expected(table: registry.Registry, release: str) -> list[headers.Result]:
             and not (variant.pinned <= version < registry.next_major(variant.pinned))
         ):
             status = "pinned"
-        since = variant.since if variant else None
+        since: int | None = variant.since if variant else None
         if function.library in apart:
             status, since = "unchecked", None
         results.append(
             headers.Result("function", function.name, function.library, version, status, since)
         )
     types: list[registry.Struct | registry.Enum]
-    since: int | None
     types = [*table.structs.values(), *table.enums.values()]
     for item in types:
         kind = "struct" if item.name in table.structs else "enum"

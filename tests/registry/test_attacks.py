@@ -154,7 +154,8 @@ ATTACKS = {
         f"{V0}.symbol", "is not a C name",
     ),
     "symbol of libc": (
-        changed("params = [\"int x", "symbol = \"exit\"\nparams = [\"int x"), f"{V0}.symbol", "word",
+        changed("params = [\"int x", "symbol = \"exit\"\nparams = [\"int x"),
+        f"{V0}.symbol", "word",
     ),
     "symbol of a constant": (
         changed("params = [\"int x", "symbol = \"RED\"\nparams = [\"int x"), f"{V0}.symbol", "RED",
@@ -163,7 +164,8 @@ ATTACKS = {
     "value newline": (param("int x", f", value = {quoted(RUN)}"), P0, "no constant"),
     "value code": (param("int x", ', value = "0) or f(1"'), P0, "no constant"),
     "value of 400 digits": (param("int x", f", value = {'9' * 400}"), P0, "of 1329 bits"),
-    "value of 5000 digits": (param("int x", f", value = {'9' * 5000}"), "not TOML", "digits"),
+    "value of 5000 digits": (param("int x", f", value = {'9' * 5000}"), "not TOML",
+        "too many digits"),
     "value past size_t": (param("size_t x", f", value = {2**64}"), P0, "does not fit"),
     "value below size_t": (param("size_t x", ", value = -1"), P0, "does not fit"),
     "value past int": (param("int x", f", value = {2**31}"), P0, "does not fit"),
@@ -187,7 +189,8 @@ ATTACKS = {
         "sha256 = { \"a-1.0-py3-none-any.whl\" = \"x\\n\" }\n" + SMALL, "sha256", "64 hexadecimal",
     ),
     "hash path": (
-        f"sha256 = {{ \"../a-1.0-py3-none-any.whl\" = \"{'0' * 64}\" }}\n" + SMALL, "sha256", "name",
+        f"sha256 = {{ \"../a-1.0-py3-none-any.whl\" = \"{'0' * 64}\" }}\n" + SMALL,
+        "sha256", "name",
     ),
     "release endless": (value("12.9.79", f"{'9' * 400}.1.1"), "verified", "list of releases"),
     # Circles and depth
@@ -219,7 +222,8 @@ ATTACKS = {
 
 WORDS = ["NULL", "None", "True", "class", "def", "lambda", "asm", "arguments", "slots", "memset",
          "memcpy", "object", "list", "print", "cdef", "nogil", "include", "from", "size_t", "main",
-         "UNBOUND", "Slot", "SLOT_x", "invoke", "exit", "errno", "int", "typeof", "linux"]  # fmt: skip
+         "UNBOUND", "Slot", "SLOT_x", "invoke", "exit", "errno", "int",
+         "typeof", "linux"]  # fmt: skip
 
 
 @pytest.mark.parametrize(("text", "place", "what"), ATTACKS.values(), ids=ATTACKS.keys())

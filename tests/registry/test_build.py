@@ -60,5 +60,6 @@ def test_sdist_has_sources_only_and_the_version_of_the_package(tmp_path):
     assert {
         "kvsig/signatures.toml", "kvsig/_core.pyx", "kvsig/_core.pxd", "kvsig/_core.pyi",
         "kvsig/_submit.pyx", "kvsig/py.typed",
-        "csrc/emulated.c", "csrc/emulated.h", "docs/index.md", "setup.py", "tests/registry/test_build.py",
+        "csrc/emulated.c", "csrc/emulated.h", "docs/index.md", "setup.py",
+        "tests/registry/test_build.py",
     } <= names  # fmt: skip

@@ -122,7 +122,8 @@ class TestWidestType:
             with pytest.raises(RegistryError) as caught:
                 parse(with_types(f_=(f'"{one}"', f'"{other}"')))
             (text,) = caught.value.problems
-            assert text.startswith("function.f_: parameter 'x' is ") and "no type holds both" in text
+            assert text.startswith("function.f_: parameter 'x' is ")
+            assert "no type holds both" in text
 
     @pytest.mark.parametrize(
         ("first", "second"),

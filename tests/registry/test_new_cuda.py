@@ -1,7 +1,7 @@
 """A CUDA that is yet to come: the TOML is edited, kvsig is rebuilt, and no other file is touched.
 
-The copy of the project that is edited here gets a next major whose batch function drops a parameter,
-adds two and changes their order, and a function that kvsig has never heard of.
+The copy of the project that is edited here gets a next major whose batch function drops a
+parameter, adds two and changes their order, and a function that kvsig has never heard of.
 """
 
 from __future__ import annotations

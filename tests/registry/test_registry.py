@@ -101,7 +101,8 @@ ERRORS = {
     ),
     "unknown section": (
         changed("[alias]", "[aliases]"),
-        "aliases: unknown key; use one of: verified, sha256, library, alias, enum, struct, function",
+        "aliases: unknown key; use one of: verified, sha256, library, alias, enum, struct,"
+        " function",
     ),
     "no library": (
         "[function]\n", "library: missing key; add it",
