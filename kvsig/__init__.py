@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kvsig._errors import BindError, CudaError
     from kvsig.cache import PagedKVCache
     from kvsig.registry import RegistryError
-    from kvsig.transfer import copy_batch
+    from kvsig.copies import copy_batch
 
 __version__ = "0.1.0"
 
@@ -42,7 +42,7 @@ _HOME = {
     "RegistryError": "registry",
     "Report": "_core",
     "call": "_core",
-    "copy_batch": "transfer",
+    "copy_batch": "copies",
     "emulated": "emulated",
     "info": "_core",
     "registry": "registry",

@@ -12,7 +12,6 @@ import re
 import sys
 import threading
 import warnings
-from array import array
 
 from . import _marshal
 from . import registry as _registry
@@ -22,7 +21,9 @@ from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport strdup
 
-from kvsig._clock cimport clock_ns
+from cpython.exc cimport PyErr_CheckSignals
+from cython cimport view
+from posix.time cimport clock_gettime, timespec
 
 cdef extern from "dlfcn.h" nogil:
     ctypedef struct Dl_info:
@@ -38,22 +39,8 @@ cdef extern from "link.h" nogil:
         const char *dlpi_name
     int dl_iterate_phdr(int (*callback)(dl_phdr_info *, size_t, void *) noexcept nogil, void *data)
 
-cdef extern from "semaphore.h" nogil:
-    ctypedef struct sem_t:
-        pass
-    int sem_init(sem_t *semaphore, int shared, unsigned int value)
-    int sem_post(sem_t *semaphore)
-    int sem_trywait(sem_t *semaphore)
-    int sem_wait(sem_t *semaphore)
-
-cdef extern from "pthread.h" nogil:
-    ctypedef unsigned long pthread_t
-    int pthread_create(pthread_t *thread, void *attributes, void *(*run)(void *) noexcept nogil,
-                       void *argument)
-    int pthread_detach(pthread_t thread)
-
-cdef extern from "unistd.h" nogil:
-    int getpid()
+cdef extern from "time.h" nogil:
+    int CLOCK_MONOTONIC_COARSE
 
 include "_generated.pxi"
 
@@ -66,7 +53,6 @@ __all__ = [
     "call",
     "copy_batch",
     "copy_strided",
-    "copy_strided3",
     "info",
     "is_emulated",
     "memory_range",
@@ -74,7 +60,6 @@ __all__ = [
     "runtime_version",
     "driver_version",
     "strided_bound",
-    "teams_bound",
 ]
 
 if _registry.digest() != DIGEST:
@@ -91,15 +76,17 @@ LIBCUDART = re.compile(r"libcudart(-[0-9a-f]{8,})?\.so[.\d]*")
 TORCH_CUDA = ("libc10_cuda.so", "libtorch_cuda.so")
 
 DEF_BATCH = 256
-# Fewer copies are submitted before another thread has woken up.
-TEAM_COPIES = 128
+LEGACY = "the stream is the legacy default stream, which batches refuse"
 
 cdef enum:
     ROUTE_NONE = 0
     ROUTE_RUNTIME = 1
     ROUTE_DRIVER = 2
     STACK_COPIES = 1024
-    MOST_THREADS = 8
+    OP_WORDS = 9
+    # Signals are looked for between pieces of so long; copies between two looks at the clock.
+    PIECE_NS = 20_000_000
+    LOOKS_AT_CLOCK = 16
     MAX_LOADED = 4096
 
 
@@ -721,6 +708,16 @@ cdef class Report:
     def __hash__(self):
         return hash(self.__reduce__())
 
+    def to_dict(self):
+        """All attributes by name, as plain values that JSON can hold."""
+        return {
+            "path": self.path,
+            "reason": self.reason,
+            "copies": self.copies,
+            "calls": self.calls,
+            "bytes": self.bytes,
+        }
+
     def __reduce__(self):
         return Report, (self.path, self.reason, self.copies, self.calls, self.bytes)
 
@@ -742,68 +739,34 @@ cdef class Report:
         )
 
 
-cdef object _permanent_refusal():
-    """Why no stream of this process can take batches, or None."""
-    if _remembered is not None:
-        return _remembered
-    if _route == ROUTE_NONE:
-        return _bound.why_not
-    return None
+# --- Submitting -------------------------------------------------------------------------------
 
 
-cdef object _stream_refusal(uint64_t stream):
-    """Why this stream cannot take batches now, or None."""
-    cdef int status = 0
-    cdef int code
-    if stream <= 1:
-        return "the stream is the legacy default stream, which batches refuse"
-    if slots[SLOT_cudaStreamIsCapturing].variant >= 0:
-        code = cudaStreamIsCapturing(stream=<void *>stream, pCaptureStatus=<int *>&status)
-        if code != 0:
-            _clear()
-        elif status != cudaStreamCaptureStatusNone:
-            return "the stream is being captured, which batches refuse"
-    return None
-
-
-def batch_refusal(uint64_t stream):
-    """Why the batch path cannot be used on a stream now.
-
-    Parameters
-    ----------
-    stream : int
-        Handle.
-
-    Returns
-    -------
-    str or None
-        None if it can. The legacy default stream is no reason: batches are forked to a stream
-        of kvsig's own there.
-    """
-    _ensure()
-    return _permanent_refusal() or (None if stream <= 1 else _stream_refusal(stream))
-
-
-def strided_bound():
-    """Whether strided copies are calls of their own here, and not rows copied one by one."""
-    _ensure()
-    return (
-        slots[SLOT_cudaMemcpy2DAsync].variant >= 0 and slots[SLOT_cudaMemcpy3DAsync].variant >= 0
-    )
-
-
-def teams_bound():
-    """Whether several threads can submit the copies of a batch."""
-    _ensure()
-    return _route == ROUTE_RUNTIME
-
+cdef struct Copies:
+    const uint64_t *dsts
+    const uint64_t *srcs
+    const uint64_t *sizes   # NULL where each copy has `same` bytes
+    uint64_t same
+    size_t count
 
 cdef struct Progress:
-    size_t done       # copies that were submitted
-    size_t failed     # index of the copy that was refused, or SIZE_MAX
-    int tied          # error of an event between threads that submit, or 0
+    size_t done             # copies that are submitted
+    size_t failed           # number of the copy that was refused, or SIZE_MAX where not known
+    size_t rows             # rows of the strided copies that are submitted
     size_t calls
     uint64_t bytes
+
+
+cdef void _begin(Progress *progress) noexcept nogil:
+    memset(progress, 0, sizeof(progress[0]))
+    progress.failed = <size_t>-1
+
+
+cdef int64_t _now() noexcept nogil:
+    """Nanoseconds of a clock that is cheap to read, and exact to some milliseconds."""
+    cdef timespec clock
+    clock_gettime(CLOCK_MONOTONIC_COARSE, &clock)
+    return <int64_t>clock.tv_sec * 1_000_000_000 + clock.tv_nsec
 
 
 cdef int _call_batch(
@@ -827,75 +790,69 @@ cdef int _call_batch(
     )
 
 
-cdef inline size_t _copies_of_call(
-    size_t start, size_t count, size_t per_call, size_t first
+cdef int _calls_of_batches(
+    int route, const Copies *copies, size_t per_call, void *stream, size_t *zeros, size_t *same,
+    Progress *progress,
 ) noexcept nogil:
-    """Copies of the call that begins at one of them; calls grow if `first` is not 0."""
-    cdef size_t amount = per_call
-    if first:
-        amount = min(amount, max(first, start))
-    return min(amount, count - start)
-
-
-cdef int _run_batch(
-    int route, const uint64_t *dsts, const uint64_t *srcs, const uint64_t *sizes, uint64_t same,
-    size_t count, size_t per_call, size_t first, void *stream, Progress *progress,
-) noexcept nogil:
-    """Submit copies in calls of per_call; stop at the first error and answer it."""
-    cdef size_t[STACK_COPIES] stack_zeros
-    cdef size_t[STACK_COPIES] stack_same
-    cdef size_t *zeros = stack_zeros
-    cdef size_t *same_sizes = stack_same
-    cdef size_t *part
-    cdef size_t start = 0, amount, fail, i
-    cdef size_t widest = per_call if per_call < count else count
-    cdef int code = 0
-    if widest > STACK_COPIES:
-        zeros = <size_t *>malloc(widest * sizeof(size_t))
-        same_sizes = <size_t *>malloc(widest * sizeof(size_t))
-        if zeros == NULL or same_sizes == NULL:
-            free(zeros)
-            free(same_sizes)
-            return cudaErrorMemoryAllocation
-    memset(zeros, 0, widest * sizeof(size_t))
-    if sizes == NULL:
-        for i in range(widest):
-            same_sizes[i] = same
-    while start < count:
-        amount = _copies_of_call(start, count, per_call, first)
-        part = same_sizes if sizes == NULL else <size_t *>(sizes + start)
+    """Make calls of the batch function until all copies are made, one fails or time is up."""
+    cdef int64_t until = _now() + PIECE_NS
+    cdef size_t start, amount, fail, i
+    cdef size_t *sizes
+    cdef int code
+    while progress.done < copies.count and _now() < until:
+        start = progress.done
+        amount = min(per_call, copies.count - start)
+        sizes = same if copies.sizes == NULL else <size_t *>(copies.sizes + start)
         fail = <size_t>-1
-        code = _call_batch(route, dsts + start, srcs + start, part, amount, zeros, &fail, stream)
+        code = _call_batch(
+            route, copies.dsts + start, copies.srcs + start, sizes, amount, zeros, &fail, stream
+        )
         if code != 0:
             if fail < amount:
                 progress.failed = start + fail
-            break
+            return code
         progress.calls += 1
-        if sizes == NULL:
-            progress.bytes += same * amount
-        else:
-            for i in range(amount):
-                progress.bytes += part[i]
-        start += amount
-        progress.done = start
-    if zeros != stack_zeros:
+        progress.done += amount
+        for i in range(amount):
+            progress.bytes += sizes[i]
+    return 0
+
+
+cdef int _batch_piece(
+    int route, const Copies *copies, size_t per_call, void *stream, Progress *progress
+) noexcept nogil:
+    """Submit the next copies in batches, for some milliseconds; CUDA's first error, or 0."""
+    cdef size_t[STACK_COPIES] stack_zeros
+    cdef size_t[STACK_COPIES] stack_same
+    cdef size_t *zeros = stack_zeros
+    cdef size_t *same = stack_same
+    cdef size_t widest = min(per_call, copies.count - progress.done)
+    cdef size_t i
+    cdef int code = cudaErrorMemoryAllocation
+    if widest > STACK_COPIES:
+        zeros = <size_t *>malloc(widest * sizeof(size_t))
+        same = <size_t *>malloc(widest * sizeof(size_t))
+    if zeros != NULL and same != NULL:
+        memset(zeros, 0, widest * sizeof(size_t))
+        if copies.sizes == NULL:
+            for i in range(widest):
+                same[i] = copies.same
+        code = _calls_of_batches(route, copies, per_call, stream, zeros, same, progress)
+    if widest > STACK_COPIES:
         free(zeros)
-        free(same_sizes)
+        free(same)
     return code
 
 
-cdef int _run_loop(
-    const uint64_t *dsts, const uint64_t *srcs, const uint64_t *sizes, uint64_t same,
-    size_t count, void *stream, Progress *progress,
-) noexcept nogil:
-    """The page-copy loop: one cudaMemcpyAsync for each copy."""
-    cdef size_t i
-    cdef size_t size
+cdef int _loop_piece(const Copies *copies, void *stream, Progress *progress) noexcept nogil:
+    """Submit the next copies one by one, for some milliseconds; CUDA's first error, or 0."""
+    cdef int64_t until = _now() + PIECE_NS
+    cdef size_t i, size
     cdef int code
-    for i in range(progress.done, count):
-        size = same if sizes == NULL else sizes[i]
+    for i in range(progress.done, copies.count):
+        size = copies.same if copies.sizes == NULL else copies.sizes[i]
         code = cudaMemcpyAsync(
-            dst=<void *>dsts[i], src=<const void *>srcs[i], count=size, stream=stream
+            dst=<void *>copies.dsts[i], src=<const void *>copies.srcs[i], count=size, stream=stream
         )
         if code != 0:
             progress.failed = i
@@ -903,17 +860,72 @@ cdef int _run_loop(
         progress.calls += 1
         progress.bytes += size
         progress.done = i + 1
+        if i % LOOKS_AT_CLOCK == 0 and _now() >= until:
+            break
     return 0
 
 
-cdef size_t _first_bad(
-    const uint64_t *dsts, const uint64_t *srcs, const uint64_t *sizes, size_t count
+cdef int _strided_piece(
+    const uint64_t *ops, size_t count, void *stream, Progress *progress
 ) noexcept nogil:
+    """Submit the next strided copies, for some milliseconds; CUDA's first error, or 0."""
+    cdef int64_t until = _now() + PIECE_NS
+    cdef cudaMemcpy3DParms parms
+    cdef const uint64_t *op
     cdef size_t i
-    for i in range(count):
-        if dsts[i] == 0 or srcs[i] == 0 or (sizes != NULL and sizes[i] == 0):
-            return i
-    return count
+    cdef int code
+    memset(&parms, 0, sizeof(parms))
+    parms.kind = cudaMemcpyDefault
+    for i in range(progress.done, count):
+        op = ops + OP_WORDS * i
+        parms.dstPtr.ptr, parms.dstPtr.pitch = <void *>op[0], op[1]
+        parms.dstPtr.xsize, parms.dstPtr.ysize = op[6], op[2]
+        parms.srcPtr.ptr, parms.srcPtr.pitch = <void *>op[3], op[4]
+        parms.srcPtr.xsize, parms.srcPtr.ysize = op[6], op[5]
+        parms.extent.width, parms.extent.height, parms.extent.depth = op[6], op[7], op[8]
+        code = cudaMemcpy3DAsync(p=&parms, stream=stream)
+        if code != 0:
+            progress.failed = i
+            return code
+        progress.calls += 1
+        progress.rows += op[7] * op[8]
+        progress.bytes += op[6] * op[7] * op[8]
+        progress.done = i + 1
+        if i % LOOKS_AT_CLOCK == 0 and _now() >= until:
+            break
+    return 0
+
+
+cdef int _look_for_signals(size_t done, size_t count) except -1:
+    """Let Python handle what came in; what its handler raises ends the transfer."""
+    try:
+        PyErr_CheckSignals()
+    except BaseException as error:
+        error.add_note(
+            f"kvsig stopped here: the first {done} of {count} copies are queued and will be made"
+            " in the order of the stream, the others not"
+        )
+        raise
+    return 0
+
+
+cdef int _submit(
+    int route, const Copies *copies, size_t per_call, uint64_t stream, Progress *progress
+) except -1:
+    """Submit what is left, by a route of batches or, for ROUTE_NONE, one by one; 0 or an error."""
+    cdef int code
+    while True:
+        with nogil:
+            if route == ROUTE_NONE:
+                code = _loop_piece(copies, <void *>stream, progress)
+            else:
+                code = _batch_piece(route, copies, per_call, <void *>stream, progress)
+        if code != 0 or progress.done == copies.count:
+            return code
+        _look_for_signals(progress.done, copies.count)
+
+
+# --- The way around the legacy default stream -------------------------------------------------
 
 
 # Batches from the legacy default stream run on a stream of kvsig's own, one for each device,
@@ -923,18 +935,36 @@ cdef class _Fork:
 
     def __init__(self):
         cdef void *handle = NULL
-        cdef int code = cudaStreamCreateWithFlags(pStream=&handle, flags=1)
-        if code != 0:
-            raise _error(code, "cudaStreamCreateWithFlags")
+        self._created(
+            cudaStreamCreateWithFlags(pStream=&handle, flags=1), "cudaStreamCreateWithFlags"
+        )
         self.stream = <uint64_t>handle
-        code = cudaEventCreateWithFlags(event=&handle, flags=2)
-        if code != 0:
-            raise _error(code, "cudaEventCreateWithFlags")
+        self._created(
+            cudaEventCreateWithFlags(event=&handle, flags=2), "cudaEventCreateWithFlags"
+        )
         self.before = <uint64_t>handle
-        code = cudaEventCreateWithFlags(event=&handle, flags=2)
-        if code != 0:
-            raise _error(code, "cudaEventCreateWithFlags")
+        self._created(
+            cudaEventCreateWithFlags(event=&handle, flags=2), "cudaEventCreateWithFlags"
+        )
         self.after = <uint64_t>handle
+
+    cdef _created(self, int code, str function):
+        if code != 0:
+            error = _error(code, function)
+            self.destroy()
+            raise error
+
+    cdef destroy(self):
+        if self.stream:
+            with nogil:
+                cudaStreamSynchronize(stream=<void *>self.stream)
+        if self.before:
+            cudaEventDestroy(event=<void *>self.before)
+        if self.after:
+            cudaEventDestroy(event=<void *>self.after)
+        if self.stream:
+            cudaStreamDestroy(stream=<void *>self.stream)
+        self.stream = self.before = self.after = 0
 
 
 cdef dict _forks = {}
@@ -944,278 +974,55 @@ cdef _drop_forks():
     """Destroy the streams and events of the runtime that is bound."""
     cdef _Fork fork
     for fork in _forks.values():
-        with nogil:
-            cudaStreamSynchronize(stream=<void *>fork.stream)
-        cudaEventDestroy(event=<void *>fork.before)
-        cudaEventDestroy(event=<void *>fork.after)
-        cudaStreamDestroy(stream=<void *>fork.stream)
+        fork.destroy()
     _forks.clear()
-    cdef int i
-    for i in range(worker_count):
-        workers[i].device = -1
 
 
-cdef _Fork _fork_of_device(int number=0):
-    """The stream of a number on the current device: 0 is the way around the legacy stream."""
+cdef _Fork _fork_of_device():
+    """The stream beside the legacy one on the current device."""
     cdef int device = 0
-    cdef int code
-    cdef _Fork fork
-    code = cudaGetDevice(device=&device)
+    cdef int code = cudaGetDevice(device=&device)
     if code != 0:
         raise _error(code, "cudaGetDevice")
-    key = (device, number)
-    found = _forks.get(key)
+    found = _forks.get(device)
     if found is None:
         with _lock:
-            found = _forks.get(key)
+            found = _forks.get(device)
             if found is None:
-                found = _Fork()
-                _forks[key] = found
-    fork = found
-    return fork
+                found = _forks[device] = _Fork()
+    return found
 
 
-cdef int _tie(uint64_t first, uint64_t then, uint64_t event) noexcept nogil:
-    """Make stream `then` wait for what is in stream `first` now."""
-    cdef int code = cudaEventRecord(event=<void *>event, stream=<void *>first)
-    if code != 0:
-        return code
-    return cudaStreamWaitEvent(stream=<void *>then, event=<void *>event)
+def _try_fork():
+    """A stream for what the legacy default stream refuses, or the reason why there is none."""
+    needed = (
+        "cudaGetDevice", "cudaStreamCreateWithFlags", "cudaEventCreateWithFlags",
+        "cudaEventRecord", "cudaStreamWaitEvent",
+    )
+    for name in needed:
+        if not _bound.rows[name].address:
+            return None, f"{LEGACY}, and {name} is not bound for a way around"
+    try:
+        return _fork_of_device(), None
+    except CudaError as error:
+        return None, f"{LEGACY}, and there is no way around: {error}"
 
 
-# --- Submission from several threads ----------------------------------------------------------
-
-# Submitting a small copy costs the CPU more than moving it costs the copy engine, and the driver
-# takes batches on different streams from different threads side by side. Each thread beyond the
-# caller's own has a stream, tied to the caller's by events, so the order outside stays the same.
-
-cdef extern from * nogil:
-    """
-    static inline size_t kvsig_take(size_t *next) {
-        return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
-    }
-    static inline void kvsig_stop(size_t *next, size_t end) {
-        __atomic_store_n(next, end, __ATOMIC_RELAXED);
-    }
-    """
-    size_t kvsig_take(size_t *next)
-    void kvsig_stop(size_t *next, size_t end)
-
-cdef struct Work:
-    # One transfer. Whoever is free takes the next call: a thread that wakes up late, or whose CPU
-    # is slow at the moment, keeps nobody waiting for more than one.
-    int route, device
-    const uint64_t *dsts
-    const uint64_t *srcs
-    const uint64_t *sizes
-    uint64_t same
-    size_t count, per_call, next
-    uint64_t before         # event in the caller's stream: where helpers begin
-
-cdef struct Worker:
-    sem_t go, done
-    Work *work
-    uint64_t stream, after
-    Progress progress
-    int device, code
-    int tied                # answer to the event behind its calls; 0 where it made none
-
-cdef Worker[MOST_THREADS] workers
-cdef int worker_count = 0
-cdef int worker_process = 0
-cdef object _team_lock = threading.Lock()
-
-
-cdef int _take_calls(Work *work, void *stream, Progress *progress) noexcept nogil:
-    """Submit calls until none is left; stop everybody at the first error and answer it."""
-    cdef size_t start, amount
-    cdef Progress one
+cdef object _tie(uint64_t first, uint64_t then, uint64_t event):
+    """Make stream `then` wait for what is in stream `first` now; the error, or None."""
+    cdef bint waits = False
     cdef int code
-    progress.done, progress.failed = work.count, <size_t>-1
-    progress.calls, progress.bytes = 0, 0
-    while True:
-        start = kvsig_take(&work.next) * work.per_call
-        if start >= work.count:
-            return 0
-        amount = min(work.per_call, work.count - start)
-        one.done, one.failed, one.calls, one.bytes = 0, <size_t>-1, 0, 0
-        code = _run_batch(
-            work.route, work.dsts + start, work.srcs + start,
-            work.sizes + start if work.sizes != NULL else NULL, work.same, amount,
-            work.per_call, 0, stream, &one,
-        )
-        progress.calls += one.calls
-        progress.bytes += one.bytes
-        if code != 0:
-            kvsig_stop(&work.next, work.count)
-            progress.done = start
-            if one.failed != <size_t>-1:
-                progress.failed = start + one.failed
-            return code
-
-
-cdef void *_work(void *argument) noexcept nogil:
-    cdef Worker *worker = <Worker *>argument
-    cdef int code
-    while True:
-        while sem_wait(&worker.go) != 0:
-            pass
-        worker.code = worker.tied = 0
-        worker.progress.calls, worker.progress.bytes = 0, 0
-        worker.progress.done, worker.progress.failed = 0, <size_t>-1
-        code = 0
-        if worker.device != worker.work.device:
-            code = cudaSetDevice(device=worker.work.device)
-            worker.device = worker.work.device if code == 0 else -1
-        if code == 0:
-            code = cudaStreamWaitEvent(
-                stream=<void *>worker.stream, event=<void *>worker.work.before
-            )
-        if code != 0:
-            # It takes no call then, and the others take them all.
-            _clear()
-        else:
-            worker.code = _take_calls(worker.work, <void *>worker.stream, &worker.progress)
-            if worker.code != 0:
-                # The last error is each thread's own: nobody would find it here.
-                _clear()
-            if worker.code != 0 or worker.progress.calls != 0:
-                worker.tied = cudaEventRecord(
-                    event=<void *>worker.after, stream=<void *>worker.stream
-                )
-                if worker.tied != 0:
-                    _clear()
-        sem_post(&worker.done)
-    return NULL
-
-
-cdef int _hire(int wanted):
-    """Start threads up to a number; how many there are. A forked child has none of its parent's."""
-    global worker_count, worker_process
-    cdef pthread_t thread
-    cdef Worker *worker
-    if worker_process != getpid():
-        worker_process = getpid()
-        worker_count = 0
-    while worker_count < wanted:
-        worker = &workers[worker_count]
-        worker.device = -1
-        if sem_init(&worker.go, 0, 0) != 0 or sem_init(&worker.done, 0, 0) != 0:
-            break
-        if pthread_create(&thread, NULL, _work, worker) != 0:
-            break
-        pthread_detach(thread)
-        worker_count += 1
-    return min(worker_count, wanted)
-
-
-cdef int _run_team(
-    int helpers, const uint64_t *forks, int device, int route, const uint64_t *dsts,
-    const uint64_t *srcs, const uint64_t *sizes, uint64_t same, size_t count, size_t per_call,
-    uint64_t stream, Progress *progress,
-) noexcept nogil:
-    """Submit the copies from several threads, and wait until all are submitted.
-
-    `forks` has stream, before and after of each helper. Answers the first error in order of the
-    copies; `progress.done` is the first copy of the call that was refused. `progress.tied` is the
-    error of an event that ties streams: what was submitted may be out of order then.
-    """
-    cdef Work work
-    cdef Worker *worker
-    cdef Progress own
-    cdef size_t j
-    cdef int i, code
-    progress.tied = cudaEventRecord(event=<void *>forks[1], stream=<void *>stream)
-    if progress.tied != 0:
-        return 0
-    work.route, work.device, work.before = route, device, forks[1]
-    work.dsts, work.srcs, work.sizes, work.same = dsts, srcs, sizes, same
-    work.count, work.per_call, work.next = count, per_call, 0
-    for i in range(helpers):
-        worker = &workers[i]
-        worker.work, worker.stream, worker.after = &work, forks[3 * i], forks[3 * i + 2]
-        sem_post(&worker.go)
-    code = _take_calls(&work, <void *>stream, &own)
-    progress[0] = own
-    progress.tied = 0
-    for i in range(helpers):
-        worker = &workers[i]
-        if sem_trywait(&worker.go) == 0:
-            # It has not woken up yet, and there is nothing left for it to do.
-            continue
-        while sem_wait(&worker.done) != 0:
-            pass
-        progress.calls += worker.progress.calls
-        progress.bytes += worker.progress.bytes
-        if worker.code != 0 and (code == 0 or worker.progress.done < progress.done):
-            code = worker.code
-            progress.done, progress.failed = worker.progress.done, worker.progress.failed
-        if worker.code != 0 or worker.progress.calls != 0:
-            # Also after a failure: what was submitted stays in the caller's order.
-            if worker.tied == 0:
-                worker.tied = cudaStreamWaitEvent(
-                    stream=<void *>stream, event=<void *>worker.after
-                )
-            if worker.tied != 0:
-                progress.tied = worker.tied
-    if progress.done < count:
-        # Calls behind the refused one were made as well. Who goes on begins with the refused one,
-        # and counts from there.
-        progress.bytes = progress.done * same
-        if sizes != NULL:
-            progress.bytes = 0
-            for j in range(progress.done):
-                progress.bytes += sizes[j]
-    return code
-
-
-cdef int _batch_team(
-    int threads, int route, const uint64_t *dsts, const uint64_t *srcs, const uint64_t *sizes,
-    uint64_t same, size_t count, size_t per_call, uint64_t stream, Progress *progress,
-    int64_t *took,
-) except -2:
-    """Submit from several threads where that can be done, else from this one alone."""
-    cdef uint64_t[3 * MOST_THREADS] forks
-    cdef int helpers, i, code, device = 0
-    cdef int64_t begin
-    cdef _Fork fork
-    # The driver's own entry point wants a context that is current in each thread.
-    helpers = min(threads, MOST_THREADS) - 1
-    helpers = min(helpers, <int>((count + per_call - 1) // per_call) - 1)
-    if helpers > 0 and route == ROUTE_RUNTIME and _team_lock.acquire(False):
-        try:
-            if _fork_refusal() is None:
-                helpers = _hire(helpers)
-                for i in range(helpers):
-                    fork = _fork_of_device(1 + i)
-                    forks[3 * i], forks[3 * i + 1] = fork.stream, fork.before
-                    forks[3 * i + 2] = fork.after
-                if helpers > 0:
-                    if cudaGetDevice(device=&device) != 0:
-                        _clear()
-                    with nogil:
-                        begin = clock_ns()
-                        code = _run_team(
-                            helpers, forks, device, route, dsts, srcs, sizes, same, count,
-                            per_call, stream, progress,
-                        )
-                        if took != NULL:
-                            took[0] += clock_ns() - begin
-                    return code
-        finally:
-            _team_lock.release()
     with nogil:
-        code = _run_batch(
-            route, dsts, srcs, sizes, same, count, per_call, 0, <void *>stream, progress
-        )
-    if took != NULL:
-        took[0] = -1
-    return code
+        code = cudaEventRecord(event=<void *>event, stream=<void *>first)
+        if code == 0:
+            waits = True
+            code = cudaStreamWaitEvent(stream=<void *>then, event=<void *>event)
+    if code == 0:
+        return None
+    return _error(code, "cudaStreamWaitEvent" if waits else "cudaEventRecord")
 
 
-cdef _check_path(path):
-    if path not in ("auto", "batch", "loop"):
-        raise ValueError(f"path={path!r}: use 'auto', 'batch' or 'loop'")
+# --- Batches and single copies ----------------------------------------------------------------
 
 
 cdef object _missing_batch():
@@ -1229,192 +1036,61 @@ cdef object _missing_batch():
     return None
 
 
-def copy_batch(
-    const uint64_t[::1] dsts not None,
-    const uint64_t[::1] srcs not None,
-    sizes,
-    uint64_t stream,
-    str path="auto",
-    size_t batch_size=DEF_BATCH,
-    int threads=1,
-    size_t first_size=0,
-    bint give_up=False,
-):
-    """Submit copies to a stream.
+cdef object _permanent_refusal():
+    """Why no stream of this process can take batches, or None."""
+    if _remembered is not None:
+        return _remembered
+    if _route == ROUTE_NONE:
+        return _bound.why_not
+    return None
+
+
+cdef object _stream_refusal(uint64_t stream):
+    """Why this stream cannot take batches now, or None."""
+    cdef int status = 0
+    cdef int code
+    # From the legacy default stream batches are forked.
+    if stream > 1 and slots[SLOT_cudaStreamIsCapturing].variant >= 0:
+        code = cudaStreamIsCapturing(stream=<void *>stream, pCaptureStatus=<int *>&status)
+        if code != 0:
+            _clear()
+        elif status != cudaStreamCaptureStatusNone:
+            return "the stream is being captured, which batches refuse"
+    return None
+
+
+cdef object batch_refusal_of(uint64_t stream):
+    _ensure()
+    if _route == ROUTE_NONE:
+        missing = _missing_batch()
+        if missing is not None:
+            raise missing
+    refusal = _permanent_refusal()
+    return _stream_refusal(stream) if refusal is None else refusal
+
+
+def batch_refusal(uint64_t stream):
+    """Why the batch path cannot be used on a stream now.
 
     Parameters
     ----------
-    dsts, srcs : ndarray of uint64, shape (n,)
-        Addresses, contiguous.
-    sizes : ndarray of uint64, shape (n,), or int
-        Bytes of each copy, or of every one.
     stream : int
-        Handle of the stream. On the legacy default stream, batches are forked to a stream of
-        kvsig's own and joined back.
-    path : {"auto", "batch", "loop"}
-        ``"auto"`` uses batches where they can be used, else one copy at a time.
-    batch_size : int
-        Copies in one call of the batch function, at most.
-    threads : int
-        Threads that submit batches, this one counted in. Where there are too few copies for
-        it, or another transfer has the threads, this one works alone.
-    first_size : int
-        Copies in the first call, if not 0; each call then has as many as are submitted already,
-        up to `batch_size`. The copy engine starts early then. Not where several threads submit.
-    give_up : bool
-        Return None, instead of going on by ``path="auto"`` without batches, where it is known
-        beforehand that they cannot be used. Nothing has been submitted then.
+        Handle.
 
     Returns
     -------
-    Report or None
-
-    Raises
-    ------
-    BindError
-        If ``path="batch"`` and batches cannot be used; the message says why.
-    CudaError
-        If CUDA refuses a copy. Copies before it may have been made.
-    ValueError
-        If lengths differ, or an address or a size is 0. Nothing has been copied.
+    str or None
+        None if it can. The legacy default stream is no reason: batches are forked to a stream
+        of kvsig's own there.
     """
-    cdef size_t count = dsts.shape[0]
-    cdef const uint64_t[::1] given
-    cdef const uint64_t *size_list = NULL
-    cdef uint64_t same = 0
-    cdef size_t bad
-    cdef const uint64_t *d
-    cdef const uint64_t *s
-    if <size_t>srcs.shape[0] != count:
-        raise ValueError(f"{count} destinations, but {srcs.shape[0]} sources; give one for each")
-    if isinstance(sizes, int):
-        if sizes <= 0:
-            raise ValueError(f"size {sizes} is no number of bytes to copy; it must be above 0")
-        same = sizes
-    else:
-        given = sizes
-        if <size_t>given.shape[0] != count:
-            raise ValueError(f"{count} destinations, but {given.shape[0]} sizes; give one for each")
-        if count:
-            size_list = &given[0]
-    _check_path(path)
-    if batch_size == 0:
-        raise ValueError("batch_size 0 copies nothing; it must be above 0")
     _ensure()
-    if count == 0:
-        return Report()
-    d, s = &dsts[0], &srcs[0]
-    bad = _first_bad(d, s, size_list, count)
-    if bad < count:
-        raise ValueError(
-            f"copy {bad} is not possible: dst={d[bad]:#x}, src={s[bad]:#x},"
-            f" size={same if size_list == NULL else size_list[bad]};"
-            " addresses and sizes must not be 0"
-        )
-    return submit_copies(
-        d, s, size_list, same, count, stream, path, batch_size, threads, first_size, give_up, NULL
-    )
+    return _permanent_refusal() or _stream_refusal(stream)
 
 
-cdef object submit_copies(
-    const uint64_t *d, const uint64_t *s, const uint64_t *size_list, uint64_t same, size_t count,
-    uint64_t stream, str path, size_t batch_size, int threads, size_t first_size, bint give_up,
-    int64_t *took,
-):
-    """Submit copies that are known to be good, at least one of them; see `copy_batch`.
-
-    Adds to `took`, where it is given, the nanoseconds that batches were being submitted; waiting
-    for the interpreter is not in it. -1 where they were not submitted as was asked for.
-    """
-    cdef uint64_t target = stream
-    cdef Progress progress
-    cdef int code = 0
-    cdef _Fork fork = None
-    cdef int route
-    cdef int64_t begin
-    _ensure()
-    progress.done, progress.failed, progress.tied = 0, <size_t>-1, 0
-    progress.calls, progress.bytes = 0, 0
-    route = _route
-    reason = None
-    if path != "loop":
-        if route == ROUTE_NONE:
-            missing = _missing_batch()
-            if missing is not None:
-                raise missing
-        reason = _permanent_refusal()
-        if reason is None and stream <= 1:
-            fork, reason = _try_fork()
-        elif reason is None:
-            reason = _stream_refusal(stream)
-        if reason is None:
-            if fork is not None:
-                target = fork.stream
-                with nogil:
-                    code = _tie(stream, target, fork.before)
-                if code != 0:
-                    raise _error(code, "cudaEventRecord")
-            if threads > 1 and count >= TEAM_COPIES:
-                first_size = 0
-                code = _batch_team(
-                    threads, route, d, s, size_list, same, count, batch_size, target, &progress,
-                    took,
-                )
-            else:
-                with nogil:
-                    begin = clock_ns()
-                    code = _run_batch(
-                        route, d, s, size_list, same, count, batch_size, first_size,
-                        <void *>target, &progress,
-                    )
-                    if took != NULL:
-                        took[0] += clock_ns() - begin
-            error = None
-            if took != NULL and (code != 0 or progress.tied != 0):
-                took[0] = -1
-            if progress.tied != 0:
-                _clear()
-                error = _error(progress.tied, "cudaEventRecord")
-            elif code != 0:
-                reason = _after_failure(code, route)
-                if reason is None:
-                    name = "cuMemcpyBatchAsync" if route == ROUTE_DRIVER else "cudaMemcpyBatchAsync"
-                    _clear()
-                    index = _failed_copy(
-                        d, s, size_list, same, count, batch_size, first_size, target, route,
-                        &progress,
-                    )
-                    error = _error(code, name, index)
-            if fork is not None:
-                # Also after a failure: what was submitted stays in the caller's order.
-                with nogil:
-                    code = _tie(target, stream, fork.after)
-                if code != 0 and error is None:
-                    error = _error(code, "cudaEventRecord")
-                elif code != 0:
-                    _clear()
-            if error is not None:
-                raise error
-            if reason is None:
-                return _report("batch", None, count, &progress)
-        elif give_up and path == "auto":
-            return None
-        if path == "batch" and slots[SLOT_cudaMemcpyAsync].variant >= 0:
-            raise BindError(f"path='batch' is not possible: {reason}. Use path='auto' or 'loop'")
+cdef object no_batch(object reason, uint64_t stream):
     if slots[SLOT_cudaMemcpyAsync].variant < 0:
-        raise _no_loop(reason, stream)
-    with nogil:
-        code = _run_loop(d, s, size_list, same, count, <void *>stream, &progress)
-    if code != 0:
-        raise _error(code, "cudaMemcpyAsync", progress.failed)
-    return _report("loop", reason, count, &progress)
-
-
-cdef Report _report(str path, object reason, size_t copies, const Progress *progress):
-    cdef Report report = Report.__new__(Report)
-    report.path, report.reason = path, reason
-    report.copies, report.calls, report.bytes = copies, progress.calls, progress.bytes
-    return report
+        return _no_loop(reason, stream)
+    return BindError(f"path='batch' is not possible: {reason}. Use path='auto' or 'loop'")
 
 
 def _no_loop(reason, stream):
@@ -1434,30 +1110,9 @@ def _no_loop(reason, stream):
     return BindError("".join(parts))
 
 
-def _fork_refusal():
-    """The first function that is not bound of those that a second stream needs, or None."""
-    needed = (
-        "cudaGetDevice", "cudaSetDevice", "cudaStreamCreateWithFlags",
-        "cudaEventCreateWithFlags", "cudaEventRecord", "cudaStreamWaitEvent",
-    )
-    return next((name for name in needed if not _bound.rows[name].address), None)
-
-
-def _try_fork():
-    """A stream for what the legacy default stream refuses, or the reason why there is none."""
-    name = _fork_refusal()
-    if name is not None:
-        return None, f"{_stream_refusal(0)}, and {name} is not bound for a way around"
-    try:
-        return _fork_of_device(), None
-    except CudaError as error:
-        return None, f"{_stream_refusal(0)}, and there is no way around: {error}"
-
-
-def _after_failure(int code, int route):
+def _after_failure(int code, function):
     """The reason to fall back after an error of the batch function, or None to raise it."""
     global _remembered
-    function = "cuMemcpyBatchAsync" if route == ROUTE_DRIVER else "cudaMemcpyBatchAsync"
     if code == cudaErrorNotSupported or code == cudaErrorCallRequiresNewerDriver:
         _clear()
         # It will answer so again: remember it.
@@ -1476,140 +1131,264 @@ def _name(int code):
 
 
 cdef object _failed_copy(
-    const uint64_t *d, const uint64_t *s, const uint64_t *sizes, uint64_t same, size_t count,
-    size_t per_call, size_t first, uint64_t stream, int route, Progress *progress,
+    const Copies *copies, size_t per_call, uint64_t stream, int route, Progress *progress
 ):
     """Number of the copy that a batch was refused for, or None.
 
     CUDA 13 does not say. The driver's own form still does, so the call that failed is made again
     through it: its copies are the same ones, in the same place of the stream.
     """
-    cdef Progress again
-    cdef const uint64_t *part = NULL
+    cdef Copies again = copies[0]
+    cdef Progress second
     cdef size_t start = progress.done
-    cdef size_t amount = _copies_of_call(start, count, per_call, first)
     cdef int code
     if progress.failed != <size_t>-1:
         return progress.failed
     if route == ROUTE_DRIVER or slots[SLOT_cuMemcpyBatchAsync].variant < 0:
         return None
-    if sizes != NULL:
-        part = sizes + start
-    again.done, again.failed, again.calls, again.bytes = 0, <size_t>-1, 0, 0
+    again.count = min(per_call, copies.count - start)
+    again.dsts, again.srcs = copies.dsts + start, copies.srcs + start
+    if copies.sizes != NULL:
+        again.sizes = copies.sizes + start
+    _begin(&second)
     with nogil:
-        code = _run_batch(
-            ROUTE_DRIVER, d + start, s + start, part, same,
-            amount, amount, 0, <void *>stream, &again,
-        )
-    if code == 0 or again.failed == <size_t>-1:
+        code = _batch_piece(ROUTE_DRIVER, &again, again.count, <void *>stream, &second)
+    if code == 0 or second.failed == <size_t>-1:
         return None
-    return start + again.failed
+    return start + second.failed
 
 
-def _rows_by_batch(const uint64_t[:, ::1] ops, uint64_t stream):
-    """The rows of strided copies in batches: what is left where there is no libcudart."""
-    dsts, srcs, sizes = array("Q"), array("Q"), array("Q")
-    owners = []
-    for number, op in enumerate(ops):
-        if len(op) == 6:
-            dst, dpitch, src, spitch, width, height = op
-            drows, srows, depth = 0, 0, 1
-        else:
-            dst, dpitch, drows, src, spitch, srows, width, height, depth = op
-        for part in range(depth):
-            for row in range(height):
-                dsts.append(dst + (part * drows + row) * dpitch)
-                srcs.append(src + (part * srows + row) * spitch)
-                sizes.append(width)
-                owners.append(number)
+cdef object _run_batches(
+    const Copies *copies, size_t per_call, uint64_t stream, Progress *progress
+):
+    """Submit in batches; the reason why the rest must go one by one, or None."""
+    cdef int route = _route
+    cdef int code = _submit(route, copies, per_call, stream, progress)
+    if code == 0:
+        return None
+    function = "cuMemcpyBatchAsync" if route == ROUTE_DRIVER else "cudaMemcpyBatchAsync"
+    reason = _after_failure(code, function)
+    if reason is None:
+        _clear()
+        index = _failed_copy(copies, per_call, stream, route, progress)
+        raise _error(code, function, index)
+    return reason
+
+
+cdef object _run_forked(
+    const Copies *copies, size_t per_call, uint64_t stream, Progress *progress
+):
+    """Submit in batches on the stream beside the legacy one; as `_run_batches`."""
+    cdef _Fork fork
+    fork, reason = _try_fork()
+    if fork is None:
+        return reason
+    error = _tie(stream, fork.stream, fork.before)
+    if error is not None:
+        raise error
     try:
-        return copy_batch(dsts, srcs, sizes, stream)
-    except CudaError as error:
-        if error.index is None:
-            raise
-        fields = error.code, error.name, error.text, error.function, error.variant, error.library
-        raise CudaError(*fields, owners[error.index]) from None
+        reason = _run_batches(copies, per_call, fork.stream, progress)
+    except BaseException:
+        # What was submitted stays in the caller's order.
+        _tie(fork.stream, stream, fork.after)
+        raise
+    error = _tie(fork.stream, stream, fork.after)
+    if error is not None:
+        raise error
+    return reason
 
 
-def copy_strided(const uint64_t[:, ::1] ops not None, uint64_t stream):
-    """Submit strided copies to a stream, one call each.
+cdef Report _report(str path, object reason, size_t copies, const Progress *progress):
+    cdef Report report = Report.__new__(Report)
+    report.path, report.reason = path, reason
+    report.copies, report.calls, report.bytes = copies, progress.calls, progress.bytes
+    return report
+
+
+cdef object run_copies(
+    const uint64_t *dsts, const uint64_t *srcs, const uint64_t *sizes, uint64_t same, size_t count,
+    uint64_t stream, Path path, bint strict, size_t batch_size, object reason,
+):
+    cdef Copies copies
+    cdef Progress progress
+    cdef int code
+    _ensure()
+    copies.dsts, copies.srcs, copies.sizes = dsts, srcs, sizes
+    copies.same, copies.count = same, count
+    _begin(&progress)
+    if path == PATH_BATCH:
+        if stream <= 1:
+            reason = _run_forked(&copies, batch_size, stream, &progress)
+        else:
+            reason = _run_batches(&copies, batch_size, stream, &progress)
+        if reason is None:
+            return _report("batch", None, count, &progress)
+        if strict:
+            raise no_batch(reason, stream)
+    if slots[SLOT_cudaMemcpyAsync].variant < 0:
+        raise _no_loop(reason, stream)
+    code = _submit(ROUTE_NONE, &copies, 0, stream, &progress)
+    if code != 0:
+        raise _error(code, "cudaMemcpyAsync", progress.failed)
+    return _report("loop", reason, count, &progress)
+
+
+cdef size_t _first_bad(
+    const uint64_t *dsts, const uint64_t *srcs, const uint64_t *sizes, size_t count
+) noexcept nogil:
+    cdef size_t i
+    for i in range(count):
+        if dsts[i] == 0 or srcs[i] == 0 or (sizes != NULL and sizes[i] == 0):
+            return i
+    return count
+
+
+def copy_batch(
+    const uint64_t[::1] dsts not None,
+    const uint64_t[::1] srcs not None,
+    sizes,
+    uint64_t stream,
+    str path="auto",
+    size_t batch_size=DEF_BATCH,
+):
+    """Submit copies to a stream.
 
     Parameters
     ----------
-    ops : ndarray of uint64, shape (n, 6)
-        Columns: dst, dpitch, src, spitch, width, height; bytes, but for height, in rows.
+    dsts, srcs : ndarray of uint64, shape (n,)
+        Addresses, contiguous.
+    sizes : ndarray of uint64, shape (n,), or int
+        Bytes of each copy, or of every one.
     stream : int
-        Handle of the stream.
+        Handle of the stream. On the legacy default stream, batches are forked to a stream of
+        kvsig's own and joined back.
+    path : {"auto", "batch", "loop"}
+        ``"auto"`` uses batches where they can be used, else one copy at a time.
+    batch_size : int
+        Copies in one call of the batch function, at most.
 
     Returns
     -------
     Report
-        ``copies`` counts the rows.
 
     Raises
     ------
+    BindError
+        If ``path="batch"`` and batches cannot be used; the message says why.
     CudaError
-        If CUDA refuses a copy; ``index`` is its row in `ops`.
+        If CUDA refuses a copy. Copies before it may have been made.
     ValueError
-        If there are not six columns, or a value is 0 or a pitch below the width.
+        If lengths differ, or an address or a size is 0. Nothing has been copied.
+    KeyboardInterrupt
+        Or whatever the handler of a signal raises, between two calls; a note says how many
+        copies are queued.
     """
-    cdef size_t count = ops.shape[0]
-    cdef size_t i, row, calls = 0, rows = 0
-    cdef uint64_t total = 0
-    cdef const uint64_t *op
-    cdef int code = 0
-    cdef bint native
-    if ops.shape[1] != 6:
-        raise ValueError(f"{ops.shape[1]} columns; strided copies have 6")
+    cdef size_t count = dsts.shape[0]
+    cdef const uint64_t[::1] given
+    cdef const uint64_t *size_list = NULL
+    cdef uint64_t same = 0
+    cdef size_t bad
+    cdef Path way = PATH_LOOP
+    if <size_t>srcs.shape[0] != count:
+        raise ValueError(f"{count} destinations, but {srcs.shape[0]} sources; give one for each")
+    if isinstance(sizes, int):
+        if sizes <= 0:
+            raise ValueError(f"size {sizes} is no number of bytes to copy; it must be above 0")
+        same = sizes
+    else:
+        given = sizes
+        if <size_t>given.shape[0] != count:
+            raise ValueError(f"{count} destinations, but {given.shape[0]} sizes; give one for each")
+        if count:
+            size_list = &given[0]
+    if path not in ("auto", "batch", "loop"):
+        raise ValueError(f"path={path!r}: use 'auto', 'batch' or 'loop'")
+    if batch_size == 0:
+        raise ValueError("batch_size 0 copies nothing; it must be above 0")
     _ensure()
     if count == 0:
         return Report()
+    bad = _first_bad(&dsts[0], &srcs[0], size_list, count)
+    if bad < count:
+        raise ValueError(
+            f"copy {bad} is not possible: dst={dsts[bad]:#x}, src={srcs[bad]:#x},"
+            f" size={same if size_list == NULL else size_list[bad]};"
+            " addresses and sizes must not be 0"
+        )
+    reason = None
+    if path != "loop":
+        reason = batch_refusal_of(stream)
+        if reason is None:
+            way = PATH_BATCH
+        elif path == "batch":
+            raise no_batch(reason, stream)
+    return run_copies(
+        &dsts[0], &srcs[0], size_list, same, count, stream, way, path == "batch", batch_size,
+        reason,
+    )
+
+
+# --- Strided copies ---------------------------------------------------------------------------
+
+
+def strided_bound():
+    """Whether strided copies are calls of their own here, and not rows copied one by one."""
+    _ensure()
+    return slots[SLOT_cudaMemcpy3DAsync].variant >= 0
+
+
+cdef object _run_rows(const uint64_t *ops, size_t count, uint64_t stream):
+    """The rows of strided copies as copies of their own, where no call takes whole ones."""
+    cdef size_t total = 0, at = 0, i, slice_, row
+    cdef const uint64_t *op
+    cdef Path way = PATH_LOOP
     for i in range(count):
-        op = &ops[i, 0]
-        if op[0] == 0 or op[2] == 0 or op[4] == 0 or op[5] == 0 or (
-            op[5] > 1 and (op[1] < op[4] or op[3] < op[4])
-        ):
-            raise ValueError(
-                f"strided copy {i} is not possible: dst={op[0]:#x}, dpitch={op[1]},"
-                f" src={op[2]:#x}, spitch={op[3]}, width={op[4]}, height={op[5]};"
-                " nothing may be 0, and pitches not below the width"
-            )
-    native = slots[SLOT_cudaMemcpy2DAsync].variant >= 0
-    if not native and slots[SLOT_cudaMemcpyAsync].variant < 0:
-        return _rows_by_batch(ops, stream)
-    with nogil:
-        for i in range(count):
-            op = &ops[i, 0]
-            if native:
-                code = cudaMemcpy2DAsync(
-                    dst=<void *>op[0], dpitch=op[1], src=<const void *>op[2], spitch=op[3],
-                    width=op[4], height=op[5], stream=<void *>stream,
-                )
-                calls += 1
-            else:
-                for row in range(op[5]):
-                    code = cudaMemcpyAsync(
-                        dst=<void *>(op[0] + row * op[1]),
-                        src=<const void *>(op[2] + row * op[3]),
-                        count=op[4], stream=<void *>stream,
-                    )
-                    calls += 1
-                    if code != 0:
-                        break
-            if code != 0:
-                break
-            rows += op[5]
-            total += op[4] * op[5]
-    if code != 0:
-        raise _error(code, "cudaMemcpy2DAsync" if native else "cudaMemcpyAsync", i)
-    if native:
-        return Report("strided", None, rows, calls, total)
-    why = _bound.rows["cudaMemcpy2DAsync"].why
-    return Report("loop", f"cudaMemcpy2DAsync is not bound: {why}", rows, calls, total)
+        total += ops[OP_WORDS * i + 7] * ops[OP_WORDS * i + 8]
+    # Of each row: destination, source, width, and the strided copy that it belongs to.
+    cdef uint64_t[:, ::1] rows = view.array((4, total), sizeof(uint64_t), "Q")
+    for i in range(count):
+        op = ops + OP_WORDS * i
+        for slice_ in range(op[8]):
+            for row in range(op[7]):
+                rows[0, at] = op[0] + (slice_ * op[2] + row) * op[1]
+                rows[1, at] = op[3] + (slice_ * op[5] + row) * op[4]
+                rows[2, at], rows[3, at] = op[6], i
+                at += 1
+    if slots[SLOT_cudaMemcpyAsync].variant >= 0:
+        reason = f"cudaMemcpy3DAsync is not bound: {_bound.rows['cudaMemcpy3DAsync'].why}"
+    else:
+        reason = batch_refusal_of(stream)
+        way = PATH_BATCH if reason is None else PATH_LOOP
+    try:
+        return run_copies(
+            &rows[0, 0], &rows[1, 0], &rows[2, 0], 0, total, stream, way, False, DEF_BATCH, reason
+        )
+    except CudaError as error:
+        if error.index is None:
+            raise
+        fields = error.code, error.name, error.text, error.function, error.variant, error.library
+        raise CudaError(*fields, rows[3, error.index]) from None
 
 
-def copy_strided3(const uint64_t[:, ::1] ops not None, uint64_t stream):
-    """Submit strided copies of several slices of rows to a stream, one call each.
+cdef object run_strided(const uint64_t *ops, size_t count, uint64_t stream):
+    cdef Progress progress
+    cdef int code
+    _ensure()
+    if slots[SLOT_cudaMemcpy3DAsync].variant < 0:
+        return _run_rows(ops, count, stream)
+    _begin(&progress)
+    while True:
+        with nogil:
+            code = _strided_piece(ops, count, <void *>stream, &progress)
+        if code != 0:
+            raise _error(code, "cudaMemcpy3DAsync", progress.failed)
+        if progress.done == count:
+            return _report("strided", None, progress.rows, &progress)
+        _look_for_signals(progress.done, count)
+
+
+def copy_strided(const uint64_t[:, ::1] ops not None, uint64_t stream):
+    """Submit strided copies, slices of rows, to a stream, one call each.
 
     Parameters
     ----------
@@ -1631,16 +1410,14 @@ def copy_strided3(const uint64_t[:, ::1] ops not None, uint64_t stream):
         If CUDA refuses a copy; ``index`` is its row in `ops`.
     ValueError
         If there are not nine columns, a value is 0, a pitch is below the width or slices overlap.
+    KeyboardInterrupt
+        As by `copy_batch`.
     """
     cdef size_t count = ops.shape[0]
-    cdef size_t i, row, slice_, calls = 0, rows = 0
-    cdef uint64_t total = 0
+    cdef size_t i
     cdef const uint64_t *op
-    cdef int code = 0
-    cdef bint native
-    cdef cudaMemcpy3DParms p
-    if ops.shape[1] != 9:
-        raise ValueError(f"{ops.shape[1]} columns; strided copies of slices have 9")
+    if ops.shape[1] != OP_WORDS:
+        raise ValueError(f"{ops.shape[1]} columns; strided copies have {OP_WORDS}")
     _ensure()
     if count == 0:
         return Report()
@@ -1657,45 +1434,7 @@ def copy_strided3(const uint64_t[:, ::1] ops not None, uint64_t stream):
                 f" height={op[7]}, depth={op[8]}; nothing may be 0, pitches not below the width,"
                 " and rows from slice to slice not below the height"
             )
-    native = slots[SLOT_cudaMemcpy3DAsync].variant >= 0
-    if not native and slots[SLOT_cudaMemcpyAsync].variant < 0:
-        return _rows_by_batch(ops, stream)
-    memset(&p, 0, sizeof(p))
-    p.kind = cudaMemcpyDefault
-    with nogil:
-        for i in range(count):
-            op = &ops[i, 0]
-            if native:
-                p.dstPtr.ptr, p.dstPtr.pitch = <void *>op[0], op[1]
-                p.dstPtr.xsize, p.dstPtr.ysize = op[6], op[2]
-                p.srcPtr.ptr, p.srcPtr.pitch = <void *>op[3], op[4]
-                p.srcPtr.xsize, p.srcPtr.ysize = op[6], op[5]
-                p.extent.width, p.extent.height, p.extent.depth = op[6], op[7], op[8]
-                code = cudaMemcpy3DAsync(p=&p, stream=<void *>stream)
-                calls += 1
-            else:
-                for slice_ in range(op[8]):
-                    for row in range(op[7]):
-                        code = cudaMemcpyAsync(
-                            dst=<void *>(op[0] + (slice_ * op[2] + row) * op[1]),
-                            src=<const void *>(op[3] + (slice_ * op[5] + row) * op[4]),
-                            count=op[6], stream=<void *>stream,
-                        )
-                        calls += 1
-                        if code != 0:
-                            break
-                    if code != 0:
-                        break
-            if code != 0:
-                break
-            rows += op[7] * op[8]
-            total += op[6] * op[7] * op[8]
-    if code != 0:
-        raise _error(code, "cudaMemcpy3DAsync" if native else "cudaMemcpyAsync", i)
-    if native:
-        return Report("strided", None, rows, calls, total)
-    why = _bound.rows["cudaMemcpy3DAsync"].why
-    return Report("loop", f"cudaMemcpy3DAsync is not bound: {why}", rows, calls, total)
+    return run_strided(&ops[0, 0], count, stream)
 
 
 def memory_range(uint64_t address):
@@ -1842,16 +1581,3 @@ def call(str function, /, **arguments):
     if len(found) == 1:
         return next(iter(found.values()))
     return found or None
-
-
-def _check_layouts():
-    """The sizes of the registry, of the marshaller and of the compiler must be one."""
-    registry = _registry.load()
-    for name, size in STRUCT_SIZES.items():
-        struct = registry.structs[name]
-        computed = _marshal.layout(registry, _registry.CType(name))[0]
-        if not size == struct.size == computed:
-            raise ImportError(
-                f"struct {name} has {size} bytes by the compiler, {computed} by its fields and"
-                f" {struct.size} by {registry.path}: correct it there"
-            )

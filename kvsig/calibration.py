@@ -117,9 +117,9 @@ class Meter:
         ends = [(near, pitch), (far, width)]
         if cell.direction == "offload":
             ends.reverse()
-        ops = np.empty((count, 6), np.uint64)
-        (ops[:, 0], ops[:, 1]), (ops[:, 2], ops[:, 3]) = ends
-        ops[:, 4], ops[:, 5] = width, rows
+        ops = np.empty((count, 9), np.uint64)
+        (ops[:, 0], ops[:, 1]), (ops[:, 3], ops[:, 4]) = ends
+        ops[:, 2], ops[:, 5], ops[:, 6], ops[:, 7], ops[:, 8] = rows, rows, width, rows, 1
         handle = int(self.stream.cuda_stream)
         return lambda: _core.copy_strided(ops, handle)
 

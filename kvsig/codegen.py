@@ -369,7 +369,8 @@ def _write_exported(registry: Registry, function: Function, variant: Variant) ->
         yield "    };"
     texts = ", ".join(map(_literal, (function.name, variant.symbol, variant.label)))
     array = "arguments" if params else "NULL"
-    yield f"    return ({returns})emu_dispatch({texts}, {array}, {len(params)});"
+    dispatch = "emu_dispatch_pointer" if "*" in returns else "emu_dispatch"
+    yield f"    return ({returns}){dispatch}({texts}, {array}, {len(params)});"
     yield "}"
     yield ""
 
@@ -395,7 +396,7 @@ def emulated_glue(registry: Registry, version: int, without: Collection[str] = (
     -------
     str
         Each function with its exact prototype, passing its arguments by name to
-        ``emu_dispatch`` of ``csrc/emulated.h``. A function past its last range is exported
+        ``emu_dispatch`` of ``csrc/emulated/emulated.h``. A function past its last range is exported
         as a trap that aborts: calling it would be calling an unproven prototype.
     """
     bounds = emulated_versions(registry)

@@ -98,6 +98,11 @@ def last_error():
     return _core.call("cudaPeekAtLastError")
 
 
+def strided(rows):
+    """Strided copies as `copy_strided` takes them."""
+    return np.array(list(rows), np.uint64)
+
+
 class TestTypedCaller:
     @pytest.mark.parametrize("version", FORMS)
     def test_batch_gets_each_argument_in_its_place(self, bind, stream, version):
@@ -161,62 +166,6 @@ class TestTypedCaller:
         assert [call["observed"]["copies"] for call in control.calls(BATCH)] == sizes
         assert report.calls == len(sizes) and report.copies == count
 
-    @pytest.mark.parametrize("version", FORMS)
-    @pytest.mark.parametrize(
-        ("count", "first", "sizes"),
-        [
-            (1000, 64, [64, 64, 128, 256, 256, 232]), (64, 64, [64]), (65, 64, [64, 1]),
-            (300, 64, [64, 64, 128, 44]), (300, 256, [256, 44]), (300, 1000, [256, 44]),
-            (10, 1, [1, 1, 2, 4, 2]),
-        ],
-    )  # fmt: skip
-    def test_calls_that_grow(self, bind, stream, version, count, first, sizes):
-        """Each holds as many copies as were submitted before it."""
-        control, copies = bind(version), Copies(count)
-        on = stream()
-        control.record()
-        report = _core.copy_batch(*copies.arguments, on.cuda_stream, first_size=first)
-        on.synchronize()
-        copies.check()
-        assert [call["observed"]["copies"] for call in control.calls(BATCH)] == sizes
-        assert (report.calls, report.copies) == (len(sizes), count)
-
-    @pytest.mark.parametrize("version", FORMS)
-    def test_the_copy_that_failed_in_a_call_that_grew(self, bind, stream, version):
-        control, copies = bind(version), Copies(300)
-        on = stream()
-        control.fault(BATCH, 1, nth=3, fail_index=5)
-        control.fault("cuMemcpyBatchAsync", 1, fail_index=5)
-        with pytest.raises(_core.CudaError) as caught:
-            _core.copy_batch(*copies.arguments, on.cuda_stream, first_size=64)
-        assert last_error() == 0
-        on.synchronize()
-        # The third call has copies 128 and on.
-        assert caught.value.index == 128 + 5
-        copies.check(made=range(128 + 5))
-
-    def test_gives_up_only_where_batches_are_refused_beforehand(self, bind, stream, monkeypatch):
-        bind("13.0")
-        on = stream()
-        copies = Copies(9)
-        report = _core.copy_batch(*copies.arguments, on.cuda_stream, give_up=True)
-        on.synchronize()
-        copies.check()
-        assert report.path == "batch"
-        monkeypatch.setenv("KVSIG_ROUTE", "runtime")
-        control = bind("12.6")
-        on, copies = stream(), Copies(9)
-        control.record()
-        assert _core.copy_batch(*copies.arguments, on.cuda_stream, give_up=True) is None
-        assert control.calls("cudaMemcpyAsync") == []
-        copies.check(made=[])
-        with pytest.raises(_core.BindError, match="path='batch' is not possible"):
-            _core.copy_batch(*copies.arguments, on.cuda_stream, "batch", give_up=True)
-        report = _core.copy_batch(*copies.arguments, on.cuda_stream, "loop", give_up=True)
-        on.synchronize()
-        copies.check()
-        assert report.path == "loop"
-
     @pytest.mark.parametrize("version", ["11.8", "12.6", *FORMS, "13.5"])
     def test_strided(self, bind, stream, version):
         control = bind(version)
@@ -224,9 +173,9 @@ class TestTypedCaller:
         rng = np.random.default_rng(3)
         source = rng.integers(1, 256, (2, 6, 32), dtype=np.uint8)
         target = np.zeros((2, 6, 40), np.uint8)
-        ops = np.array(
-            [[target[i].ctypes.data + 8, 40, source[i].ctypes.data, 64, 24, 3] for i in range(2)],
-            dtype=np.uint64,
+        ops = strided(
+            [target[i].ctypes.data + 8, 40, 3, source[i].ctypes.data, 64, 3, 24, 3, 1]
+            for i in range(2)
         )
         control.record()
         report = _core.copy_strided(ops, on.cuda_stream)
@@ -234,12 +183,21 @@ class TestTypedCaller:
         assert report == _core.Report("strided", None, 6, 2, 2 * 3 * 24)
         assert (target[:, :3, 8:32] == source[:, ::2, :24]).all()
         assert target[:, :3, :8].sum() == 0 and target[:, 3:].sum() == 0
-        for call, op in zip(control.calls("cudaMemcpy2DAsync"), ops.tolist(), strict=True):
-            given = dict(
-                zip(("dst", "dpitch", "src", "spitch", "width", "height"), op, strict=True),
-                kind=4, stream=on.cuda_stream,
-            )  # fmt: skip
-            assert {a["name"]: a["value"] for a in call["arguments"]} == given
+        assert len(control.calls("cudaMemcpy3DAsync")) == 2
+
+    @pytest.mark.parametrize("version", ["11.8", *FORMS])
+    def test_strided_slices(self, bind, stream, version):
+        """Slices of rows that are neither neighbours nor as far apart on both sides."""
+        bind(version)
+        on = stream()
+        source = np.random.default_rng(4).integers(1, 256, (3, 5, 32), dtype=np.uint8)
+        target = np.zeros((3, 4, 40), np.uint8)
+        ops = strided([[target.ctypes.data, 40, 4, source.ctypes.data, 32, 5, 24, 2, 3]])
+        report = _core.copy_strided(ops, on.cuda_stream)
+        on.synchronize()
+        assert report == _core.Report("strided", None, 6, 1, 6 * 24)
+        assert (target[:, :2, :24] == source[:, :2, :24]).all()
+        assert target[:, 2:].sum() == 0 and target[:, :, 24:].sum() == 0
 
     def test_nothing_to_do(self, bind):
         control = bind("13.0")
@@ -247,7 +205,7 @@ class TestTypedCaller:
         none = np.zeros(0, np.uint64)
         assert _core.copy_batch(none, none, none, 2) == _core.Report()
         assert _core.copy_batch(none, none, 16, 2, "batch") == _core.Report()
-        assert _core.copy_strided(np.zeros((0, 6), np.uint64), 2) == _core.Report()
+        assert _core.copy_strided(np.zeros((0, 9), np.uint64), 2) == _core.Report()
         assert control.calls() == []
 
 
@@ -290,26 +248,24 @@ class TestRefusedRequests:
         )
 
     @pytest.mark.parametrize(
-        ("op", "shown"),
-        [
-            ((0, 8, 16, 8, 8, 2), "dst=0x0, dpitch=8, src=0x10, spitch=8, width=8, height=2"),
-            ((16, 8, 0, 8, 8, 2), "dst=0x10, dpitch=8, src=0x0, spitch=8, width=8, height=2"),
-            ((16, 7, 16, 8, 8, 2), "dst=0x10, dpitch=7, src=0x10, spitch=8, width=8, height=2"),
-            ((16, 8, 16, 7, 8, 2), "dst=0x10, dpitch=8, src=0x10, spitch=7, width=8, height=2"),
-            ((16, 8, 16, 8, 0, 2), "dst=0x10, dpitch=8, src=0x10, spitch=8, width=0, height=2"),
-            ((16, 8, 16, 8, 8, 0), "dst=0x10, dpitch=8, src=0x10, spitch=8, width=8, height=0"),
-        ],
+        ("column", "value"),
+        [(0, 0), (3, 0), (6, 0), (7, 0), (8, 0), (1, 7), (4, 7), (2, 1), (5, 1)],
     )
-    def test_strided(self, op, shown):
-        ops = np.array([(16, 8, 16, 8, 8, 2), op], np.uint64)
+    def test_strided(self, column, value):
+        good = [16, 8, 2, 16, 8, 2, 8, 2, 2]
+        bad = list(good)
+        bad[column] = value
         with pytest.raises(ValueError) as caught:
-            _core.copy_strided(ops, 2)
+            _core.copy_strided(strided([good, bad]), 2)
+        dst, dpitch, drows, src, spitch, srows, width, height, depth = bad
         assert str(caught.value) == (
-            f"strided copy 1 is not possible: {shown}; nothing may be 0, and pitches not below"
-            " the width"
+            f"strided copy 1 is not possible: dst={dst:#x}, dpitch={dpitch}, drows={drows},"
+            f" src={src:#x}, spitch={spitch}, srows={srows}, width={width}, height={height},"
+            f" depth={depth}; nothing may be 0, pitches not below the width, and rows from slice to"
+            " slice not below the height"
         )
-        with pytest.raises(ValueError, match="^5 columns; strided copies have 6$"):
-            _core.copy_strided(np.ones((2, 5), np.uint64), 2)
+        with pytest.raises(ValueError, match="^6 columns; strided copies have 9$"):
+            _core.copy_strided(np.ones((2, 6), np.uint64), 2)
 
 
 def built(tmp_path, version, *without):
@@ -468,12 +424,12 @@ class TestFallbacks:
             bind(NEXT_TEXT)
         on = stream()
         source, target = np.arange(64, dtype=np.uint8), np.zeros(64, np.uint8)
-        ops = np.array([[target.ctypes.data, 8, source.ctypes.data, 16, 8, 4]], np.uint64)
+        ops = strided([[target.ctypes.data, 8, 4, source.ctypes.data, 16, 4, 8, 4, 1]])
         report = _core.copy_strided(ops, on.cuda_stream)
         on.synchronize()
         reason = (
-            f"cudaMemcpy2DAsync is not bound: {NEXT_TEXT} is newer than every range; the last is"
-            f" {last('cudaMemcpy2DAsync')}"
+            f"cudaMemcpy3DAsync is not bound: {NEXT_TEXT} is newer than every range; the last is"
+            f" {last('cudaMemcpy3DAsync')}"
         )
         assert report == _core.Report("loop", reason, 4, 4, 32)
         assert (target[:32].reshape(4, 8) == source.reshape(4, 16)[:, :8]).all()
@@ -755,11 +711,11 @@ class TestErrors:
         assert (caught.value.function, caught.value.index) == ("cudaMemcpyAsync", 3)
         on.synchronize()
         copies.check(made=range(3))
-        control.fault("cudaMemcpy2DAsync", 12, nth=2)
-        ops = np.array([[copies.dsts[i], 8, copies.srcs[i], 8, 8, 1] for i in range(3)], np.uint64)
+        control.fault("cudaMemcpy3DAsync", 12, nth=2)
+        ops = strided([copies.dsts[i], 8, 1, copies.srcs[i], 8, 1, 8, 1, 1] for i in range(3))
         with pytest.raises(_core.CudaError) as caught:
             _core.copy_strided(ops, on.cuda_stream)
-        assert (caught.value.function, caught.value.index) == ("cudaMemcpy2DAsync", 1)
+        assert (caught.value.function, caught.value.index) == ("cudaMemcpy3DAsync", 1)
         assert last_error() == 0
         on.synchronize()
 
@@ -833,9 +789,8 @@ class TestThreads:
         steps = np.arange(size, dtype=np.uint64)
         dsts = steps + np.uint64(target.ctypes.data)
         srcs = steps + np.uint64(source.ctypes.data)
-        one = np.uint64(1)
-        ops = np.stack([dsts, 0 * dsts + one, srcs, *[0 * dsts + one] * 3], axis=1)
-        ops = np.ascontiguousarray(ops[:100_000])
+        ops = np.ones((100_000, 9), np.uint64)
+        ops[:, 0], ops[:, 3] = dsts[:100_000], srcs[:100_000]
         ticks, stop = [], threading.Event()
 
         def tick():

@@ -99,8 +99,9 @@ def test_batches_go_through_the_driver(answer, tmp_path):
 @pytest.mark.parametrize(
     "call",
     [
-        "copy_strided(strided(target.ctypes.data, 1024, source.ctypes.data, 512, 512, 4), on)",
-        "copy_strided3(strided(target.ctypes.data, 1024, 2, source.ctypes.data, 512, 2,"
+        "copy_strided(strided(target.ctypes.data, 1024, 4, source.ctypes.data, 512, 4,"
+        " 512, 4, 1), on)",
+        "copy_strided(strided(target.ctypes.data, 1024, 2, source.ctypes.data, 512, 2,"
         " 512, 2, 2), on)",
     ],
 )
@@ -114,7 +115,7 @@ def test_strided_copies_are_made_as_batches_of_rows(answer, call):
 def test_the_strided_copy_that_failed_is_named(answer):
     code = """
 driver.fault("cuMemcpyBatchAsync", 1, 1, 3)
-ops = np.concatenate([strided(dsts[2 * i], 1024, srcs[2 * i], 512, 512, 2) for i in (0, 1)])
+ops = np.concatenate([strided(dsts[2 * i], 1024, 2, srcs[2 * i], 512, 2, 512, 2, 1) for i in (0, 1)])
 try:
     _core.copy_strided(ops, on)
 except _core.CudaError as error:

@@ -199,14 +199,14 @@ class TestCopyStrided:
             """The even pages of src, packed into the first half of dst; then the odd ones."""
             half = 32 * PAGE
             return np.array(
-                [[dst.data_ptr() + i * half, PAGE, src.data_ptr() + i * PAGE, 2 * PAGE, PAGE, 32]
-                 for i in (0, 1)], dtype=np.uint64,
+                [[dst.data_ptr() + i * half, PAGE, 32, src.data_ptr() + i * PAGE, 2 * PAGE, 32,
+                  PAGE, 32, 1] for i in (0, 1)], dtype=np.uint64,
             )  # fmt: skip
 
         report = _core.copy_strided(every_other(host, device), stream)
         assert report == _core.Report("strided", None, 64, 2, 64 * PAGE)
         there = every_other(host, back)
-        again = np.ascontiguousarray(there[:, [2, 3, 0, 1, 4, 5]])
+        again = np.ascontiguousarray(there[:, [3, 4, 5, 0, 1, 2, 6, 7, 8]])
         _core.copy_strided(again, stream)
         torch.cuda.synchronize()
         pages = device.cpu().view(64, PAGE)

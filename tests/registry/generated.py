@@ -16,7 +16,7 @@ import pytest
 from kvsig import codegen
 from kvsig.registry import Registry
 
-CSRC = Path(codegen.__file__).parents[1] / "csrc"
+CSRC = Path(codegen.__file__).parents[1] / "csrc/emulated"
 BIND = """
 def bind(int slot, size_t address, int variant):
     slots[slot].address = <void *>address

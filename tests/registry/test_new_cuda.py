@@ -214,6 +214,7 @@ def test_a_function_never_heard_of_is_called_by_name(project, version):
         from kvsig import _core, emulated
         _core.rebind("emulated:{version}")
         control = emulated.Control(_core.info()["library"])
+        control.stub("cudaMemFrobnicateAsync")  # it does not know what that is
         control.record()
         result = _core.call(
             "cudaMemFrobnicateAsync", devPtr=0x1000, variant=-5, slots=2**63 + 1, stream=2,
