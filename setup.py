@@ -31,7 +31,7 @@ class BuildExt(build_ext):
     def run(self):
         """Generate, then build."""
         codegen = load("codegen")
-        registry = codegen._registry.load(ROOT / "kvsig/signatures.toml")
+        registry = codegen.reader.load(ROOT / "kvsig/signatures.toml")
         codegen.write_if_changed(ROOT / "kvsig/_generated.pxi", codegen.cython_text(registry))
         super().run()
         self.emulated(codegen, registry)
@@ -57,7 +57,7 @@ class BuildExt(build_ext):
         shared = []  # the same for every ABI, compiled once
         names = set()
         for version in codegen.emulated_versions(registry):
-            text = codegen._registry.format_version(version)
+            text = codegen.reader.format_version(version)
             glue = temp / f"glue-{text}.c"
             codegen.write_if_changed(glue, codegen.emulated_glue(registry, version))
             library = package / f"libcudart-emulated-{text}.so"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from future import AFTER_TEXT, NEXT, NEXT_TEXT
 from raw_runtime import STREAM_ORDER, Attributes, Runtime, at, i32, numbers, run_process, u64
 
 from kvsig import emulated, registry
@@ -83,19 +84,19 @@ class TestLibraries:
             emulated.build(registry.load(), "13.0", tmp_path)
 
     def test_prototype_of_another_order_needs_no_other_behaviour(self, tmp_path):
-        """A 14.0 form drops attrsIdxs and numAttrs, adds one and turns the order around."""
+        """A form of the next major drops two parameters, adds one, in another order."""
         text = Path(registry.PATH).read_text()
         head = "[function.cudaMemcpy3DBatchAsync]"
         assert text.count(head) == 1
-        added = textwrap.dedent("""
+        added = textwrap.dedent(f"""
             [[function.cudaMemcpyBatchAsync.variant]]
-            since = "14.0"
-            before = "15.0"
+            since = "{NEXT_TEXT}"
+            before = "{AFTER_TEXT}"
             reason = "a test"
             params = [
                 "cudaStream_t stream",
                 "struct cudaMemcpyAttributes *attrs",
-                { declaration = "unsigned int flags", value = 7 },
+                {{ declaration = "unsigned int flags", value = 7 }},
                 "size_t count",
                 "const size_t *sizes",
                 "const void *const *srcs",
@@ -103,7 +104,7 @@ class TestLibraries:
             ]
         """)
         entries = registry.parse(text.replace(head, f"{added}\n{head}"))
-        control = emulated.Control(emulated.build(entries, "14.0", tmp_path))
+        control = emulated.Control(emulated.build(entries, NEXT_TEXT, tmp_path))
         src, dst = numbers(3, 1), np.zeros(3, np.uint64)
         lists = [
             np.array(a, np.uint64)
@@ -216,10 +217,10 @@ class TestProcess:
             control = emulated.Control(sys.argv[1])
             control.library.cudaMemcpyBatchAsync()
             """,
-            built(14000),
+            built(NEXT),
         )
         assert done.returncode == -6
         assert done.stderr.startswith(
             "kvsig emulated runtime: cudaMemcpyBatchAsync called by a prototype that was never "
-            "proven for version 14.0"
+            f"proven for version {NEXT_TEXT}"
         )

@@ -13,7 +13,7 @@ import pytest
 import kvsig
 from kvsig import codegen
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class TestGeneratedText:
@@ -62,5 +62,5 @@ def test_sdist_has_sources_only_and_the_version_of_the_package(tmp_path):
         "kvsig/signatures.toml", "kvsig/_core.pyx", "kvsig/_core.pxd", "kvsig/_core.pyi",
         "kvsig/_submit.pyx", "kvsig/py.typed",
         "csrc/emulated/runtime.h", "csrc/emulated/queues.c", "docs/index.md", "setup.py",
-        "tests/test_build.py",
+        "tests/registry/test_build.py",
     } <= names  # fmt: skip

@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from struct import unpack, unpack_from
 
 from kvsig.registry import (
     Enum,
@@ -27,11 +28,14 @@ from kvsig.registry import (
     Struct,
     Variant,
     format_version,
+    next_major,
 )
 
-__all__ = ["Header", "HeaderError", "Prototype", "Result", "check", "read"]
+__all__ = ["Header", "HeaderError", "NoHeaders", "Prototype", "Result", "check", "read"]
 
 VERSION_MACROS = {"cuda_runtime_api.h": "CUDART_VERSION", "cuda.h": "CUDA_VERSION"}
+VALUES = ".kvsig.values"
+"""Section of an object file to which values are compiled: nothing of a header is ever run."""
 COMMON = "crt/host_defines.h"
 """Header that every release includes and that the runtime's wheels do not carry."""
 
@@ -44,6 +48,10 @@ _NOISE = frozenset({"extern", "static", "inline", "__inline", "__inline__", "__e
 
 class HeaderError(ValueError):
     """A folder of headers cannot be read, or there is no C compiler."""
+
+
+class NoHeaders(HeaderError):
+    """What was given is no folder of CUDA headers."""
 
 
 def compiler() -> list[str]:
@@ -175,7 +183,7 @@ class Header:
     def source(self) -> str:
         """C text that includes the headers."""
         lines = [f'#include "{file}"\n' for file in self.files.values()]
-        return "#include <stddef.h>\n#include <stdio.h>\n" + "".join(lines)
+        return "#include <stddef.h>\n" + "".join(lines)
 
     def failures(self, lines: Sequence[str]) -> dict[int, str]:
         """Compile lines of C after the headers; the compiler's first complaint of each bad line.
@@ -200,15 +208,37 @@ class Header:
         """What integer expressions are in these headers."""
         if not expressions:
             return []
-        lines = "".join(f'printf("%lld\\n", (long long)({e}));\n' for e in expressions)
         with tempfile.TemporaryDirectory(prefix="kvsig-") as folder:
-            program = f"{folder}/values"
-            source = f"{self.source}int main(void) {{\n{lines}return 0; }}\n"
-            done = _run(self.include, source, "-o", program)
+            compiled = Path(folder) / "values.o"
+            listed = ", ".join(f"(long long)({e})" for e in expressions)
+            mark = f'__attribute__((used, section("{VALUES}")))'
+            source = f"{self.source}{mark} const long long kvsig_values[] = {{{listed}}};\n"
+            done = _run(self.include, source, "-c", "-o", str(compiled))
             if done.returncode:
                 raise HeaderError(f"{self.folder}: {_first_error(done.stderr)}")
-            ran = subprocess.run([program], capture_output=True, text=True, check=True)
-        return [int(line) for line in ran.stdout.split()]
+            data = section(compiled.read_bytes(), VALUES)
+        return list(unpack(f"={len(expressions)}q", data))
+
+
+def section(data: bytes, name: str) -> bytes:
+    """Bytes of a section of a 64-bit object file in the machine's own byte order.
+
+    Raises
+    ------
+    HeaderError
+        If the file has no such section.
+    """
+    if data[:5] != b"\x7fELF\x02":
+        raise HeaderError("the C compiler does not write 64-bit ELF files, which values come from")
+    (table,) = unpack_from("=Q", data, 0x28)
+    size, count, names = unpack_from("=HHH", data, 0x3A)
+    rows = [unpack_from("=IIQQQQ", data, table + i * size) for i in range(count)]
+    strings = rows[names][4]
+    for label, _, _, _, offset, length in rows:
+        start = strings + label
+        if data[start : data.index(b"\0", start)] == name.encode():
+            return data[offset : offset + length]
+    raise HeaderError(f"the C compiler wrote no section {name}, from which values are read")
 
 
 def _first_error(stderr: str) -> str:
@@ -308,7 +338,7 @@ def locate(path: Path | str) -> Path:
 
     Raises
     ------
-    HeaderError
+    NoHeaders
         If there is no such header.
     """
     given = Path(path)
@@ -317,7 +347,7 @@ def locate(path: Path | str) -> Path:
         if (candidate / "cuda_runtime_api.h").is_file():
             return candidate
     there = "has no cuda_runtime_api.h" if folder.is_dir() else "is not there"
-    raise HeaderError(
+    raise NoHeaders(
         f"{given} {there}; give a folder of CUDA headers, such as /usr/local/cuda/include"
     )
 
@@ -464,11 +494,6 @@ class _Line:
     missing: str = ""
 
 
-def next_major(version: int) -> int:
-    """The major after a version: 12080 is followed by 13000."""
-    return 1000 * (version // 1000 + 1)
-
-
 def _function(header: Header, function: Function, entry: _Entry) -> Iterator[_Line]:
     found = header.function(function.name)
     variant = function.select(entry.version)
@@ -530,24 +555,6 @@ def _layout(struct: Struct, registry: Registry) -> str:
         for f in struct.fields
     )
     return f"struct kvsig_{struct.name} {{{fields} }};"
-
-
-def _ordered(registry: Registry, names: Iterable[str]) -> list[Struct]:
-    """Structs by name, each after those that it holds."""
-    done: dict[str, Struct] = {}
-
-    def visit(name: str) -> None:
-        struct = registry.structs.get(name)
-        if struct is None or name in done:
-            return
-        for item in struct.fields:
-            if not item.type.pointers:
-                visit(item.type.name)
-        done[name] = struct
-
-    for name in names:
-        visit(name)
-    return list(done.values())
 
 
 def has_struct(header: Header, struct: Struct) -> bool:
@@ -697,7 +704,7 @@ def check(registry: Registry, header: Header, only: Collection[str] | None = Non
                 lines += _alias(header, name, entry, registry)
     wanted = [e.name for e in entries if e.kind == "struct" and e.present and not e.status]
     layouts = [
-        _layout(s, registry) for s in _ordered(registry, wanted)
+        _layout(s, registry) for s in registry.ordered_structs(wanted)
         if not s.opaque and s.since <= header.versions.get(s.library, 0)
     ]  # fmt: skip
     failures = header.failures([*layouts, *(line.code for line in lines)])

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from cuda_headers import REGISTRY, SMALL, Checker, header, run, small_headers
 
-from kvsig import headers, proposals, registry, registry_text
+from kvsig import registry
+from kvsig.check import headers, proposals, registry_text
 from kvsig.registry import Registry, Variant, parse_version
 
 

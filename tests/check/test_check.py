@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,12 @@ from pathlib import Path
 import pytest
 from cuda_headers import REGISTRY, SMALL, Checker, header, run, small_headers
 
-from kvsig import headers, registry, releases
+from kvsig import registry
+from kvsig.check import headers, releases
 from kvsig.cli import check as command
 from kvsig.registry import CType, Function, Param, Variant
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TEXT = registry.PATH.read_text()
 
 
@@ -410,20 +412,51 @@ class TestCommand:
         batch = next(r for r in one["results"] if r["name"] == "cudaBatch")
         assert (batch["status"], batch["since"], batch["problems"]) == ("agrees", 12080, [])
 
-    def test_folder_without_headers(self, tmp_path: Path) -> None:
-        with pytest.raises(headers.HeaderError) as caught:
-            run(str(tmp_path))
-        assert str(caught.value) == (
-            f"{tmp_path} has no cuda_runtime_api.h; give a folder of CUDA headers,"
-            " such as /usr/local/cuda/include"
+    def test_folder_without_headers(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert run(str(tmp_path)) == 2
+        assert capsys.readouterr().err == (
+            f"kvsig check: {tmp_path} has no cuda_runtime_api.h; give a folder of CUDA headers,"
+            " such as /usr/local/cuda/include\n"
         )
-        with pytest.raises(headers.HeaderError, match="/nowhere is not there; give a folder"):
-            run("/nowhere")
 
-    def test_no_headers_given(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        ("arguments", "text"),
+        [
+            (["/nowhere"], "/nowhere is not there; give a folder of CUDA headers"),
+            (["nowhere"], "nowhere is not there; give a folder of CUDA headers"),
+            (["--releases", "abc"], "'abc' is not a release; give three numbers"),
+            (["--releases", "13.0"], "'13.0' is not a release; give three numbers"),
+            (["--releases", "13.0.96", "13.x"], "'13.x' is not a release; give three numbers"),
+            (["--releases", "13.0.96", "/nowhere"], "/nowhere is not there; give a folder"),
+            (["--propose", "--releases", "13.0", "cudaFree"], "'13.0' is not a release"),
+            (["--registry", "/nowhere.toml", "--releases"], "No such file or directory"),
+        ],
+    )
+    def test_wrong_arguments_are_told_before_anything_is_read(
+        self,
+        arguments: list[str],
+        text: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        for name in ("fetch", "include", "crt"):
+            monkeypatch.setattr(releases, name, None)
+        assert run(*arguments) == 2
+        captured = capsys.readouterr()
+        assert captured.out == "" and captured.err.count("\n") == 1
+        assert captured.err.startswith("kvsig check: ") and text in captured.err
+
+    def test_no_headers_given(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
         monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-        with pytest.raises(headers.HeaderError, match=re.escape(f"{tmp_path} has no cuda_runtime")):
-            run()
+        assert run() == 2
+        assert f"{tmp_path} has no cuda_runtime" in capsys.readouterr().err
 
     def test_header_without_version(self, small: Checker, tmp_path: Path) -> None:
         with pytest.raises(headers.HeaderError) as caught:
@@ -460,6 +493,46 @@ class TestCommand:
         monkeypatch.setenv("PATH", "")
         with pytest.raises(headers.HeaderError, match="no cc, gcc or clang; install one or set CC"):
             headers.compiler()
+
+
+class TestNothingRuns:
+    @pytest.mark.parametrize(
+        "hook",
+        [
+            "__attribute__((constructor)) static void hook(void)",
+            "__attribute__((destructor)) static void hook(void)",
+            "static void hook(void);\n__attribute__((section(\".init_array\"), used))"
+            " static void (*entry)(void) = hook;\nstatic void hook(void)",
+            "static void hook(void);\n__attribute__((section(\".preinit_array\"), used))"
+            " static void (*entry)(void) = hook;\nstatic void hook(void)",
+        ],
+    )
+    def test_a_header_with_code_of_its_own(self, small: Checker, tmp_path: Path, hook: str) -> None:
+        trace = tmp_path / "trace"
+        text = f'#include <stdio.h>\n{hook} {{ FILE *f = fopen("{trace}", "w"); fclose(f); }}\n'
+        # Values are read where something differs, and for what is proposed.
+        found = small("static inline", f"{text}static inline", "GREEN = RED + 1", "GREEN = 7")
+        assert found["Color"].problems == ("GREEN is 2 in the registry, 7 in the header",)
+        table = registry.parse(SMALL)
+        header = headers.read(tmp_path, table)
+        wanted = ["GREEN", "sizeof(struct Pair)", "-1", "(long long)1 << 62"]
+        assert header.values(wanted) == [7, 16, -1, 1 << 62]
+        assert header.values([]) == []
+        assert not trace.exists()
+
+    def test_a_value_that_only_a_program_knows_is_refused(
+        self, small: Checker, tmp_path: Path
+    ) -> None:
+        small("static inline", "int now(void);\nstatic inline")
+        header = headers.read(tmp_path, registry.parse(SMALL))
+        with pytest.raises(headers.HeaderError, match="error: initializer element is not"):
+            header.values(["now()"])
+
+    def test_no_object_file(self) -> None:
+        with pytest.raises(headers.HeaderError, match="does not write 64-bit ELF files"):
+            headers.section(b"no ELF file", ".x")
+        with pytest.raises(headers.HeaderError, match="wrote no section .x"):
+            headers.section(Path(os.path.realpath("/proc/self/exe")).read_bytes(), ".x")
 
 
 # --- Fetching ------------------------------------------------------------------------------------
@@ -531,3 +604,54 @@ class TestReleasesFolder:
             f" lib into {tmp_path / '13.0.96'}"
         )
         assert list(tmp_path.iterdir()) == []
+
+    def test_a_wheel_of_another_content_is_refused(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setenv("KVSIG_RELEASES_CACHE", str(tmp_path / "cache"))
+        name = next(n for n in REGISTRY.sha256 if n.startswith("nvidia_cuda_runtime-13.0.96"))
+
+        def download(package: str, release: str, folder: Path) -> Path:
+            with zipfile.ZipFile(folder / name, "w") as archive:
+                archive.writestr("nvidia/cu13/include/cuda_runtime_api.h", "int x;")
+            return folder / name
+
+        monkeypatch.setattr(releases, "_download", download)
+        with pytest.raises(releases.ReleaseError) as caught:
+            releases.fetch("13.0.96")
+        text = str(caught.value)
+        assert text.startswith(f"{name} was refused: its SHA-256 is ")
+        assert f"and [sha256] of the registry says {REGISTRY.sha256[name]}" in text
+        assert list((tmp_path / "cache").iterdir()) == []
+
+    def test_a_wheel_that_the_registry_does_not_know_is_told(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setenv("KVSIG_RELEASES_CACHE", str(tmp_path / "cache"))
+        name = "nvidia_cuda_runtime-99.0.1-py3-none-any.whl"
+
+        def download(package: str, release: str, folder: Path) -> Path:
+            with zipfile.ZipFile(folder / name, "w") as archive:
+                archive.writestr("nvidia/cu99/include/cuda_runtime_api.h", "int x;")
+            return folder / name
+
+        monkeypatch.setattr(releases, "_download", download)
+        assert (releases.include("99.0.1") / "cuda_runtime_api.h").read_text() == "int x;"
+        told = capsys.readouterr().err
+        assert re.fullmatch(
+            rf"kvsig: \[sha256\] of the registry does not know {re.escape(name)}; it is"
+            r" [0-9a-f]{64}\n",
+            told,
+        )
+
+    def test_every_verified_release_has_hashes(self) -> None:
+        for release in REGISTRY.verified:
+            stem = f"{releases.package(release).replace('-', '_')}-{release}-"
+            found = {n for n in REGISTRY.sha256 if n.startswith(stem)}
+            assert {m for m in ("x86_64", "aarch64") for n in found if m in n} == {
+                "x86_64",
+                "aarch64",
+            }, f"{release}: add the SHA-256 of its wheels to [sha256]"

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from kvsig import registry, registry_text
+from kvsig import registry
+from kvsig.check import registry_text
 from kvsig.registry import CType, RegistryError, parse
 
 SMALL = """\
@@ -100,7 +101,8 @@ ERRORS = {
     ),
     "unknown section": (
         changed("[alias]", "[aliases]"),
-        "aliases: unknown key; use one of: verified, library, alias, enum, struct, function",
+        "aliases: unknown key; use one of: verified, sha256, library, alias, enum, struct,"
+        " function",
     ),
     "no library": (
         "[function]\n", "library: missing key; add it",
@@ -126,7 +128,8 @@ ERRORS = {
     ),
     "library has an unknown key": (
         changed("soname = ", 'path = "x"\nsoname = '),
-        "library.cudart.path: unknown key; use one of: header, soname, version, lookup",
+        "library.cudart.path: unknown key; use one of: header, soname, version, lookup,"
+        " optional",
     ),
     "library tells its version by an unknown function": (
         changed('version = "version"', 'version = "nothing"'),
@@ -575,7 +578,7 @@ class TestContents:
         assert [p.name for p in first.params] == ["x", "p"]
         assert table.boundaries() == (11000, 12080, 13000, 14000)
         assert table.boundaries("other") == ()
-        assert list(function.caller_params) == ["x", "p"]
+        assert list(table.caller_params(function)) == ["x", "p"]
 
     def test_function_without_parameters(self) -> None:
         table = parse(changed('params = ["int x", "const void *p"]', "params = []"))
@@ -629,7 +632,7 @@ class TestContents:
 
     def test_a_parameter_with_a_value_is_not_asked_of_the_caller(self) -> None:
         table = parse(with_param('"int y", { declaration = "int x", value = 0 }'))
-        assert list(table.functions["f"].caller_params) == ["y"]
+        assert list(table.caller_params(table.functions["f"])) == ["y"]
 
     def test_digest_is_of_the_bytes(self) -> None:
         assert parse(SMALL).digest != parse(SMALL + "\n").digest

@@ -1,11 +1,13 @@
 """Fetches CUDA runtimes of any release: headers and ``libcudart``, kept in a cache folder.
 
 NVIDIA publishes each release as a wheel; ``pip download`` gets it, and only its ``include`` and
-``lib`` are unpacked, to ``<cache>/<release>/``. Nothing is installed.
+``lib`` are unpacked, to ``<cache>/<release>/``, once its SHA-256 is what the registry says. Nothing
+is installed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
@@ -13,21 +15,27 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
-__all__ = ["ReleaseError", "cache", "crt", "ensure", "include", "library", "package"]
+from kvsig import registry
+
+__all__ = ["NotARelease", "ReleaseError", "cache", "crt", "ensure", "include", "library", "package"]
 
 CRT = "13.5.37"
 """Release of nvidia-cuda-crt whose ``crt/host_defines.h`` serves every runtime's headers."""
 
 _OFFLINE = ("connection broken", "Max retries exceeded", "Failed to establish")
-_RELEASE = re.compile(r"(\d+)\.\d+\.\d+")
+_RELEASE = re.compile(r"([0-9]{1,3})\.[0-9]{1,3}\.[0-9]{1,4}")
 
 
 class ReleaseError(OSError):
     """A release cannot be fetched, or what is in the cache is not one."""
+
+
+class NotARelease(ReleaseError):
+    """The text names no release."""
 
 
 def cache() -> Path:
@@ -49,12 +57,12 @@ def package(release: str) -> str:
 
     Raises
     ------
-    ReleaseError
-        If the text is not a release.
+    NotARelease
+        If the text is not three numbers.
     """
     match = _RELEASE.fullmatch(release)
     if match is None:
-        raise ReleaseError(f'{release!r} is not a release; give three numbers, such as "12.8.90"')
+        raise NotARelease(f'{release!r} is not a release; give three numbers, such as "12.8.90"')
     major = int(match[1])
     return f"nvidia-cuda-runtime-cu{major}" if major < 13 else "nvidia-cuda-runtime"
 
@@ -89,6 +97,28 @@ def _download(name: str, release: str, folder: Path) -> Path:
     return wheels[0]
 
 
+def _verify(wheel: Path, hashes: Mapping[str, str]) -> None:
+    """Refuse a wheel that is not the one which the registry knows by its name.
+
+    Raises
+    ------
+    ReleaseError
+        Names the wheel and both hashes.
+    """
+    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    wanted = hashes.get(wheel.name)
+    if wanted is None:
+        print(
+            f"kvsig: [sha256] of the registry does not know {wheel.name}; it is {found}",
+            file=sys.stderr,
+        )
+    elif found != wanted:
+        raise ReleaseError(
+            f"{wheel.name} was refused: its SHA-256 is {found}, and [sha256] of the registry says"
+            f" {wanted}; the package index gave another file than the one that was checked"
+        )
+
+
 def _unpack(wheel: Path, target: Path) -> None:
     """Unpack ``nvidia/*/include`` and ``nvidia/*/lib`` of a wheel, without the two levels."""
     with zipfile.ZipFile(wheel) as archive:
@@ -110,7 +140,9 @@ def _fetch(name: str, release: str, folder: str, wanted: str) -> Path:
         cache().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder}-", dir=cache()) as temp:
             unpacked = Path(temp) / "unpacked"
-            _unpack(_download(name, release, Path(temp)), unpacked)
+            wheel = _download(name, release, Path(temp))
+            _verify(wheel, registry.load().sha256)
+            _unpack(wheel, unpacked)
             if not (unpacked / wanted).exists():
                 raise ReleaseError(f"the wheel {name}=={release} has no {wanted}")
             try:

@@ -55,11 +55,14 @@ def _field(item: Field) -> str:
 
 
 def _library(library: Library) -> str:
-    lookup = f"lookup = {quoted(library.lookup)}\n" if library.lookup else ""
-    return (
+    names = [quoted(soname) for soname in library.sonames]
+    text = (
         f"[library.{library.name}]\nheader = {quoted(library.header)}\n"
-        f"soname = {quoted(library.soname)}\nversion = {quoted(library.version)}\n{lookup}"
+        f"soname = {names[0] if len(names) == 1 else '[' + ', '.join(names) + ']'}\n"
+        f"version = {quoted(library.version)}\n"
     )
+    text += f"lookup = {quoted(library.lookup)}\n" if library.lookup else ""
+    return text + ("optional = true\n" if library.optional else "")
 
 
 def alias_text(alias: Alias) -> str:
@@ -123,6 +126,8 @@ def function_text(function: Function) -> str:
 def dump(registry: Registry) -> str:
     """A whole registry as TOML; `kvsig.registry.parse` reads it back to an equal one."""
     parts = [_array("verified", map(quoted, registry.verified))]
+    hashes = registry.sha256.items()
+    parts.append("[sha256]\n" + "".join(f"{quoted(n)} = {quoted(h)}\n" for n, h in hashes))
     parts += [_library(library) for library in registry.libraries.values()]
     parts.append("[alias]\n" + "".join(map(alias_text, registry.aliases.values())))
     parts += [enum_text(enum) for enum in registry.enums.values()]

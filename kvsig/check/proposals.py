@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from kvsig import headers, registry_text
-from kvsig import registry as _registry
-from kvsig.headers import Header, Prototype, next_major, text_of
+from kvsig.check import headers, registry_text
+from kvsig.check.headers import Header, Prototype, text_of
 from kvsig.registry import (
+    RUNTIME,
+    SCALARS,
     Alias,
     CType,
     Enum,
@@ -21,7 +22,9 @@ from kvsig.registry import (
     Struct,
     Variant,
     format_version,
+    next_major,
 )
+from kvsig.registry_reader import read_type
 
 __all__ = ["Proposal", "propose"]
 
@@ -32,12 +35,12 @@ _PAGES = {
 
 
 def _ctype(tokens: Iterable[str]) -> CType:
-    return _registry._parse_type(list(tokens))[0]
+    return read_type(list(tokens))[0]
 
 
 def _release(header: Header) -> str | None:
     """The release that the path of the headers names, such as ``13.0.96``."""
-    version = format_version(header.versions["cudart"])
+    version = format_version(header.versions[RUNTIME])
     found = re.findall(rf"(?<![\d.]){re.escape(version)}\.\d+(?![\d.])", str(header.folder))
     return found[-1] if found else None
 
@@ -281,7 +284,7 @@ class _Work:
     def declare(self, ctype: CType, library: str) -> None:
         """Declare a type that the registry does not know."""
         known = {*self.structs, *self.enums, *self.aliases}
-        if ctype.base in _registry.SCALARS or ctype.base == "void" or ctype.name in known:
+        if ctype.base in SCALARS or ctype.base == "void" or ctype.name in known:
             if not ctype.pointers and ctype.name in self.structs:
                 if self.structs[ctype.name].opaque:
                     raise _Unwritable(f"struct {ctype.name} goes by value, but is opaque")
@@ -303,7 +306,7 @@ class _Work:
             self.aliases[ctype.name] = Alias(ctype.name, CType("void", False, (False,)))
         else:
             scalar = _scalar(tokens)
-            if scalar not in _registry.SCALARS:
+            if scalar not in SCALARS:
                 raise _Unwritable(f"type {ctype.base} is {text_of(tokens)}, which has no form here")
             self.aliases[ctype.name] = Alias(ctype.name, CType(scalar))
 
@@ -463,10 +466,10 @@ def propose(registry: Registry, found: Iterable[Header], names: Sequence[str] = 
 
     Raises
     ------
-    kvsig.headers.HeaderError
+    kvsig.check.headers.HeaderError
         If no header declares one of the names.
     """
-    ordered = sorted(found, key=lambda header: header.versions["cudart"])
+    ordered = sorted(found, key=lambda header: header.versions[RUNTIME])
     notes: list[str] = []
     table = registry
     for header in ordered:
@@ -479,5 +482,5 @@ def propose(registry: Registry, found: Iterable[Header], names: Sequence[str] = 
     if lost:
         where = ", ".join(str(header.folder) for header in ordered)
         raise headers.HeaderError(f"no function {', '.join(lost)} in the headers of {where}")
-    versions = tuple(header.versions["cudart"] for header in ordered)
+    versions = tuple(header.versions[RUNTIME] for header in ordered)
     return Proposal(registry, table, versions, tuple(dict.fromkeys(notes)))

@@ -1,7 +1,7 @@
 """A CUDA that is yet to come: the TOML is edited, kvsig is rebuilt, and no other file is touched.
 
-The copy of the project that is edited here gets a 14.0 whose batch function drops a parameter,
-adds two and changes their order, and a function that kvsig has never heard of.
+The copy of the project that is edited here gets a next major whose batch function drops a
+parameter, adds two and changes their order, and a function that kvsig has never heard of.
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from future import AFTER_TEXT, NEXT_TEXT
 
 from kvsig import _core
 
 ROOT = Path(_core.__file__).parent.parent
 
 # Dropped: numAttrs. Added: policy and where, which carry their values. Order: all else moved.
-BATCH_14 = """
+NEXT_BATCH = f"""
 [[function.cudaMemcpyBatchAsync.variant]]
-since = "14.0"
-before = "15.0"
+since = "{NEXT_TEXT}"
+before = "{AFTER_TEXT}"
 reason = "made up: another order, numAttrs dropped, policy and where added"
 params = [
     "cudaStream_t stream",
     "size_t count",
-    { declaration = "unsigned int policy", value = 4660 },
+    {{ declaration = "unsigned int policy", value = 4660 }},
     "const size_t *sizes",
     "const void *const *srcs",
-    { declaration = "struct cudaMemLocation where", value = { type = 1, id = 3 } },
+    {{ declaration = "struct cudaMemLocation where", value = {{ type = 1, id = 3 }} }},
     "void *const *dsts",
     "size_t *attrsIdxs",
     "struct cudaMemcpyAttributes *attrs",
@@ -96,7 +97,7 @@ def project(tmp_path_factory):
     toml = copy / "kvsig/signatures.toml"
     text = toml.read_text()
     assert text.count(MARK) == 1
-    toml.write_text(text.replace(MARK, BATCH_14.lstrip() + "\n" + MARK) + NEW_FUNCTION)
+    toml.write_text(text.replace(MARK, NEXT_BATCH.lstrip() + "\n" + MARK) + NEW_FUNCTION)
 
     # The build asks for -O3, which takes minutes here for nothing.
     compiler = copy / "quick-cc"
@@ -160,11 +161,11 @@ def transfer(project, version, path="batch"):
 
 
 def test_copy_batch_calls_the_new_prototype(project):
-    found = transfer(project, "14.0")
+    found = transfer(project, NEXT_TEXT)
     assert found["equal"] and found["path"] == "batch" and found["last"] == 0
     assert found["info"]["warnings"] == []
     first, second = found["calls"]
-    assert first["variant"] == "14.0 to before 15.0"
+    assert first["variant"] == f"{NEXT_TEXT} to before {AFTER_TEXT}"
     shown = [(a["name"], a.get("value", a.get("bytes"))) for a in second["arguments"]]
     attributes, indices = (dict(shown)[name] for name in ("attrs", "attrsIdxs"))
     assert shown == [
@@ -195,10 +196,11 @@ def test_older_ones_are_called_as_before(project, version):
 
 
 def test_the_next_major_is_newer_than_every_range_again(project):
-    found = transfer(project, "15.0", "auto")
+    found = transfer(project, AFTER_TEXT, "auto")
     assert found["equal"] and found["path"] == "loop" and found["calls"] == []
     assert found["reason"] == (
-        "libcudart 15.0 is newer than every range; the last is 14.0 to before 15.0"
+        f"libcudart {AFTER_TEXT} is newer than every range; the last is {NEXT_TEXT} to before"
+        f" {AFTER_TEXT}"
     )
 
 
