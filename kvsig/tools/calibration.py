@@ -212,12 +212,12 @@ def changes(before: CostModel, after: CostModel) -> list[tuple[str, str, float, 
     return [
         (direction, figure.name, *values)
         for direction in WAYS
-        for figure in fields(before.costs(direction))
+        for figure in fields(getattr(before, direction))
         if len(set(values := figures(figure.name, direction, before, after))) > 1
     ]
 
 
 def figures(name: str, direction: str, *models: CostModel) -> tuple[float, float]:
     """Values of a figure in two models."""
-    before, after = (float(getattr(model.costs(direction), name)) for model in models)
+    before, after = (float(getattr(getattr(model, direction), name)) for model in models)
     return before, after

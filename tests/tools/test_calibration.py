@@ -23,8 +23,9 @@ def measured(monkeypatch, tmp_path):
 
     def measure(seconds, seed):
         return "Some GPU", [
-            fitting.Sample(cell, 1.5e-6 * fitting.predict(getattr(model, cell.direction), cell))
+            fitting.Sample(cell, 1.5e-6 * us, 0.5e-6 * us)
             for cell in fitting.cells()
+            for us in [fitting.predict(getattr(model, cell.direction), cell)]
         ]
 
     monkeypatch.setattr(calibration, "measure", measure)
