@@ -3,7 +3,8 @@
  * Moves pages of a KV cache between mapped host memory and a GPU, or within a GPU: all layers in
  * one launch, with a flag for each layer. NVRTC and nvcc take this file as it is. The first part
  * is C as well: the emulated runtime's double and the core take the structures and the arithmetic
- * of tiles from here.
+ * of tiles from here. Compile it with -DKVSIG_UNIT=16 (or 8, 4, 2, 1), and with at most 32 registers
+ * for what has no launch bounds: -maxrregcount=32.
  *
  * A page of a plane is `rows` rows of `units` units; the unit, 16 bytes down to 1, is what every
  * base, pitch and width of the table is a multiple of. Rows of all pages, in the order of the
@@ -17,9 +18,9 @@ enum {
     KVSIG_HOST = 1,
     KVSIG_FEW = 256,        /* page numbers that a launch can carry itself */
     KVSIG_LANES = 32,       /* threads of a warp */
-    KVSIG_CHUNKS = 8,       /* units that a lane holds at a time */
-    KVSIG_THIN_CHUNKS = 2,  /* the same in one-warp blocks */
-    KVSIG_THREADS = 512,    /* of a block; one-warp blocks have KVSIG_LANES */
+    KVSIG_CHUNKS = 8,       /* units that a lane of a wide block holds at a time */
+    KVSIG_THIN_CHUNKS = 2,  /* the same in one-warp blocks, of which there are many */
+    KVSIG_THREADS = 1024,   /* at most, of a wide block; thin ones have KVSIG_LANES */
 };
 
 /* One layer's K or V; 64 bytes, in device memory. */
@@ -292,7 +293,9 @@ template <int CHUNKS, bool WIDE>
 static __device__ __forceinline__ void copy_tiles(const kvsig_page_copy &a)
 {
     const kvsig_u32 warps = gridDim.x * blockDim.x / KVSIG_LANES;
-    const kvsig_u32 warp = (blockIdx.x * blockDim.x + threadIdx.x) / KVSIG_LANES;
+    /* From one lane, so that the compiler knows that it is the same in all. */
+    const kvsig_u32 warp =
+        __shfl_sync(ALL, (blockIdx.x * blockDim.x + threadIdx.x) / KVSIG_LANES, 0);
     const kvsig_u32 layer_tiles = a.regular ? tiles_of_layer<CHUNKS>(a, 0) : 0;
     kvsig_u32 index = 0, tile = warp, stored = 0;
     kvsig_u64 start = 0;
