@@ -33,6 +33,9 @@ class BuildExt(build_ext):
         codegen = load("codegen")
         registry = codegen._registry.load(ROOT / "kvsig/signatures.toml")
         codegen.write_if_changed(ROOT / "kvsig/_generated.pxi", codegen.cython_text(registry))
+        # The kernel's text travels in the extension, so that what is launched is what was built.
+        text = (ROOT / "csrc/page_copy.cu").read_bytes()
+        codegen.write_if_changed(ROOT / "kvsig/_page_copy.pxi", f"PAGE_COPY = {text!r}\n")
         super().run()
         self.emulated(codegen, registry)
 
@@ -72,7 +75,11 @@ EXTENSIONS = [
     Extension(
         "kvsig._core",
         ["kvsig/_core.pyx"],
-        depends=["kvsig/_clock.pxd", "kvsig/_core.pxd", "kvsig/_generated.pxi"],
+        depends=[
+            "csrc/page_copy.cu", "kvsig/_clock.pxd", "kvsig/_core.pxd", "kvsig/_generated.pxi",
+            "kvsig/_kernel.pxi", "kvsig/_page_copy.pxi",
+        ],
+        include_dirs=["csrc"],
         extra_compile_args=FLAGS,
         libraries=["dl"],
     ),

@@ -1844,6 +1844,9 @@ def call(str function, /, **arguments):
     return found or None
 
 
+include "_kernel.pxi"
+
+
 def _check_layouts():
     """The sizes of the registry, of the marshaller and of the compiler must be one."""
     registry = _registry.load()
