@@ -133,7 +133,7 @@ def build(unit: int) -> Kernel:
         raise ValueError(f"unit must be one of {UNITS}, not {unit!r}")
     try:
         device = int(call("cudaGetDevice"))
-        key = (str(_core.info()["path"]), device, unit)
+        key = (str(_core.info()["library"]), device, unit)
         with _lock:
             if key not in _built:
                 _built[key] = _load(device, unit)
