@@ -190,7 +190,7 @@ static __device__ __forceinline__ kvsig_u64 place(const kvsig_page_copy &a,
  * of its units to the next. */
 struct view {
     kvsig_u64 from, to;
-    kvsig_u32 units, limit, row, unit;
+    kvsig_u32 units, limit, first;
 
     template <int CHUNKS>
     __device__ __forceinline__ void look(const kvsig_page_copy &a, kvsig_u32 index, kvsig_u32 tile)
@@ -209,22 +209,22 @@ struct view {
         to = place(a, plane, 1 - a.source, position, inside);
         units = plane.units;
         limit = cut.units;
-        row = lane / units;
-        unit = cut.first + lane % units;
+        first = cut.first;
     }
 
     /* Walk this lane's units: their rows, as lanes that know the place, and offsets in them. */
     template <int CHUNKS, class Body> __device__ __forceinline__ void each(Body body) const
     {
         const kvsig_u32 rows = KVSIG_LANES / units, rest = KVSIG_LANES % units;
-        kvsig_u32 at = row, offset = unit;
+        const kvsig_u32 lane = threadIdx.x % KVSIG_LANES;
+        kvsig_u32 at = lane / units, offset = first + lane % units;
 #pragma unroll
         for (int i = 0; i < CHUNKS; i++) {
             if (offset >= units) {
                 offset -= units;
                 at++;
             }
-            body(i, i * KVSIG_LANES + threadIdx.x % KVSIG_LANES < limit, at, offset);
+            body(i, i * KVSIG_LANES + lane < limit, at, offset);
             at += rows;
             offset += rest;
         }
@@ -326,7 +326,7 @@ static __device__ __forceinline__ void copy_tiles(const kvsig_page_copy &a)
         settle<CHUNKS>(a, layer_tiles, then, after);
         if (WIDE && then < a.plane_count)
             next.look<CHUNKS>(a, then, after);
-        asm volatile("" : "+r"(now.unit)); /* places are found again rather than kept */
+        asm volatile("" : "+r"(now.first), "+r"(now.units)); /* places are found again rather than kept */
         now.each<CHUNKS>([&](int i, bool mine, kvsig_u32 at, kvsig_u32 offset) {
             const kvsig_u64 row = __shfl_sync(ALL, now.to, mine ? at : 0);
             if (mine)
