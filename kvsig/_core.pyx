@@ -1581,3 +1581,6 @@ def call(str function, /, **arguments):
     if len(found) == 1:
         return next(iter(found.values()))
     return found or None
+
+
+include "_kernel.pxi"
