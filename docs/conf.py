@@ -26,7 +26,7 @@ html_theme = "furo"
 html_title = f"kvsig {release}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
-html_show_sphinx = False
+html_show_sphinx = html_show_copyright = False
 html_copy_source = html_show_sourcelink = False
 myst_heading_anchors = 4
 autodoc_typehints = "none"  # the docstrings say them

@@ -10,16 +10,12 @@ from pathlib import Path
 
 import pytest
 from cuda_headers import REGISTRY, header
+from pages import DOCS, PAGES, blocks, name
 
 from kvsig import headers, proposals, registry, registry_text
 
-DOCS = Path(__file__).parent.parent / "docs"
 ADD = (DOCS / "add-a-signature.md").read_text()
 REFERENCE = (DOCS / "registry.md").read_text()
-
-
-def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 EXAMPLES = [
@@ -82,10 +78,7 @@ def test_the_calls_print_what_the_page_says(
         assert printed[1] == missing
 
 
-PAGES = [DOCS.parent / "README.md", DOCS.parent / "benchmarks" / "README.md", *DOCS.glob("*.md")]
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS.parent)))
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []
@@ -93,8 +86,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_every_page_is_listed_in_the_index_once() -> None:
     index = (DOCS / "index.md").read_text()
-    listed = re.findall(r"^- \[.*?\]\(([a-z-]+\.md)\)", index, re.MULTILINE)
-    assert sorted(listed) == sorted({page.name for page in DOCS.glob("*.md")} - {"index.md"})
+    listed = re.findall(r"^- \[.*?\]\((.+?\.md)\)", index, re.MULTILINE)
+    listed = sorted((DOCS / page).resolve() for page in listed)
+    assert listed == sorted(page for page in PAGES if page != DOCS / "index.md")
 
 
 def test_every_variable_of_the_environment_is_documented() -> None:
