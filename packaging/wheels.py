@@ -30,7 +30,7 @@ OLDEST, NEWEST = (3, 11), (3, 14)
 EMULATED_MOST = 1 << 20
 NOISE = re.compile(r"\b(warning|hint)\b", re.IGNORECASE)
 #: What pip and setuptools say about themselves.
-HARMLESS = re.compile(r"^WARNING: |^\s*\[notice\]|is ignored: it is neither a file")
+HARMLESS = re.compile(r"^\s*WARNING: |\[notice\]|byte-compiling is disabled")
 
 
 def run(*command: str | Path, cwd: Path = ROOT, quiet: bool = False, **variables: str) -> str:
