@@ -2,7 +2,8 @@
 #                (also installs kvsig, editable, into the environment: .venv/bin/kvsig is there then)
 # make test      the test suite
 # make releases  the registry against every release of CUDA (fetches 14 packages of 1 to 3 MB, once)
-# make lint      ruff, cython-lint, mypy, and the stubs against the modules
+# make lint      ruff, cython-lint and mypy
+# make types     the stubs of the compiled modules against the modules
 # make docs      the pages as a site in build/site, warnings as errors, links checked
 # make sdist     the source distribution, and its own tests from where it is unpacked
 # make wheels    wheels for the interpreters that are found, each tested by itself
@@ -56,7 +57,7 @@ installed := $(VENV)/.kvsig-installed
 # A build belongs to one interpreter, so each environment has a stamp of its own.
 built := build/stamp$(subst /,-,$(VENV))
 sources := setup.py pyproject.toml kvsig/signatures.toml kvsig/registry.py kvsig/codegen.py \
-	$(wildcard kvsig/*.pyx kvsig/*.pxd csrc/*.c csrc/*.h csrc/*.cu csrc/*.cuh)
+	kvsig/stubs.py $(wildcard kvsig/*.pyx kvsig/*.pxd csrc/*.c csrc/*.h csrc/*.cu csrc/*.cuh)
 
 # Requirements are written down once, in pyproject.toml; torch is installed by itself, or not at all.
 define requirements
@@ -84,7 +85,7 @@ if not os.path.exists(header):
 endef
 export prerequisites
 
-.PHONY: demo test releases lint docs sdist wheels build clean distclean
+.PHONY: demo test releases lint types docs sdist wheels build clean distclean
 demo: $(installed)
 	@$(py) -m kvsig demo $(ARGS)
 	@printf '\n%s\n' 'To go on:' \
@@ -99,10 +100,12 @@ releases: build
 	$(py) -m kvsig check --releases
 	$(py) -m pytest -m releases
 
-lint: $(linters)
+lint: $(linters) build
 	$(py) -m ruff check .
 	PATH='$(abspath $(VENV))/bin':"$$PATH" cython-lint $(wildcard kvsig/*.pyx kvsig/*.pxd)
 	$(py) -m mypy
+
+types: $(linters) build
 	$(py) packaging/stubs.py
 
 docs: $(sphinx) build
@@ -158,7 +161,7 @@ $(sphinx): pyproject.toml | $(packages)
 
 clean:
 	rm -rf build dist *.egg-info kvsig/_emulated csrc/generated
-	rm -f kvsig/*.so kvsig/*.c kvsig/*.pxi
+	rm -f kvsig/*.so kvsig/*.c kvsig/*.pxi kvsig/_calls.pyi
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 distclean: clean

@@ -33,7 +33,11 @@ class BuildExt(build_ext):
         codegen = load("codegen")
         registry = codegen._registry.load(ROOT / "kvsig/signatures.toml")
         codegen.write_if_changed(ROOT / "kvsig/_generated.pxi", codegen.cython_text(registry))
+        stub = load("stubs").call_stub(registry)
+        codegen.write_if_changed(ROOT / "kvsig/_calls.pyi", stub)
         super().run()
+        if not self.inplace:
+            codegen.write_if_changed(Path(self.build_lib) / "kvsig/_calls.pyi", stub)
         self.emulated(codegen, registry)
 
     def emulated(self, codegen, registry):

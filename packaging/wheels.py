@@ -1,7 +1,7 @@
 """Builds distributions, and tests each by itself: nothing of the checkout but its tests is used.
 
-    python packaging/wheels.py --sdist             the source distribution, tested where it is unpacked
-    python packaging/wheels.py                     a wheel for each CPython from 3.11 on that is found
+    python packaging/wheels.py --sdist     the source distribution, tested where it is unpacked
+    python packaging/wheels.py             a wheel for each CPython from 3.11 on that is found
     python packaging/wheels.py --python python3.12 --no-tests
 
 Interpreters are looked for on the path and among pyenv's. A wheel is repaired by auditwheel, which
@@ -26,7 +26,8 @@ WORK = ROOT / "build" / "wheels"
 DIST = ROOT / "dist"
 TORCH = os.environ.get("TORCH", "torch==2.13.0")
 OLDEST, NEWEST = (3, 11), (3, 14)
-#: Most bytes of the emulated runtimes in a wheel, compressed as it is; above it they would be built on demand.
+#: Most bytes of the emulated runtimes in a wheel, compressed as it is; above it they would be
+#: built on demand.
 EMULATED_MOST = 1 << 20
 NOISE = re.compile(r"\b(warning|hint)\b", re.IGNORECASE)
 #: What pip and setuptools say about themselves.

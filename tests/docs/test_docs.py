@@ -45,8 +45,8 @@ def test_a_toml_example_is_a_part_of_a_registry(example: str) -> None:
     parts = [example, text] if "verified" in data else [text, example]
     whole = registry.parse("\n".join(parts))
     assert set(REGISTRY.functions) <= set(whole.functions)
-    for name, function in data.get("function", {}).items():
-        assert len(whole.functions[name].variants) == len(function["variant"])
+    for key, function in data.get("function", {}).items():
+        assert len(whole.functions[key].variants) == len(function["variant"])
 
 
 def test_examples_of_known_entries_are_the_registry_s_own() -> None:
