@@ -88,7 +88,7 @@ export prerequisites
 .PHONY: demo test releases lint types docs sdist wheels build clean distclean
 demo: $(installed)
 	@$(py) -m kvsig demo $(ARGS)
-	@printf '\n%s\n' 'To go on:' \
+	@printf '%s\n' '' 'To go on:' \
 		'  $(VENV)/bin/kvsig info                 # which CUDA runtime is used, which prototypes' \
 		'  $(py) examples/quickstart.py  # the script of README.md, to change' \
 		'  $(VENV)/bin/kvsig demo --help          # other models, layouts and paths'
