@@ -37,7 +37,11 @@ class BuildExt(build_ext):
         # The kernel's text travels in the extension, so that what is launched is what was built.
         text = KERNEL.read_bytes()
         codegen.write_if_changed(ROOT / "kvsig/_page_copy.pxi", f"PAGE_COPY = {text!r}\n")
+        stub = load("stubs").call_stub(registry)
+        codegen.write_if_changed(ROOT / "kvsig/_calls.pyi", stub)
         super().run()
+        if not self.inplace:
+            codegen.write_if_changed(Path(self.build_lib) / "kvsig/_calls.pyi", stub)
         self.emulated(codegen, registry)
 
     def emulated(self, codegen, registry):
