@@ -88,6 +88,7 @@ EXTENSIONS = [
         depends=["kvsig/_core.pxd", "kvsig/_pack.pxd"],
         extra_compile_args=FLAGS,
     ),
+    Extension("kvsig._counters", ["kvsig/_counters.pyx"], extra_compile_args=FLAGS),
 ]
 
 setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": BuildExt})
