@@ -178,10 +178,12 @@ def _between_seams(
     pieces: list[tuple[int, int]] = []
     for start, stop in zip(first.tolist(), last.tolist(), strict=True):
         index = np.arange(start, stop)
-        blocks = [
-            np.searchsorted(seams, side[start : stop + 1], side="right") for side in (dsts, srcs)
-        ]
-        change = np.any([block[1:] != block[:-1] for block in blocks], axis=0)
+        change = np.zeros(len(index), dtype=np.bool_)
+        for side in (dsts[start : stop + 1], srcs[start : stop + 1]):
+            begin = np.searchsorted(seams, side, side="right")
+            end = np.searchsorted(seams, side + sizes[start], side="left")
+            # A row that crosses a seam as it was given stays alone, and is refused alone.
+            change |= (begin[1:] != begin[:-1]) | (end[:-1] != end[1:])
         cuts = [*index[change].tolist(), stop]
         for cut in cuts:
             if cut - start + 1 >= min_rows:
