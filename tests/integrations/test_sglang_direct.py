@@ -267,9 +267,8 @@ class TestWhatIsNotServed:
 
 def test_a_cuda_error_is_the_originals_to_meet(served: SimpleNamespace) -> None:
     host, device = filled(PAGES, 1, PAGE, 8), filled(PAGES * PAGE, 8, seed=1)
-    function = "cudaMemcpyBatchAsync" if served.stream else "cudaMemcpyAsync"
-    served.control.fault(function, 1)
+    served.control.fault("cudaMemcpyBatchAsync", 1)
     run(served, LOAD, [host], [device], tokens([1, 5]), tokens([5, 2]), 0, PAGE)
     assert served.calls == [LOAD] and torch.equal(device[20:24], host[1, 0])
     (cause,) = observe.stats()["fallbacks"]
-    assert cause == f"{function} answered 1 cudaErrorInvalidValue"
+    assert cause == "cudaMemcpyBatchAsync answered 1 cudaErrorInvalidValue"

@@ -170,6 +170,6 @@ def test_stats_by_integration_and_in_text(sglang: SimpleNamespace, control: Cont
     found = observe.stats()
     assert found["integrations"]["sglang"]["calls"] == 1
     assert found["integrations"]["sglang"]["bytes"] == 16
-    assert f'kvsig_bytes_total{{function="sglang.{DIRECT}",path="loop"}} 16' in (
+    assert f'kvsig_bytes_total{{function="sglang.{DIRECT}",path="batch"}} 16' in (
         observe.prometheus().splitlines()
     )
