@@ -129,3 +129,64 @@ def filled(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> t
     """Return a tensor of bytes by chance that are numbers of the dtype."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 100, shape, generator=generator).to(dtype)
+
+
+class Handler:
+    """Blocks one way between GPU tensors and host tensors of chunks, as vLLM's handlers do it.
+
+    Tensors are int8 (blocks, page) on the GPU and (chunks, blocks a chunk x page) on the host,
+    whose rows may have a pitch. A request has groups of blocks; each begins `skip` blocks into
+    its first chunk. References say which tensors a group has, and how much of a page counts.
+    """
+
+    def __init__(
+        self,
+        gpu: list[torch.Tensor],
+        cpu: list[torch.Tensor],
+        per_chunk: int,
+        references: list[list[tuple[int, int]]],
+        gpu_to_cpu: bool,
+        swap: Callable[..., None],
+    ) -> None:
+        self.gpu_to_cpu = gpu_to_cpu
+        self.src_tensors, self.dst_tensors = (gpu, cpu) if gpu_to_cpu else (cpu, gpu)
+        self.per_chunk, self.references = per_chunk, references
+        self._swap_blocks_batch = swap
+
+    def transfer(
+        self,
+        blocks: list[list[int]],
+        chunks: list[list[int]],
+        skips: list[int],
+        wait: Callable[[], object] | None = None,
+    ) -> list[tuple[int, int, int, int, int]]:
+        """Copy, and return (tensor, block, chunk, position in the chunk, bytes) of each block."""
+        gpu, cpu = self.src_tensors, self.dst_tensors
+        if not self.gpu_to_cpu:
+            gpu, cpu = cpu, gpu
+        moved = []
+        for group, references in enumerate(self.references):
+            for tensor, size in references:
+                for i, block in enumerate(blocks[group]):
+                    chunk, at = divmod(skips[group] + i, self.per_chunk)
+                    moved.append((tensor, block, chunks[group][chunk], at, size))
+        columns = [[], [], []]  # type: list[list[int]]
+        for tensor, block, chunk, at, size in moved:
+            page = gpu[tensor].shape[1]
+            near = gpu[tensor].data_ptr() + block * gpu[tensor].stride(0)
+            far = cpu[tensor].data_ptr() + chunk * cpu[tensor].stride(0) + at * page
+            pair = (near, far) if self.gpu_to_cpu else (far, near)
+            for column, value in zip(columns, (*pair, size), strict=True):
+                column.append(value)
+        # Descriptor buffers are larger than what they hold, and are written to afterwards.
+        buffers = [torch.empty(len(moved) + 5, dtype=torch.int64) for _ in range(3)]
+        for buffer, column in zip(buffers, columns, strict=True):
+            buffer[: len(moved)] = torch.tensor(column, dtype=torch.int64)
+        if moved:
+            slices = [buffer[: len(moved)] for buffer in buffers]
+            self._swap_blocks_batch(*slices, is_src_access_order_any=not self.gpu_to_cpu)
+        if wait:
+            wait()
+        for buffer in buffers:
+            buffer.fill_(-1)
+        return moved
