@@ -36,7 +36,7 @@ class TestPlugin:
         integration.plugin()
         sglang.hooks.apply()
         before, after = call(sglang.pool.transfer_kv_direct)
-            assert torch.equal(before, after)
+        assert torch.equal(before, after)
         assert sglang.calls == [] and served() == 1
         assert integration.installed()[f"sgl_kernel.kvcacheio.{DIRECT}"]
 
