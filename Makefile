@@ -1,6 +1,8 @@
 # make demo      the main job: a KV cache goes to host pages and back, compared bit for bit
 # make test      the test suite
 # make releases  the registry against every release of CUDA (fetches 14 packages of 1 to 3 MB, once)
+# make engines   the released Python of SGLang and vLLM against what kvsig relies on (fetches
+#                wheels of 1.3 GB in all, once, and keeps their Python: 300 MB below build)
 # make lint      ruff, cython-lint and mypy
 # make build     the extension modules and the emulated CUDA runtimes, in place
 # make clean     removes what was built; make distclean removes the environment too
@@ -78,7 +80,7 @@ if not os.path.exists(header):
 endef
 export prerequisites
 
-.PHONY: demo test releases lint build clean distclean
+.PHONY: demo test releases engines lint build clean distclean
 demo: build
 	@$(py) -m kvsig demo $(ARGS)
 
@@ -88,6 +90,9 @@ test: build
 releases: build
 	$(py) -m kvsig check --releases
 	$(py) -m pytest -m releases
+
+engines: build
+	$(py) tests/engines/check_engines.py $(ARGS)
 
 lint: $(linters)
 	$(py) -m ruff check .
