@@ -96,7 +96,7 @@ def stats() -> dict[str, Any]:
         if dot:
             _add(integrations.setdefault(name, {"passed_on": 0}), counter)
         if reason is not None:
-            causes[reason] += counter[0]
+            causes[reason] += counter.calls
     reasons: dict[str, dict[str, int]] = {}
     for (what, reason), count in list(_passed_on.items()):
         reasons.setdefault(what, {})[reason] = count
