@@ -91,7 +91,7 @@ def tensor_of(array: Any, name: str) -> torch.Tensor:
             raise TypeError(f"{name} is a read-only array: give one that can be written, or a copy")
         return torch.from_numpy(array)
     if hasattr(array, "__dlpack__"):
-        return torch.from_dlpack(array)
+        return torch.utils.dlpack.from_dlpack(array)
     if hasattr(array, "__cuda_array_interface__"):
         return torch.as_tensor(array, device="cuda")
     raise TypeError(

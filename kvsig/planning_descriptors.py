@@ -213,7 +213,7 @@ class PageRuns(NamedTuple):
 
     Parameters
     ----------
-    dst, src, count : ndarray of uint64, shape (runs,)
+    dst, src, lengths : ndarray of uint64, shape (runs,)
         First page of each run on either side, and its pages.
     pages : int
         Pages of all runs.
@@ -223,7 +223,7 @@ class PageRuns(NamedTuple):
 
     dst: U64
     src: U64
-    count: U64
+    lengths: U64
     pages: int
     top: tuple[int, int]
 
@@ -294,17 +294,17 @@ def pattern(
     if len(runs.dst) == runs.pages:
         return Pattern(far, near, width, _NO_ROWS)
     if dst_pitch == src_pitch == width:
-        return Pattern(far, near, runs.count * np.uint64(width), _NO_ROWS)
+        return Pattern(far, near, runs.lengths * np.uint64(width), _NO_ROWS)
     if max(dst_pitch, src_pitch) > MAX_PITCH:
         long = np.zeros(len(far), dtype=np.bool_)
     else:
-        long = runs.count >= np.uint64(min_rows)
+        long = runs.lengths >= np.uint64(min_rows)
     rows = np.ones((int(long.sum()), 9), dtype=np.uint64)
     rows[:, DST], rows[:, SRC] = far[long], near[long]
     rows[:, DPITCH], rows[:, SPITCH], rows[:, WIDTH] = dst_pitch, src_pitch, width
-    rows[:, HEIGHT] = rows[:, DROWS] = rows[:, SROWS] = runs.count[long]
+    rows[:, HEIGHT] = rows[:, DROWS] = rows[:, SROWS] = runs.lengths[long]
     short = ~long
-    count = runs.count[short].astype(np.intp)
+    count = runs.lengths[short].astype(np.intp)
     # The pages of short runs, one by one: the number of each within its run.
     within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
     step = within.astype(np.uint64)
@@ -352,7 +352,7 @@ def split(found: Descriptors, seams: Sequence[int]) -> Descriptors:
     seams : sequence of int
         Addresses.
     """
-    marks = np.sort(np.asarray(seams, dtype=np.uint64))
+    marks: U64 = np.sort(np.asarray(seams, dtype=np.uint64))
     rows = found.rows
     dsts, srcs = [found.dsts], [found.srcs]
     sizes = [np.broadcast_to(np.uint64(found.sizes), found.dsts.shape)]
@@ -370,9 +370,9 @@ def split(found: Descriptors, seams: Sequence[int]) -> Descriptors:
     to, origin, size = np.concatenate(dsts), np.concatenate(srcs), np.concatenate(sizes)
     while len(to):
         cut = np.zeros(len(to), dtype=np.uint64)  # bytes before the first seam inside
-        for base in (to, origin):
-            index = np.searchsorted(marks, base, side="right")
-            reach = np.append(marks, np.uint64(0))[index] - base
+        for starts in (to, origin):
+            index = np.searchsorted(marks, starts, side="right")
+            reach = np.append(marks, np.uint64(0))[index] - starts
             inside = (index < len(marks)) & (reach < size)
             cut = np.where(inside & ((cut == 0) | (reach < cut)), reach, cut)
         at = np.flatnonzero(cut)

@@ -67,7 +67,8 @@ def __getattr__(name: str) -> Any:
         raise ImportError(
             f"{name} needs vLLM 0.25 or later: {module}.{base_name} has no create_worker"
         )
-    spec = type(name, (KvsigOffloadingMixin, base), {"__module__": __name__, "__doc__": base.__doc__})
+    contents = {"__module__": __name__, "__doc__": base.__doc__}
+    spec = type(name, (KvsigOffloadingMixin, base), contents)
     globals()[name] = spec
     return spec
 

@@ -60,7 +60,7 @@ def main() -> int:
         # -O: engines assert that tensors are on a GPU; here memory of the host stands for it.
         run = subprocess.run([sys.executable, "-O", str(script), *folders], env=environment)
         took = time.monotonic() - start
-        print(f"{engine}: {'as kvsig relies on' if not run.returncode else 'FAILED'} ({took:.0f} s)")
+        print(f"{engine}: {'FAILED' if run.returncode else 'as kvsig relies on'} ({took:.0f} s)")
         failed += [engine] if run.returncode else []
     return 1 if failed else 0
 

@@ -32,7 +32,8 @@ def check_signatures(module: Any, functions: dict[str, Any]) -> None:
     for name, own in functions.items():
         need(hasattr(module, name), f"{module.__name__}.{name} is gone")
         theirs = list(inspect.signature(getattr(module, name)).parameters)
-        ours = [p.name for p in inspect.signature(own).parameters.values() if p.kind != p.VAR_KEYWORD]
+        known = inspect.signature(own).parameters.values()
+        ours = [p.name for p in known if p.kind != p.VAR_KEYWORD]
         kept = [p for p in theirs if p in ours]
         need(kept == ours, f"{name} takes {theirs}, kvsig knows {ours}")
 

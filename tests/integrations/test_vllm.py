@@ -150,7 +150,8 @@ def test_runs_are_merged_and_even_spacing_is_strided(
     gpu, cpu = tensors([512, 512], 1, False)
     handler = Handler(gpu, cpu, 1, [[(0, 512)], [(1, 512)]], True, vllm.swap)
     integration.exchange(Worker([handler]))
-    handler.transfer([numbers("runs", 30, 64), []], [numbers("runs", 30, 64), []], [0, 0], control.synchronize)
+    one = [numbers("runs", 30, 64), []]
+    handler.transfer(one, one, [0, 0], control.synchronize)
     assert observe.stats()["integrations"]["vllm"]["copies"] == 1
     observe.clear()
     gpu, cpu = tensors([512, 512], 1, True)

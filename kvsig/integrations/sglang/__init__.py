@@ -77,7 +77,7 @@ def _around(what: str, serve: Callable[..., Report | str]) -> Callable[..., Any]
         except Exception as error:  # an exception here ends SGLang's scheduler
             observe.fell_back(what, error)
             return original(*args, **kwargs)
-        if type(answer) is str:
+        if isinstance(answer, str):
             observe.passed_on(what, answer)
             return original(*args, **kwargs)
         observe.record(what, answer, perf_counter_ns() - start)
@@ -159,7 +159,7 @@ def install() -> list[str]:
         observe.logger.info("kvsig for sglang is switched off by KVSIG_DISABLE")
         return []
     with _lock:
-        new = {}
+        new: dict[int, tuple[Callable[..., Any], Callable[..., Any]]] = {}
         for module, name, hook in _targets():
             if (module, name) in _originals:
                 continue
@@ -181,7 +181,7 @@ def install() -> list[str]:
 def uninstall() -> None:
     """Put SGLang's functions back; does nothing where `install` was not called."""
     with _lock:
-        old = {}
+        old: dict[int, tuple[Callable[..., Any], Callable[..., Any]]] = {}
         for place, wrapper in _wrappers.items():
             old[id(wrapper)] = wrapper, _originals[place]
         _rebind(old)

@@ -106,9 +106,9 @@ class Pages:
                 self.runs = descriptors.page_runs(far // size, near // size)
             else:
                 # Pages that begin anywhere: the device's side counts tokens.
-                pair = (far, near // size) if kind == "load" else (far // size, near)
-                top = (int(pair[0].max()), int(pair[1].max()))
-                self.runs = descriptors.PageRuns(*pair, np.ones_like(far), len(far), top)
+                to, origin = (far, near // size) if kind == "load" else (far // size, near)
+                top = int(to.max()), int(origin.max())
+                self.runs = descriptors.PageRuns(to, origin, np.ones_like(far), len(far), top)
         self._patterns: dict[tuple[int, int, int], descriptors.Pattern] = {}
 
     def _read(self) -> tuple[U64, U64]:
