@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvsig import interop, observe
+from kvsig import _core, interop, observe
 from kvsig import planning_descriptors as descriptors
 
 if TYPE_CHECKING:
@@ -131,6 +131,9 @@ def _refusal(handler: Any, original: Swap) -> str | None:
         return "pages are small, and vLLM's Triton kernel moves them faster than copy engines"
     if not handler.src_tensors or not handler.dst_tensors:
         return "the handler has no tensors"
+    on_gpu = any(tensor.is_cuda for tensor in [*handler.src_tensors, *handler.dst_tensors])
+    if on_gpu and _core.is_emulated():
+        return "the CUDA runtime in use is the emulated one: unset KVSIG_CUDART"
     return None
 
 

@@ -265,6 +265,12 @@ class TestWhatIsNotServed:
         self.check(served, "device rows that are not packed", LOAD)
 
 
+def test_a_gpus_tensors_on_the_emulated_runtime(control: Control) -> None:
+    gpu = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+    with pytest.raises(direct.Unserved, match="unset KVSIG_CUDART"):
+        direct._device([(gpu, torch.zeros(1))])
+
+
 def test_a_cuda_error_is_the_originals_to_meet(served: SimpleNamespace) -> None:
     host, device = filled(PAGES, 1, PAGE, 8), filled(PAGES * PAGE, 8, seed=1)
     served.control.fault("cudaMemcpyBatchAsync", 1)

@@ -227,6 +227,14 @@ class TestWhatIsNotServed:
         assert handler._swap_blocks_batch is original
         assert "nothing is served" in caplog.text and "Triton" in caplog.text
 
+    def test_a_gpus_tensors_on_the_emulated_runtime(
+        self, vllm: types.SimpleNamespace, control: Control, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        gpu = types.SimpleNamespace(is_cuda=True)
+        handler = Handler([gpu], [torch.zeros(1)], 1, [], True, vllm.swap)
+        assert integration.exchange(Worker([handler])) == 0
+        assert "unset KVSIG_CUDART" in caplog.text
+
     def test_a_worker_without_handlers(
         self, vllm: types.SimpleNamespace, caplog: pytest.LogCaptureFixture
     ) -> None:

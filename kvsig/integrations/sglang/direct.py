@@ -319,8 +319,8 @@ def _geometry(
     """Return what the tensors are: known ones by addresses, shapes and registered blocks."""
     key = (
         kind, page_size, layer, len(srcs),
-        *[(t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in srcs],
-        *[(t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in dsts],
+        *[(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in srcs],
+        *[(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in dsts],
     )  # fmt: skip
     found = _geometries.get(key)
     if found is not None:
@@ -344,9 +344,12 @@ def _geometry(
 def _device(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.device:
     """Return the device that has the stream; leave alone what is not between it and the CPU."""
     found: torch.device | None = None
+    emulated = _core.is_emulated()
     for src, dst in pairs:
         on = [t.device for t in (src, dst) if t.is_cuda]
-        if len(on) > 1 or (not on and not _core.is_emulated()):
+        if on and emulated:
+            raise Unserved("the CUDA runtime in use is the emulated one: unset KVSIG_CUDART")
+        if len(on) > 1 or (not on and not emulated):
             raise Unserved("tensors that are not on a GPU and in host memory, one side each")
         if on and found is not None and found != on[0]:
             raise Unserved("tensors on two GPUs")
