@@ -2,6 +2,8 @@
 #                (also installs kvsig, editable, into the environment: .venv/bin/kvsig is there then)
 # make test      the test suite
 # make releases  the registry against every release of CUDA (fetches 14 packages of 1 to 3 MB, once)
+# make engines   the released Python of SGLang and vLLM against what kvsig relies on (fetches
+#                wheels of 1.3 GB in all, once, and keeps their Python: 300 MB below build)
 # make lint      ruff, cython-lint and mypy
 # make types     the stubs of the compiled modules against the modules
 # make docs      the pages as a site in build/site, warnings as errors, links checked
@@ -86,7 +88,7 @@ if not os.path.exists(header):
 endef
 export prerequisites
 
-.PHONY: demo test releases lint types docs sdist wheels build clean distclean
+.PHONY: demo test releases engines lint types docs sdist wheels build clean distclean
 demo: $(installed)
 	@$(py) -m kvsig demo $(ARGS)
 	@printf '%s\n' '' 'To go on:' \
@@ -100,6 +102,9 @@ test: build
 releases: build
 	$(py) -m kvsig check --releases
 	$(py) -m pytest -m releases
+
+engines: build
+	$(py) tests/engines/check_engines.py $(ARGS)
 
 lint: $(linters) build
 	$(py) -m ruff check .

@@ -103,6 +103,7 @@ EXTENSIONS = [
     extension("planning._plan", *PLAN),
     extension("planning._pack", *PLAN),
     extension("_transfer", "_core.pxd", *PLAN),
+    extension("_counters", "_core.pxd"),
 ]
 
 setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": BuildExt})
