@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvsig import emulated as emulated
     from kvsig import registry as registry
-    from kvsig._core import Report, call, info
+    from kvsig._core import Report, info
     from kvsig._errors import BindError, CudaError
     from kvsig.cache import PagedKVCache
+    from kvsig.call import call
     from kvsig.registry import RegistryError
     from kvsig.transfer import copy_batch
 
@@ -34,26 +35,28 @@ __all__ = [
     "registry",
 ]
 
-# Public name -> the module that has it; a name that maps to itself is a module.
+# Public name -> the module that has it.
 _HOME = {
     "BindError": "_errors",
     "CudaError": "_errors",
     "PagedKVCache": "cache",
     "RegistryError": "registry",
     "Report": "_core",
-    "call": "_core",
+    "call": "call",
     "copy_batch": "transfer",
     "emulated": "emulated",
     "info": "_core",
     "registry": "registry",
 }
 
+_MODULES = ("emulated", "registry")
+
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'kvsig' has no attribute {name!r}")
     home = importlib.import_module(f"kvsig.{_HOME[name]}")
-    value = home if name == _HOME[name] else getattr(home, name)
+    value = home if name in _MODULES else getattr(home, name)
     globals()[name] = value  # found once, then an ordinary attribute
     return value
 

@@ -1,4 +1,3 @@
-from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -6,6 +5,8 @@ import numpy.typing as npt
 
 from ._errors import BindError as BindError
 from ._errors import CudaError as CudaError
+from .binding import Row
+from .registry import Registry
 
 __all__ = [
     "BindError",
@@ -13,7 +14,6 @@ __all__ = [
     "Report",
     "batch_refusal",
     "bind",
-    "call",
     "copy_batch",
     "copy_strided",
     "driver_version",
@@ -28,10 +28,7 @@ __all__ = [
 _Words: TypeAlias = npt.NDArray[np.uint64]
 
 DIGEST: str
-DRIVER_WITH_BATCH: int
 FUNCTIONS: tuple[str, ...]
-STRUCT_SIZES: dict[str, int]
-TORCH_CUDA: Sequence[str]
 
 class Report:
     @property
@@ -57,10 +54,17 @@ class Report:
     def __hash__(self) -> int: ...
     def to_dict(self) -> dict[str, Any]: ...
 
+def registry_of() -> Registry: ...
+def row_of(function: str) -> Row: ...
+def invoke_row(row: Row, values: tuple[Any, ...]) -> Any: ...
+def error_of(code: int, function: str) -> CudaError: ...
+def open_library(path: str, only_loaded: bool = False) -> int: ...
+def open_error() -> str: ...
+def symbol(handle: int, name: str) -> int: ...
+def search_path(handle: int) -> list[str]: ...
 def address_file(address: int) -> str: ...
 def batch_refusal(stream: int) -> str | None: ...
 def bind() -> None: ...
-def call(function: str, /, **arguments: Any) -> Any: ...
 def copy_batch(
     dsts: _Words,
     srcs: _Words,

@@ -928,7 +928,7 @@ class TestScripts:
                 place = np.arange(1000, dtype=np.uint64) * np.uint64(8)
                 dsts, srcs = target.ctypes.data + place, source.ctypes.data + place
                 report = _core.copy_batch(dsts, srcs, 8, handle, "batch")
-                _core.call("cudaStreamSynchronize", stream=handle)
+                kvsig.call("cudaStreamSynchronize", stream=handle)
                 assert (report.calls, library.calls - before[0]) == (4, 4)
                 assert library.us > before[1]
                 assert np.array_equal(source, target)

@@ -7,6 +7,7 @@ import struct
 import numpy as np
 import pytest
 
+import kvsig
 from kvsig import _core, emulated, registry
 
 REGISTRY = registry.load()
@@ -79,7 +80,7 @@ class TestEveryVariant:
     def called(self, control, function, arguments):
         control.stub()
         control.record()
-        result = _core.call(function.name, **arguments)
+        result = kvsig.call(function.name, **arguments)
         (call,) = control.calls(function.name)
         return result, call
 
@@ -136,7 +137,7 @@ class TestTraps:
         control = bind(spec)
         with emulated.Stream(control) as stream:
             control.record()
-            found = _core.call("cudaStreamGetCaptureInfo", stream=stream.cuda_stream)
+            found = kvsig.call("cudaStreamGetCaptureInfo", stream=stream.cuda_stream)
         (call,) = control.calls("cudaStreamGetCaptureInfo")
         assert call["symbol"] == "cudaStreamGetCaptureInfo_v2"
         assert found["captureStatus_out"] == 0
@@ -149,7 +150,7 @@ class TestTraps:
     def test_capture_info_elsewhere_takes_it(self, bind, spec):
         control = bind(spec)
         control.record()
-        _core.call("cudaStreamGetCaptureInfo", stream=2)
+        kvsig.call("cudaStreamGetCaptureInfo", stream=2)
         assert control.calls("cudaStreamGetCaptureInfo")[0]["symbol"] == "cudaStreamGetCaptureInfo"
 
     @pytest.mark.parametrize(("spec", "order"), [("12.9", ("hSrc", "hDst")),
@@ -158,7 +159,7 @@ class TestTraps:
         control = bind(spec)
         control.stub()
         control.record()
-        _core.call("cudaGraphKernelNodeCopyAttributes", hSrc=0x1000, hDst=0x2000)
+        kvsig.call("cudaGraphKernelNodeCopyAttributes", hSrc=0x1000, hDst=0x2000)
         (call,) = control.calls("cudaGraphKernelNodeCopyAttributes")
         values = {"hSrc": 0x1000, "hDst": 0x2000}
         assert [(a["name"], a["value"]) for a in call["arguments"]] == [
@@ -185,8 +186,8 @@ class TestOneLineForBothMajors:
         control = bind(spec)
         control.stub()
         control.record()
-        assert _core.call("cudaMemPrefetchAsync", **PREFETCH) is None
-        assert _core.call("cudaMemAdvise", **ADVISE) is None
+        assert kvsig.call("cudaMemPrefetchAsync", **PREFETCH) is None
+        assert kvsig.call("cudaMemAdvise", **ADVISE) is None
         prefetch, advise = control.calls()
         old = spec < "13"
         names = [argument["name"] for argument in prefetch["arguments"]]
@@ -198,43 +199,43 @@ class TestOneLineForBothMajors:
     def test_managed_memory_for_real(self, bind):
         for spec in ("12.9", "13.0"):
             bind(spec)
-            pointer = _core.call("cudaMallocManaged", size=1 << 16)
-            _core.call("cudaMemAdvise", **{**ADVISE, "devPtr": pointer})
-            _core.call("cudaMemPrefetchAsync", **{**PREFETCH, "devPtr": pointer})
-            assert _core.call("cudaFree", devPtr=pointer) is None
+            pointer = kvsig.call("cudaMallocManaged", size=1 << 16)
+            kvsig.call("cudaMemAdvise", **{**ADVISE, "devPtr": pointer})
+            kvsig.call("cudaMemPrefetchAsync", **{**PREFETCH, "devPtr": pointer})
+            assert kvsig.call("cudaFree", devPtr=pointer) is None
 
 
 class TestResults:
     def test_one_several_none_and_text(self, bind):
         bind("12.9/13.0")
-        assert _core.call("cudaRuntimeGetVersion") == 12090
-        assert _core.call("cudaDriverGetVersion") == 13000
-        assert set(_core.call("cudaMemGetInfo")) == {"free", "total"}
-        assert _core.call("cudaDeviceSynchronize") is None
-        assert _core.call("cudaGetErrorName", error=801) == "cudaErrorNotSupported"
-        assert _core.call("cudaGetErrorString", error=801) == "operation not supported"
+        assert kvsig.call("cudaRuntimeGetVersion") == 12090
+        assert kvsig.call("cudaDriverGetVersion") == 13000
+        assert set(kvsig.call("cudaMemGetInfo")) == {"free", "total"}
+        assert kvsig.call("cudaDeviceSynchronize") is None
+        assert kvsig.call("cudaGetErrorName", error=801) == "cudaErrorNotSupported"
+        assert kvsig.call("cudaGetErrorString", error=801) == "operation not supported"
 
     def test_a_code_that_is_the_answer_raises_nothing(self, bind):
         bind("13.0")
         with pytest.raises(_core.CudaError):
-            _core.call("cudaSetDevice", device=99)
-        assert _core.call("cudaPeekAtLastError") == 0
+            kvsig.call("cudaSetDevice", device=99)
+        assert kvsig.call("cudaPeekAtLastError") == 0
 
     def test_struct_as_result(self, bind):
         bind("13.0")
         buffer = np.zeros(16, np.uint8)
-        found = _core.call("cudaPointerGetAttributes", ptr=buffer)
+        found = kvsig.call("cudaPointerGetAttributes", ptr=buffer)
         assert found["type"] == 0 and len(found["reserved"]) == 8
-        device = _core.call("cudaMalloc", size=64)
-        assert _core.call("cudaPointerGetAttributes", ptr=device)["type"] == 2
-        _core.call("cudaFree", devPtr=device)
+        device = kvsig.call("cudaMalloc", size=64)
+        assert kvsig.call("cudaPointerGetAttributes", ptr=device)["type"] == 2
+        kvsig.call("cudaFree", devPtr=device)
 
     def test_none_is_null_and_arrays_are_their_address(self, bind):
         control = bind("13.0")
         control.stub()
         control.record()
         array = np.zeros(4, np.uint8)
-        _core.call("cudaMemcpyAsync", dst=None, src=array, count=4, stream=None)
+        kvsig.call("cudaMemcpyAsync", dst=None, src=array, count=4, stream=None)
         values = [a["value"] for a in control.calls()[0]["arguments"]]
         assert values == [0, array.ctypes.data, 4, 4, 0]
 
@@ -245,7 +246,7 @@ class TestResults:
             lists = [np.array([a], np.uint64) for a in
                      (target.ctypes.data, source.ctypes.data, 8, 0)]  # fmt: skip
             control.record()
-            _core.call(
+            kvsig.call(
                 "cudaMemcpyBatchAsync", dsts=lists[0], srcs=lists[1], sizes=lists[2], count=1,
                 attrs={"srcAccessOrder": "cudaMemcpySrcAccessOrderStream", "dstLocHint": (1, 3),
                        "flags": 1},
@@ -260,7 +261,7 @@ class TestResults:
 
 def refuses(kind, text, function, **arguments):
     with pytest.raises(kind) as caught:
-        _core.call(function, **arguments)
+        kvsig.call(function, **arguments)
     assert str(caught.value) == text
 
 

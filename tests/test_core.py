@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import kvsig
 from kvsig import _core, emulated, registry
 
 REGISTRY = registry.load()
@@ -94,7 +95,7 @@ class Copies:
 
 
 def last_error():
-    return _core.call("cudaPeekAtLastError")
+    return kvsig.call("cudaPeekAtLastError")
 
 
 def strided(rows):
@@ -362,19 +363,19 @@ class TestFallbacks:
         control = bind(version)
         on = stream()
         copies = Copies(9)
-        _core.call("cudaStreamBeginCapture", stream=on, mode="cudaStreamCaptureModeRelaxed")
+        kvsig.call("cudaStreamBeginCapture", stream=on, mode="cudaStreamCaptureModeRelaxed")
         report = _core.copy_batch(*copies.arguments, on.cuda_stream)
         reason = "the stream is being captured, which batches refuse"
         assert (report.path, report.reason) == ("loop", reason)
         with pytest.raises(_core.BindError, match=f"^path='batch' is not possible: {reason}"):
             _core.copy_batch(*copies.arguments, on.cuda_stream, "batch")
         assert last_error() == 0
-        graph = _core.call("cudaStreamEndCapture", stream=on)
+        graph = kvsig.call("cudaStreamEndCapture", stream=on)
         on.synchronize()
         copies.check(made=[])
-        runnable = _core.call("cudaGraphInstantiate", graph=graph)
+        runnable = kvsig.call("cudaGraphInstantiate", graph=graph)
         for _ in range(2):
-            _core.call("cudaGraphLaunch", graphExec=runnable, stream=on)
+            kvsig.call("cudaGraphLaunch", graphExec=runnable, stream=on)
             on.synchronize()
             copies.check()
             copies.target[:] = 0
@@ -468,7 +469,7 @@ class TestMissingSymbol:
         path = built(tmp_path, "13.0", "cudaMemPrefetchAsync")
         bind(path)
         with pytest.raises(_core.BindError) as caught:
-            _core.call(
+            kvsig.call(
                 "cudaMemPrefetchAsync", devPtr=1, count=1, location=(1, 0), stream=2
             )
         assert str(caught.value) == (
@@ -503,7 +504,7 @@ class TestLegacyStream:
         return buffers, places
 
     def plain(self, dst, src, stream=0):
-        _core.call("cudaMemcpyAsync", dst=int(dst[0]), src=int(src[0]), count=4096, stream=stream)
+        kvsig.call("cudaMemcpyAsync", dst=int(dst[0]), src=int(src[0]), count=4096, stream=stream)
 
     def test_waits_for_work_before_it(self, control):
         (a, b, c, _), (pa, pb, pc, _) = self.chain()
@@ -721,7 +722,7 @@ class TestErrors:
     def test_call_raises_and_clears(self, bind):
         bind("12.9")
         with pytest.raises(_core.CudaError) as caught:
-            _core.call("cudaSetDevice", device=7)
+            kvsig.call("cudaSetDevice", device=7)
         assert (caught.value.code, caught.value.name) == (101, "cudaErrorInvalidDevice")
         assert last_error() == 0
 
@@ -761,10 +762,10 @@ class TestThreads:
             _core.rebind("emulated:13.0")
             stream = emulated.Stream()
             stream.hold()
-            _core.call("cudaMemsetAsync", devPtr=bytearray_address, value=7, count=8,
+            kvsig.call("cudaMemsetAsync", devPtr=bytearray_address, value=7, count=8,
                        stream=stream)
             waiter = threading.Thread(
-                target=_core.call, args=("cudaStreamSynchronize",), kwargs={"stream": stream})
+                target=kvsig.call, args=("cudaStreamSynchronize",), kwargs={"stream": stream})
             waiter.start()
             waiter.join(0.3)
             assert waiter.is_alive()
@@ -1011,8 +1012,9 @@ class TestRoutes:
         copies = Copies(2)
         report = _core.copy_batch(*copies.arguments, on.cuda_stream)
         assert report.reason == (
-            f"KVSIG_ROUTE=driver, and cuMemcpyBatchAsync is not bound: {path} is 13.0, in the range"
-            " 12.8 and later, but does not have cuMemcpyBatchAsync"
+            f"KVSIG_ROUTE=driver, and cuMemcpyBatchAsync is not bound: cuGetProcAddress of {path}"
+            " does not give cuMemcpyBatchAsync of 12.8: it answered 500, with status 1"
+            " (CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND)"
         )
         on.synchronize()
         copies.check()

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+import kvsig
 from kvsig import _core
 
 ROOT = Path(_core.__file__).parent.parent
@@ -150,7 +151,7 @@ print(json.dumps({{
     "dsts": dsts.ctypes.data, "srcs": srcs.ctypes.data, "sizes": sizes.ctypes.data,
     "equal": bool((target.reshape(300, 16)[::-1] == source.reshape(300, 16)).all()),
     "path": report.path, "reason": report.reason, "info": _core.info(),
-    "last": _core.call("cudaPeekAtLastError"),
+    "last": kvsig.call("cudaPeekAtLastError"),
 }}))
 """
 
@@ -213,7 +214,7 @@ def test_a_function_never_heard_of_is_called_by_name(project, version):
         _core.rebind("emulated:{version}")
         control = emulated.Control(_core.info()["library"])
         control.record()
-        result = _core.call(
+        result = kvsig.call(
             "cudaMemFrobnicateAsync", devPtr=0x1000, variant=-5, slots=2**63 + 1, stream=2,
             how={{"tag": 2**64 - 2, "kind": -3, "scale": 0.5, "cookie": 0x7000}},
             **{{"from": "here"}},
