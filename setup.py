@@ -70,6 +70,12 @@ class BuildExt(build_ext):
 
 EXTENSIONS = [
     Extension(
+        "kvsig._loader",
+        ["kvsig/_loader.pyx"],
+        extra_compile_args=FLAGS,
+        libraries=["dl"],
+    ),
+    Extension(
         "kvsig._core",
         ["kvsig/_core.pyx"],
         depends=["kvsig/_core.pxd", "kvsig/_generated.pxi", "kvsig/_path.pxd"],

@@ -13,35 +13,48 @@ import warnings
 from . import registry as _registry
 from . import runtime as _runtime
 from ._errors import BindError, CudaError
+from ._loader import address_file
 from .binding import Binding
 
 from cpython.exc cimport PyErr_CheckSignals
 from cython cimport view
 from libc.stdint cimport int64_t, uint64_t
-from libc.stdlib cimport free, malloc, realloc
-from libc.string cimport strdup
+from libc.stdlib cimport free, malloc
 from posix.time cimport clock_gettime, timespec
 
-cdef extern from "dlfcn.h" nogil:
-    ctypedef struct Dl_info:
-        const char *dli_fname
-    ctypedef struct Dl_serpath:
-        char *dls_name
-    ctypedef struct Dl_serinfo:
-        size_t dls_size
-        unsigned int dls_cnt
-        Dl_serpath *dls_serpath
-    int RTLD_NOW, RTLD_LOCAL, RTLD_NOLOAD, RTLD_DI_SERINFO, RTLD_DI_SERINFOSIZE
-    int dlinfo(void *handle, int request, void *answer)
-    void *dlopen(const char *name, int flags)
-    void *dlsym(void *handle, const char *symbol)
-    int dladdr(const void *address, Dl_info *info)
-    char *dlerror()
+cdef extern from * nogil:
+    """
+    #include <dirent.h>
+    #include <string.h>
+    #include <unistd.h>
 
-cdef extern from "link.h" nogil:
-    cdef struct dl_phdr_info:
-        const char *dlpi_name
-    int dl_iterate_phdr(int (*callback)(dl_phdr_info *, size_t, void *) noexcept nogil, void *data)
+    /* Files that a process has open once the driver is initialised: on PCs, in WSL, on Tegra; and
+       one more that may be given. */
+    static const char *kvsig_devices[] = {
+        "/dev/nvidia", "/dev/dxg", "/dev/nvhost", "/dev/nvmap", "/dev/nvgpu", NULL, NULL};
+
+    static int kvsig_devices_open(void)
+    {
+        char target[256];
+        int found = 0;
+        struct dirent *entry;
+        DIR *folder = opendir("/proc/self/fd");
+        while (folder && !found && (entry = readdir(folder))) {
+            ssize_t length = readlinkat(dirfd(folder), entry->d_name, target, sizeof(target) - 1);
+            target[length > 0 ? length : 0] = 0;
+            for (const char **one = kvsig_devices; *one; one++)
+                found |= strncmp(target, *one, strlen(*one)) == 0;
+        }
+        if (folder)
+            closedir(folder);
+        return found;
+    }
+    """
+    const char *kvsig_devices[7]
+    bint kvsig_devices_open()
+
+cdef extern from "unistd.h" nogil:
+    int getppid()
 
 cdef extern from "pthread.h" nogil:
     int pthread_atfork(
@@ -58,6 +71,7 @@ __all__ = [
     "BindError",
     "CudaError",
     "Report",
+    "address_file",
     "batch_refusal",
     "bind",
     "copy_batch",
@@ -95,115 +109,6 @@ cdef enum:
     # Flags of the headers that are macros there.
     STREAM_NON_BLOCKING = 1
     EVENT_DISABLE_TIMING = 2
-
-
-# --- The dynamic loader -----------------------------------------------------------------------
-
-
-cdef struct Loaded:
-    size_t count, room
-    char **names
-    bint failed
-
-
-cdef int _collect(dl_phdr_info *entry, size_t size, void *data) noexcept nogil:
-    cdef Loaded *loaded = <Loaded *>data
-    cdef char **names
-    if entry.dlpi_name == NULL or entry.dlpi_name[0] == 0:
-        return 0
-    if loaded.count == loaded.room:
-        names = <char **>realloc(loaded.names, (2 * loaded.room + 64) * sizeof(char *))
-        loaded.failed = names == NULL
-        if loaded.failed:
-            return 1
-        loaded.names, loaded.room = names, 2 * loaded.room + 64
-    loaded.names[loaded.count] = strdup(entry.dlpi_name)
-    loaded.failed = loaded.names[loaded.count] == NULL
-    if loaded.failed:
-        return 1
-    loaded.count += 1
-    return 0
-
-
-def loaded_libraries():
-    """Paths of all shared libraries of this process, global and local, in order of loading."""
-    cdef Loaded loaded
-    cdef size_t i
-    memset(&loaded, 0, sizeof(loaded))
-    # The loader's lock is held meanwhile: nothing of Python may be done.
-    dl_iterate_phdr(_collect, &loaded)
-    try:
-        if loaded.failed:
-            raise MemoryError("no memory for the list of loaded libraries")
-        paths = []
-        for i in range(loaded.count):
-            paths.append(os.fsdecode(<bytes>loaded.names[i]))
-        return paths
-    finally:
-        for i in range(loaded.count):
-            free(loaded.names[i])
-        free(loaded.names)
-
-
-def open_library(str path, bint only_loaded=False):
-    """Handle of a library, or 0; `open_error` says why."""
-    cdef bytes name = os.fsencode(path)
-    cdef const char *text = name
-    cdef int flags = RTLD_NOW | RTLD_LOCAL | (RTLD_NOLOAD if only_loaded else 0)
-    cdef size_t handle
-    with nogil:
-        handle = <size_t>dlopen(text, flags)
-    return handle
-
-
-def open_error():
-    """Why the last library was not opened."""
-    cdef char *text = dlerror()
-    return "no reason is told" if text == NULL else os.fsdecode(<bytes>text)
-
-
-def symbol(size_t handle, str name):
-    """Address of a symbol in a library or in what it depends on, or 0."""
-    cdef bytes text = name.encode()
-    return <size_t>dlsym(<void *>handle, text)
-
-
-def address_file(size_t address):
-    """Path of the library that an address lies in, by dladdr; empty where there is none."""
-    cdef Dl_info place
-    if address == 0 or dladdr(<void *>address, &place) == 0 or place.dli_fname == NULL:
-        return ""
-    return os.fsdecode(<bytes>place.dli_fname)
-
-
-def search_path(size_t handle):
-    """Folders in which the loader looks for what a library needs, its own RUNPATH among them."""
-    cdef Dl_serinfo size
-    cdef Dl_serinfo *found
-    cdef unsigned int i
-    if dlinfo(<void *>handle, RTLD_DI_SERINFOSIZE, &size) != 0:
-        return []
-    found = <Dl_serinfo *>malloc(size.dls_size)
-    if found == NULL:
-        raise MemoryError("no memory for a search path")
-    try:
-        found.dls_size, found.dls_cnt = size.dls_size, size.dls_cnt
-        if dlinfo(<void *>handle, RTLD_DI_SERINFO, found) != 0:
-            return []
-        folders = []
-        for i in range(found.dls_cnt):
-            folders.append(os.fsdecode(<bytes>found.dls_serpath[i].dls_name))
-        return folders
-    finally:
-        free(found)
-
-
-def loaded_cudarts():
-    """Paths of all libcudarts of this process, each file once."""
-    return _runtime.loaded_cudarts(_loader)
-
-
-_loader = sys.modules[__name__]
 
 
 # --- Binding ----------------------------------------------------------------------------------
@@ -272,7 +177,8 @@ def bind():
     with _lock:
         if _ready:
             return
-        bound = Binding(_loader, _spec if _spec_given else os.environ.get("KVSIG_CUDART", ""))
+        spec = _spec if _spec_given else os.environ.get("KVSIG_CUDART", "")
+        bound = Binding(sys.modules[__name__], spec)
         if bound.path and not bound.runtime:
             # The query that failed left its error behind.
             _clear()
@@ -321,19 +227,22 @@ def row_of(str function):
 
 # --- After a fork -----------------------------------------------------------------------------
 
-# A child has none of its parent's threads, and no CUDA if its parent had used it. Nothing is done
-# in the fork itself: the child's first call here sees the mark.
+# A child has none of its parent's threads, and no CUDA if its parent had used it. The fork itself
+# only marks that, by what is true at that moment; the child's first call here sees the mark.
 cdef bint _forked = False
 cdef bint _used = False             # whether copies were queued in this process
 cdef bint _parent_used = False
 cdef bint _parent_devices = False   # whether the parent had the driver's devices open
-cdef object _process = os.getpid()
-cdef object _parent = None
+cdef int _parent = 0
 
 
 cdef void _mark_child() noexcept nogil:
-    global _forked
+    global _forked, _used, _parent, _parent_used, _parent_devices
     _forked = True
+    _parent = getppid()
+    _parent_used = _parent_used or _used
+    _parent_devices = _parent_devices or kvsig_devices_open()
+    _used = False
 
 
 if pthread_atfork(NULL, NULL, _mark_child) != 0:
@@ -342,26 +251,29 @@ if pthread_atfork(NULL, NULL, _mark_child) != 0:
 
 cdef int _after_fork() except -1:
     """In a child: locks that another thread of the parent held are free again."""
-    global _forked, _lock, _used, _parent, _parent_used, _parent_devices, _process
-    if not _forked:
-        return 0
-    _forked = False
-    _lock = threading.RLock()
-    _forks.clear()
-    _parent_used = _parent_used or _used
-    _parent_devices = _runtime.devices_open()
-    _used = False
-    _parent, _process = _process, os.getpid()
+    global _forked, _lock
+    if _forked:
+        _forked = False
+        _lock = threading.RLock()
+        _forks.clear()
     return 0
+
+
+cdef bytes _watched = b""
+
+
+def watch_devices(str prefix):
+    """Count open files whose paths begin so as the driver's: for drivers that are not known."""
+    global _watched
+    _watched = os.fsencode(prefix)
+    kvsig_devices[5] = <const char *>_watched if _watched else NULL
 
 
 cdef object _child_refusal():
     """Why this process cannot use CUDA for being a child of one that has, or None."""
-    if _parent is None:
-        return None
     if _parent_used or (_parent_devices and not _bound.emulated):
         return (
-            f"process {_process} was forked from process {_parent}, which had used CUDA: CUDA does"
+            f"process {os.getpid()} was forked from process {_parent}, which had used CUDA: CUDA does"
             " not work in such a child. Start it by the method 'spawn', or fork before CUDA is"
             " first used"
         )
@@ -381,7 +293,7 @@ cdef inline int _ensure() except -1:
     """Bind, and refuse where CUDA cannot be used: before every call of CUDA."""
     if _forked or not _ready:
         _ensure_bound()
-    if _parent is not None:
+    if _parent != 0:
         refusal = _child_refusal()
         if refusal is not None:
             raise BindError(refusal)
@@ -441,7 +353,7 @@ def info():
             "why": no_copies or refusal or bound.why,
         },
         "functions": [bound.rows[name].as_dict() for name in bound.registry.functions],
-        "libraries": loaded_cudarts(),
+        "libraries": _runtime.loaded_cudarts(),
         "warnings": bound.warnings_now(),
     }
 

@@ -46,8 +46,7 @@ class CudaError(RuntimeError):
         self.index = index
         place = "" if index is None else f" at copy {index}"
         super().__init__(
-            f"{function} answered {code} {name} ({text}){place}"
-            f" [prototype of {variant}, {library}]"
+            f"{function} answered {code} {name} ({text}){place} [prototype of {variant}, {library}]"
         )
 
     def __reduce__(self) -> tuple[object, ...]:

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from . import _loader
 from . import registry as _registry
 from . import runtime as _runtime
 from ._errors import BindError
 from .registry import Function, Variant, format_version
-from .runtime import Library, Loader
+from .runtime import Library
 
 __all__ = ["Binding", "Core", "Row"]
 
@@ -24,8 +25,8 @@ CUDART_NEEDS = ("cudaRuntimeGetVersion", "cudaMemcpyAsync")
 BATCH, DRIVERS_BATCH = "cudaMemcpyBatchAsync", "cuMemcpyBatchAsync"
 
 
-class Core(Loader, Protocol):
-    """What `kvsig._core` does for a binding, beside loading libraries."""
+class Core(Protocol):
+    """The calls of CUDA that a binding needs, as `kvsig._core` makes them."""
 
     def set_emulated_version(self, setter: int, runtime: int, driver: int) -> None:
         """Call the function of an emulated runtime that sets what it tells."""
@@ -136,7 +137,7 @@ class Binding:
 
     def _bind(self, spec: str) -> None:
         try:
-            cudart = _runtime.cudart(spec, self.core, CUDART_NEEDS)
+            cudart = _runtime.cudart(spec, CUDART_NEEDS)
         except BindError as error:
             # Without libcudart the driver's own entry point still moves pages.
             if spec or self.wanted_route == "runtime":
@@ -161,7 +162,7 @@ class Binding:
         self.path, self.found = cudart.path, cudart.found
         setter = 0
         if cudart.handle:
-            setter = self.core.symbol(cudart.handle, "kvsig_emulated_set_version")
+            setter = _loader.symbol(cudart.handle, "kvsig_emulated_set_version")
         self.emulated = bool(setter)
         if cudart.emulate is not None:
             if not setter:
@@ -175,7 +176,7 @@ class Binding:
         if self.emulated:
             return Library(cudart.handle, cudart.path, "emulated as well")
         entry = self.registry.libraries["cuda"]
-        return _runtime.driver(self.core, _sonames(entry), entry.version, cudart.handle)
+        return _runtime.driver(_sonames(entry), entry.version, cudart.handle)
 
     def add(self, name: str, library: Library) -> None:
         """Take a library in: its version first, then all of its functions."""
@@ -221,11 +222,11 @@ class Binding:
     def _exported(self, function: Function, variant: Variant, version: int) -> Row:
         file, shown = self.file(function.library), format_version(version)
         symbol = variant.symbol
-        address = self.core.symbol(self.libraries[function.library].handle, symbol)
+        address = _loader.symbol(self.libraries[function.library].handle, symbol)
         if not address:
             why = f"{file} is {shown}, in the range {variant.label}, but does not have {symbol}"
             return Row(function, "missing", why, variant)
-        origin = self.core.address_file(address)
+        origin = _loader.address_file(address)
         if os.path.realpath(origin) != os.path.realpath(file):
             # dlsym also looks at what a library depends on: another libcudart, maybe.
             why = f"{symbol} of {shown} comes from {origin or 'no file'}, not from {file}"
@@ -297,9 +298,7 @@ class Binding:
 
     def _why_driver(self, driver: Row) -> str:
         assert driver.variant is not None and driver.variant.pinned is not None
-        text = (
-            f"{DRIVERS_BATCH} of the driver, pinned at {format_version(driver.variant.pinned)}"
-        )
+        text = f"{DRIVERS_BATCH} of the driver, pinned at {format_version(driver.variant.pinned)}"
         if not self.path:
             return f"{text}: there is no libcudart"
         if self.wanted_route == "driver":
@@ -332,9 +331,7 @@ class Binding:
         if self.emulated or not self.path:
             return list(self.warnings)
         own = os.path.realpath(self.path)
-        others = [
-            path for path in _runtime.loaded_cudarts(self.core) if os.path.realpath(path) != own
-        ]
+        others = [path for path in _runtime.loaded_cudarts() if os.path.realpath(path) != own]
         if not others:
             return list(self.warnings)
         return [
@@ -347,7 +344,7 @@ class Binding:
         """Take in a driver that was not there before; libcudart may have loaded it meanwhile."""
         names = _sonames(self.registry.libraries["cuda"])
         if self.libraries["cuda"].handle or not any(
-            self.core.open_library(name, only_loaded=True) for name in names
+            _loader.open_library(name, only_loaded=True) for name in names
         ):
             return False
         self.add("cuda", self._find_driver())
@@ -364,6 +361,6 @@ class Binding:
                 library = Library(own.handle, own.path, "emulated as well")
             else:
                 sonames = _sonames(entry)
-                library = _runtime.nvrtc(self.core, sonames, entry.version, self.path)
+                library = _runtime.nvrtc(sonames, entry.version, self.path)
             self.add(name, library)
         return self.rows[function]

@@ -53,11 +53,12 @@ def call(function: str, /, **arguments: Any) -> Any:
         hint = f"; did you mean {close[0]}?" if close else ""
         raise ValueError(f"{function!r} is not in {registry.path}{hint}")
     row = _core.row_of(function)
-    if not row.address:
+    variant = row.variant
+    if not row.address or variant is None:
         raise BindError(f"{function} is not bound: {row.why}")
     _check_names(row, arguments)
     values, outs, alive = [], {}, []
-    for param in row.variant.params:
+    for param in variant.params:
         if param.out and param.name not in arguments:
             target = CType(param.type.base, param.type.const, param.type.pointers[:-1])
             raw = bytearray(_marshal.layout(registry, target)[0])

@@ -13,17 +13,15 @@ import struct
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
+from . import _loader
 from ._errors import BindError
 from .registry import format_version, parse_version
 
 __all__ = [
     "Library",
-    "Loader",
     "cudart",
     "defect",
-    "devices_open",
     "driver",
     "emulated_library",
     "loaded_cudarts",
@@ -36,33 +34,9 @@ DRIVER = re.compile(r"libcuda\.so[.\d]*")
 NVRTC = re.compile(r"libnvrtc(-[0-9a-f]{8,})?\.so[.\d]*")
 EMULATED = re.compile(r"libcudart-emulated-(\d+\.\d+)\.so")
 TORCH_CUDA = ("libc10_cuda.so", "libtorch_cuda.so")
-# Files that a process has open once the driver is initialised: on PCs, in WSL, on Tegra.
-DEVICE_FILES = re.compile(r"/dev/(nvidia|dxg|nvhost|nvmap|nvgpu)")
 ROUTES = ("auto", "runtime", "driver")
 HOWTO = "the path of a libcudart, or emulated:VERSION, such as emulated:12.9"
 EMULATED_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "_emulated")
-
-
-class Loader(Protocol):
-    """The dynamic loader, as `kvsig._core` gives it."""
-
-    def loaded_libraries(self) -> list[str]:
-        """Paths of all shared libraries of this process, in order of loading."""
-
-    def open_library(self, path: str, only_loaded: bool = False) -> int:
-        """Handle of a library, or 0."""
-
-    def open_error(self) -> str:
-        """Why the last one was not opened."""
-
-    def symbol(self, handle: int, name: str) -> int:
-        """Address of a symbol, or 0."""
-
-    def address_file(self, address: int) -> str:
-        """Path of the library that an address lies in; empty where there is none."""
-
-    def search_path(self, handle: int) -> list[str]:
-        """Folders in which the loader looks for what a library needs."""
 
 
 @dataclass(frozen=True)
@@ -120,13 +94,13 @@ def defect(path: str) -> str | None:
             head = file.read(64)
             if len(head) < 64 or head[:6] != b"\x7fELF\x02\x01":
                 return None  # the loader says what is wrong with it
-            (start,) = struct.unpack_from("<Q", head, 32)
-            each, count = struct.unpack_from("<HH", head, 54)
+            start, sections = struct.unpack_from("<QQ", head, 32)
+            each, count, section, how_many = struct.unpack_from("<HHHH", head, 54)
             file.seek(min(start, size))
             table = file.read(each * count)
     except OSError as error:
         return f"cannot be read: {error.strerror}"
-    needed = start + each * count
+    needed = max(start + each * count, sections + section * how_many)
     if each >= 56 and len(table) == each * count:
         for at in range(0, len(table), each):
             kind, offset = struct.unpack_from("<I4xQ", table, at)
@@ -138,41 +112,24 @@ def defect(path: str) -> str | None:
     return None
 
 
-def devices_open() -> bool:
-    """Whether this process has files of the driver open: CUDA has been initialised then."""
-    try:
-        numbers = os.listdir("/proc/self/fd")
-    except OSError:
-        return False
-    for number in numbers:
-        try:
-            if DEVICE_FILES.match(os.readlink(f"/proc/self/fd/{number}")):
-                return True
-        except OSError:
-            continue  # closed meanwhile
-    return False
-
-
 def _opened(
-    loader: Loader, path: str, found: str, needed: Sequence[str], *, is_loaded: bool = False
+    path: str, found: str, needed: Sequence[str], *, is_loaded: bool = False
 ) -> Library | str:
     """Open a library that must have some functions; what is wrong with it otherwise."""
     if not is_loaded and os.sep in path:
         wrong = defect(path)
         if wrong:
             return wrong
-    handle = loader.open_library(path)
+    handle = _loader.open_library(path)
     if not handle:
-        return f"cannot be loaded: {loader.open_error()}"
+        return f"cannot be loaded: {_loader.open_error()}"
     for name in needed:
-        if not loader.symbol(handle, name):
+        if not _loader.symbol(handle, name):
             return f"does not have {name}"
-    return Library(handle, loader.address_file(loader.symbol(handle, needed[0])) or path, found)
+    return Library(handle, _loader.address_file(_loader.symbol(handle, needed[0])) or path, found)
 
 
-def _first(
-    loader: Loader, candidates: Iterator[tuple[str, str, bool]], needed: Sequence[str]
-) -> Library:
+def _first(candidates: Iterator[tuple[str, str, bool]], needed: Sequence[str]) -> Library:
     """The first candidate (path, how it was found, whether it is loaded) that is whole."""
     refused: list[str] = []
     seen = set()
@@ -181,7 +138,7 @@ def _first(
         if real in seen:
             continue
         seen.add(real)
-        library = _opened(loader, path, found, needed, is_loaded=is_loaded)
+        library = _opened(path, found, needed, is_loaded=is_loaded)
         if isinstance(library, Library):
             return replace(library, refused=tuple(refused))
         refused.append(f"{path} {library}")
@@ -219,23 +176,22 @@ def emulated_library(text: str, folder: str = EMULATED_FOLDER) -> str:
     )
 
 
-def loaded_cudarts(loader: Loader) -> list[str]:
+def loaded_cudarts() -> list[str]:
     """Paths of all libcudarts of this process, each file once."""
     found: dict[str, str] = {}
-    for path in loader.loaded_libraries():
+    for path in _loader.loaded_libraries():
         if CUDART.fullmatch(os.path.basename(path)):
             found.setdefault(os.path.realpath(path), path)
     return list(found.values())
 
 
-def cudart(spec: str, loader: Loader, needed: Sequence[str]) -> Library:
+def cudart(spec: str, needed: Sequence[str]) -> Library:
     """Find libcudart, and open it.
 
     Parameters
     ----------
     spec : str
         As ``KVSIG_CUDART``: a path, a name that the loader knows, ``emulated:VERSION``, or empty.
-    loader : Loader
     needed : sequence of str
         Functions that it must have; where one was asked for by `spec`, only the first.
 
@@ -245,21 +201,21 @@ def cudart(spec: str, loader: Loader, needed: Sequence[str]) -> Library:
         If there is none; the message names what was looked at, and what is wrong with it.
     """
     if spec:
-        return _chosen(spec, loader, needed[:1])
+        return _chosen(spec, needed[:1])
     why = [""]
-    library = _first(loader, _candidates(loader, why), needed)
+    library = _first(_candidates(why), needed)
     if library.handle:
         return library
     loaded = "no libcudart is loaded in this process, and "
     raise BindError(
-        f"no CUDA runtime: {'' if loaded_cudarts(loader) else loaded}"
+        f"no CUDA runtime: {'' if loaded_cudarts() else loaded}"
         f"{'; '.join([*library.refused, why[0]])}."
         " Install torch with CUDA, import what loads libcudart first, or set KVSIG_CUDART to the"
         " path of a libcudart or to emulated:VERSION, such as emulated:12.9"
     )
 
 
-def _chosen(spec: str, loader: Loader, needed: Sequence[str]) -> Library:
+def _chosen(spec: str, needed: Sequence[str]) -> Library:
     found = f"KVSIG_CUDART={spec}"
     if spec.startswith("emulated:"):
         text, _, over = spec.partition(":")[2].partition("/")
@@ -269,13 +225,13 @@ def _chosen(spec: str, loader: Loader, needed: Sequence[str]) -> Library:
             path = emulated_library(text)
         except ValueError as error:
             raise BindError(f"KVSIG_CUDART={spec!r}: {error}") from None
-        library = _opened(loader, path, found, needed)
+        library = _opened(path, found, needed)
         if isinstance(library, Library):
             return replace(library, emulate=(version, newest))
         raise BindError(f"{path} {library} ({found}); rebuild kvsig")
     if not os.path.exists(spec) and os.sep in spec:
         raise BindError(f"KVSIG_CUDART={spec!r}: there is no such file; give {HOWTO}")
-    library = _opened(loader, spec, found, needed)
+    library = _opened(spec, found, needed)
     if isinstance(library, Library):
         return library
     if library.startswith("does not have"):
@@ -284,16 +240,16 @@ def _chosen(spec: str, loader: Loader, needed: Sequence[str]) -> Library:
     raise BindError(f"{spec} {what} ({found}): {detail}; give {HOWTO}")
 
 
-def _candidates(loader: Loader, why: list[str]) -> Iterator[tuple[str, str, bool]]:
+def _candidates(why: list[str]) -> Iterator[tuple[str, str, bool]]:
     """All libcudarts that come into question, in order; says in `why` if one is not installed."""
-    paths = loader.loaded_libraries()
+    paths = _loader.loaded_libraries()
     for wanted in TORCH_CUDA:
         for path in paths:
             if os.path.basename(path) == wanted:
-                own = _linked_cudart(loader, path)
+                own = _linked_cudart(path)
                 if own:
                     yield own, "loaded in this process, by torch", True
-    for path in loaded_cudarts(loader):
+    for path in loaded_cudarts():
         yield path, "loaded in this process", True
     root, major, why[0] = _installed_torch()
     if not major:
@@ -310,16 +266,16 @@ def _candidates(loader: Loader, why: list[str]) -> Iterator[tuple[str, str, bool
             for name in sorted(os.listdir(folder)):
                 if own_name.fullmatch(name):
                     yield os.path.join(folder, name), how, False
-    if loader.open_library(soname):
+    if _loader.open_library(soname):
         yield soname, how, True
     why[0] = f"the installed torch wants {soname}, which was not found"
 
 
-def _linked_cudart(loader: Loader, path: str) -> str:
+def _linked_cudart(path: str) -> str:
     """The libcudart that a loaded library of torch is bound to; empty where there is none."""
-    handle = loader.open_library(path, only_loaded=True)
-    address = loader.symbol(handle, "cudaRuntimeGetVersion") if handle else 0
-    file = loader.address_file(address) if address else ""
+    handle = _loader.open_library(path, only_loaded=True)
+    address = _loader.symbol(handle, "cudaRuntimeGetVersion") if handle else 0
+    file = _loader.address_file(address) if address else ""
     return file if CUDART.fullmatch(os.path.basename(file)) else ""
 
 
@@ -351,12 +307,11 @@ def _torch_folders(root: str, major: str, package: str) -> list[str]:
 # --- libcuda and NVRTC --------------------------------------------------------------------------
 
 
-def driver(loader: Loader, sonames: Sequence[str], needed: str, runtime: int = 0) -> Library:
+def driver(sonames: Sequence[str], needed: str, runtime: int = 0) -> Library:
     """Find libcuda: as the loader knows it, loaded already, or where libcudart would find it.
 
     Parameters
     ----------
-    loader : Loader
     sonames : sequence of str
     needed : str
         A function that it must have.
@@ -372,26 +327,26 @@ def driver(loader: Loader, sonames: Sequence[str], needed: str, runtime: int = 0
     def candidates() -> Iterator[tuple[str, str, bool]]:
         for soname in sonames:
             yield soname, "known to the loader", False
-        for path in loader.loaded_libraries():
+        for path in _loader.loaded_libraries():
             if DRIVER.fullmatch(os.path.basename(path)):
                 yield path, "loaded in this process", True
-        for folder in loader.search_path(runtime) if runtime else ():
+        for folder in _loader.search_path(runtime) if runtime else ():
             for soname in sonames:
                 if os.path.exists(os.path.join(folder, soname)):
                     yield os.path.join(folder, soname), "on libcudart's search path", False
 
-    library = _first(loader, candidates(), [needed])
+    library = _first(candidates(), [needed])
     return library if library.handle else replace(library, found="; ".join(library.refused))
 
 
-def nvrtc(loader: Loader, sonames: Sequence[str], needed: str, runtime: str = "") -> Library:
+def nvrtc(sonames: Sequence[str], needed: str, runtime: str = "") -> Library:
     """Find NVRTC: loaded already, beside libcudart, beside the installed torch, or by its name.
 
     Parameters and result are those of `driver`, but for `runtime`: the path of libcudart.
     """
 
     def candidates() -> Iterator[tuple[str, str, bool]]:
-        for path in loader.loaded_libraries():
+        for path in _loader.loaded_libraries():
             if NVRTC.fullmatch(os.path.basename(path)):
                 yield path, "loaded in this process", True
         folders = []
@@ -409,5 +364,5 @@ def nvrtc(loader: Loader, sonames: Sequence[str], needed: str, runtime: str = ""
         for soname in sonames:
             yield soname, "known to the loader", False
 
-    library = _first(loader, candidates(), [needed])
+    library = _first(candidates(), [needed])
     return library if library.handle else replace(library, found="; ".join(library.refused))

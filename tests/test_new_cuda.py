@@ -19,7 +19,6 @@ from pathlib import Path
 
 import pytest
 
-import kvsig
 from kvsig import _core
 
 ROOT = Path(_core.__file__).parent.parent
@@ -132,6 +131,7 @@ def test_only_the_registry_was_touched(project):
 
 TRANSFER = """
 import json, numpy as np, sys
+import kvsig
 from kvsig import _core, emulated
 assert _core.__file__.startswith({root!r}), _core.__file__
 _core.rebind("emulated:{version}")
@@ -210,6 +210,7 @@ def test_a_function_never_heard_of_is_called_by_name(project, version):
         project,
         f"""
         import json
+        import kvsig
         from kvsig import _core, emulated
         _core.rebind("emulated:{version}")
         control = emulated.Control(_core.info()["library"])

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import torch
 
 import kvsig
 from kvsig import _core, emulated, registry
@@ -336,12 +340,83 @@ class TestRefusals:
         refuses(kind, "cudaMemPrefetchAsync" + text, "cudaMemPrefetchAsync",
                 **{**PREFETCH, **change})  # fmt: skip
 
+    @pytest.mark.parametrize("text", ["1.5", "64", "0x40", "1e3", "-1", "nan", "1_000", " 7 "])
+    def test_a_number_as_text(self, text):
+        refuses(
+            TypeError,
+            f"cudaMemPrefetchAsync(count)={text!r} is text; give size_t as a number, not as text",
+            "cudaMemPrefetchAsync", **{**PREFETCH, "count": text},
+        )  # fmt: skip
+
+    @pytest.mark.parametrize("kind", ["numpy", "torch"])
+    @pytest.mark.parametrize(
+        ("cut", "shape", "strides"),
+        [
+            (lambda a: a[::2], (4, 8), (128, 8)), (lambda a: a[:, ::2], (8, 4), (64, 16)),
+            (lambda a: a[:, :4], (8, 4), (64, 8)), (lambda a: a[:, 3], (8,), (64,)),
+            (lambda a: a.T[:2], (2, 8), (8, 64)), (lambda a: a[::4, 1:2], (2, 1), (256, 8)),
+        ],
+    )  # fmt: skip
+    def test_arrays_with_gaps(self, kind, cut, shape, strides):
+        """CUDA would take the bytes behind the first element, which are others."""
+        whole = np.zeros((8, 8), np.int64)
+        part = cut(torch.from_numpy(whole) if kind == "torch" else whole)
+        for name, other in (("dst", "src"), ("src", "dst")):
+            refuses(
+                ValueError,
+                f"cudaMemcpyAsync({name}) is an array of shape {shape} with strides of {strides}"
+                " bytes, which is not one block of memory: CUDA would take other bytes. Give a"
+                " contiguous copy of it, or its address as an int",
+                "cudaMemcpyAsync", **{name: part, other: whole}, count=32, stream=2,
+            )  # fmt: skip
+
+    @pytest.mark.parametrize("name", ["numpy", "expanded", "backwards"])
+    def test_other_arrays_that_are_no_block(self, name):
+        one = {
+            "numpy": np.broadcast_to(np.zeros(1), (4,)), "backwards": np.zeros(4)[::-1],
+            "expanded": torch.zeros(1).expand(4),
+        }[name]  # fmt: skip
+        with pytest.raises(ValueError, match="which is not one block of memory"):
+            kvsig.call("cudaMemcpyAsync", dst=one, src=1, count=8, kind=4, stream=2)
+
     def test_not_bound(self):
         refuses(
             _core.BindError,
             "cudaMemcpyWithAttributesAsync is not bound: 13.0 is older than 13.2",
             "cudaMemcpyWithAttributesAsync", dst=1, src=1, size=1, attr=None, stream=2,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(12).reshape(3, 4), np.asfortranarray(np.arange(12).reshape(3, 4)),
+        np.arange(24).reshape(4, 6)[1:3], np.arange(12).reshape(3, 4).T, np.array(5),
+        np.arange(4)[1:2], np.zeros((4, 0)), np.zeros((2, 3), [("a", "i2"), ("b", "f8")]),
+        torch.arange(12).view(3, 4).t(), torch.zeros(2, 3, 4, 5).to(
+            memory_format=torch.channels_last), torch.tensor(3), torch.zeros(4, 1)[:, :1],
+        torch.zeros(5, 1, 3).transpose(0, 1), torch.zeros(0, 7),
+    ],
+    ids=lambda a: f"{type(a).__name__}-{tuple(a.shape)}",
+)  # fmt: skip
+def test_arrays_that_are_one_block_stand_for_their_address(bind, array):
+    control = bind("13.0")
+    control.stub()
+    control.record()
+    kvsig.call("cudaMemcpyAsync", dst=array, src=1, count=8, kind=4, stream=2)
+    address = array.data_ptr() if isinstance(array, torch.Tensor) else array.ctypes.data
+    assert control.calls()[0]["arguments"][0]["value"] == address
+
+
+@pytest.mark.parametrize("first", ["import kvsig.call", "from kvsig.call import call", "pass"])
+def test_the_public_name_is_callable_whatever_was_imported_first(first):
+    done = subprocess.run(
+        [sys.executable, "-c",
+         f"{first}\nimport kvsig\nprint(kvsig.call('cudaRuntimeGetVersion'))"],
+        env={**os.environ, "KVSIG_CUDART": "emulated:12.9"}, capture_output=True, text=True,
+        cwd=os.path.dirname(os.path.dirname(kvsig.__file__)),
+    )  # fmt: skip
+    assert done.stdout == "12090\n", done.stderr
 
 
 def test_newer_than_every_range_is_not_bound(bind):
