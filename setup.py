@@ -93,12 +93,13 @@ def extension(name, *depends):
         depends=["kvsig/_path.pxd", *(f"kvsig/{file}" for file in depends)],
         include_dirs=["csrc"] if name == "_core" else [],
         extra_compile_args=FLAGS,
-        libraries=["dl"] if name == "_core" else [],
+        libraries=["dl"],
     )
 
 
 PLAN = ("planning/_plan.pxd", "planning/_pack.pxd")
 EXTENSIONS = [
+    extension("_loader"),
     extension("_core", "_core.pxd", "_generated.pxi", "_kernel.pxi", "../csrc/page_copy.cu"),
     extension("planning._plan", *PLAN),
     extension("planning._pack", *PLAN),

@@ -35,26 +35,28 @@ __all__ = [
     "registry",
 ]
 
-# Public name -> the module that has it; a name that maps to itself is a module.
+# Public name -> the module that has it.
 _HOME = {
     "BindError": "_errors",
     "CudaError": "_errors",
     "PagedKVCache": "cache",
     "RegistryError": "registry",
     "Report": "_core",
-    "call": "_core",
+    "call": "call",
     "copy_batch": "copies",
     "emulated": "emulated",
     "info": "_core",
     "registry": "registry",
 }
 
+_MODULES = ("emulated", "registry")
+
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'kvsig' has no attribute {name!r}")
     home = importlib.import_module(f"kvsig.{_HOME[name]}")
-    value = home if name == _HOME[name] else getattr(home, name)
+    value = home if name in _MODULES else getattr(home, name)
     globals()[name] = value  # found once, then an ordinary attribute
     return value
 

@@ -5,39 +5,62 @@ Knows no tensors and no pages. Every CUDA prototype comes from ``signatures.toml
 generated text that is included below.
 """
 
-import difflib
-import importlib.util
 import os
-import re
 import sys
 import threading
 import warnings
 
-from . import _marshal
 from . import registry as _registry
+from . import runtime as _runtime
 from ._errors import BindError, CudaError
-
-from libc.stdint cimport int64_t, uint64_t
-from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport strdup
+from ._loader import address_file
+from .binding import Binding
 
 from cpython.exc cimport PyErr_CheckSignals
 from cython cimport view
+from libc.stdint cimport int64_t, uint64_t
+from libc.stdlib cimport free, malloc
 from posix.time cimport clock_gettime, timespec
 
-cdef extern from "dlfcn.h" nogil:
-    ctypedef struct Dl_info:
-        const char *dli_fname
-    int RTLD_LAZY, RTLD_NOW, RTLD_LOCAL, RTLD_NOLOAD
-    void *dlopen(const char *name, int flags)
-    void *dlsym(void *handle, const char *symbol)
-    int dladdr(const void *address, Dl_info *info)
-    char *dlerror()
+cdef extern from * nogil:
+    """
+    #include <dirent.h>
+    #include <string.h>
+    #include <unistd.h>
 
-cdef extern from "link.h" nogil:
-    cdef struct dl_phdr_info:
-        const char *dlpi_name
-    int dl_iterate_phdr(int (*callback)(dl_phdr_info *, size_t, void *) noexcept nogil, void *data)
+    /* Files that a process has open once the driver is initialised: on PCs, in WSL, on Tegra; and
+       one more that may be given. */
+    static const char *kvsig_devices[] = {
+        "/dev/nvidia", "/dev/dxg", "/dev/nvhost", "/dev/nvmap", "/dev/nvgpu", NULL, NULL};
+
+    static int kvsig_devices_open(void)
+    {
+        char target[256];
+        int found = 0;
+        struct dirent *entry;
+        DIR *folder = opendir("/proc/self/fd");
+        while (folder && !found && (entry = readdir(folder))) {
+            ssize_t length = readlinkat(dirfd(folder), entry->d_name, target, sizeof(target) - 1);
+            target[length > 0 ? length : 0] = 0;
+            for (const char **one = kvsig_devices; *one; one++)
+                found |= strncmp(target, *one, strlen(*one)) == 0;
+        }
+        if (folder)
+            closedir(folder);
+        return found;
+    }
+    """
+    const char *kvsig_devices[7]
+    bint kvsig_devices_open()
+
+cdef extern from "unistd.h" nogil:
+    int getppid()
+
+cdef extern from "pthread.h" nogil:
+    int pthread_atfork(
+        void (*prepare)() noexcept nogil, void (*parent)() noexcept nogil,
+        void (*child)() noexcept nogil,
+    )
 
 cdef extern from "time.h" nogil:
     int CLOCK_MONOTONIC_COARSE
@@ -48,9 +71,9 @@ __all__ = [
     "BindError",
     "CudaError",
     "Report",
+    "address_file",
     "batch_refusal",
     "bind",
-    "call",
     "copy_batch",
     "copy_strided",
     "info",
@@ -70,13 +93,9 @@ if _registry.digest() != DIGEST:
         name=__name__,
     )
 
-# Driver 12.8 is the first that has the batch function, whatever libcudart there is.
-DRIVER_WITH_BATCH = 12080
-LIBCUDART = re.compile(r"libcudart(-[0-9a-f]{8,})?\.so[.\d]*")
-TORCH_CUDA = ("libc10_cuda.so", "libtorch_cuda.so")
-
 DEF_BATCH = 256
 LEGACY = "the stream is the legacy default stream, which batches refuse"
+ROUTES = ("none", "runtime", "driver")
 
 cdef enum:
     ROUTE_NONE = 0
@@ -87,209 +106,12 @@ cdef enum:
     # Signals are looked for between pieces of so long; copies between two looks at the clock.
     PIECE_NS = 20_000_000
     LOOKS_AT_CLOCK = 16
-    MAX_LOADED = 4096
-
-
-# --- Loaded libraries -------------------------------------------------------------------------
-
-
-cdef struct Loaded:
-    size_t count
-    char *names[MAX_LOADED]
-
-
-cdef int _collect(dl_phdr_info *entry, size_t size, void *data) noexcept nogil:
-    cdef Loaded *loaded = <Loaded *>data
-    if entry.dlpi_name != NULL and entry.dlpi_name[0] != 0 and loaded.count < MAX_LOADED:
-        loaded.names[loaded.count] = strdup(entry.dlpi_name)
-        loaded.count += 1
-    return 0
-
-
-def loaded_libraries():
-    """Paths of all shared libraries of this process, global and local, in order of loading."""
-    cdef Loaded *loaded = <Loaded *>calloc(1, sizeof(Loaded))
-    cdef size_t i
-    if loaded == NULL:
-        raise MemoryError("no memory for the list of loaded libraries")
-    try:
-        dl_iterate_phdr(_collect, loaded)
-        return [os.fsdecode(loaded.names[i]) for i in range(loaded.count)]
-    finally:
-        for i in range(loaded.count):
-            free(loaded.names[i])
-        free(loaded)
-
-
-def loaded_cudarts():
-    """Paths of all libcudarts of this process, each file once."""
-    found = {}
-    for path in loaded_libraries():
-        if LIBCUDART.fullmatch(os.path.basename(path)):
-            found.setdefault(os.path.realpath(path), path)
-    return list(found.values())
-
-
-cdef str _file_of(void *address):
-    cdef Dl_info place
-    if address == NULL or dladdr(address, &place) == 0 or place.dli_fname == NULL:
-        return ""
-    return os.fsdecode(place.dli_fname)
-
-
-cdef size_t _open(str path, int flags):
-    """Handle of a library, or 0; dlerror says why."""
-    cdef bytes name = os.fsencode(path)
-    return <size_t>dlopen(name, flags)
-
-
-cdef str _dl_error():
-    cdef char *text = dlerror()
-    return "" if text == NULL else os.fsdecode(text)
-
-
-cdef size_t _symbol(size_t handle, str name):
-    cdef bytes symbol = name.encode()
-    return <size_t>dlsym(<void *>handle, symbol)
-
-
-def address_file(size_t address):
-    """Path of the library that an address lies in, by dladdr; empty where there is none."""
-    return _file_of(<void *>address)
-
-
-# --- Finding the runtime ----------------------------------------------------------------------
-
-
-def _torchs_cudart(paths):
-    """The libcudart that torch's own libraries are bound to, where torch with CUDA is loaded."""
-    for wanted in TORCH_CUDA:
-        for path in paths:
-            if os.path.basename(path) == wanted:
-                handle = _open(path, RTLD_LAZY | RTLD_NOLOAD)
-                address = _symbol(handle, "cudaRuntimeGetVersion") if handle else 0
-                if address and LIBCUDART.fullmatch(os.path.basename(address_file(address))):
-                    return address_file(address)
-    return None
-
-
-def _installed_cudart():
-    """The libcudart that the installed torch would load, and what was looked for."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or not spec.submodule_search_locations:
-        return None, "torch is not installed"
-    root = spec.submodule_search_locations[0]
-    try:
-        with open(os.path.join(root, "version.py"), encoding="utf-8") as file:
-            match = re.search(r"^cuda\b[^=]*=\s*['\"](\d+)\.(\d+)", file.read(), re.M)
-    except OSError as error:
-        return None, f"the installed torch has no readable version.py ({error})"
-    if match is None:
-        return None, "the installed torch is built without CUDA"
-    major = match[1]
-    soname = "libcudart.so.11.0" if major == "11" else f"libcudart.so.{major}"
-    folders = [os.path.join(root, "lib")]
-    for site in {os.path.dirname(root), *sys.path}:
-        folders.append(os.path.join(site, "nvidia", f"cu{major}", "lib"))
-        folders.append(os.path.join(site, "nvidia", "cuda_runtime", "lib"))
-    for folder in folders:
-        if os.path.exists(os.path.join(folder, soname)):
-            return os.path.join(folder, soname), ""
-        if folder == folders[0] and os.path.isdir(folder):
-            for name in sorted(os.listdir(folder)):
-                if LIBCUDART.fullmatch(name):
-                    return os.path.join(folder, name), ""
-    handle = _open(soname, RTLD_NOW | RTLD_LOCAL)
-    if handle:
-        return address_file(_symbol(handle, "cudaRuntimeGetVersion")), ""
-    return None, f"the installed torch wants {soname}, which was not found"
-
-
-def _find(spec):
-    """Path of the runtime, how it was found, and its version to emulate, if any."""
-    if spec:
-        if spec.startswith("emulated:"):
-            from . import emulated
-
-            text, _, driver = spec.partition(":")[2].partition("/")
-            try:
-                version = _registry.parse_version(text)
-                newest = _registry.parse_version(driver) if driver else version
-                path = emulated.resolve(text)
-            except ValueError as error:
-                raise BindError(f"KVSIG_CUDART={spec!r}: {error}") from None
-            return os.fspath(path), f"KVSIG_CUDART={spec}", (version, newest)
-        if not os.path.exists(spec) and os.sep in spec:
-            raise BindError(
-                f"KVSIG_CUDART={spec!r}: there is no such file; give the path of a libcudart,"
-                " or emulated:VERSION, such as emulated:12.9"
-            )
-        return spec, f"KVSIG_CUDART={spec}", None
-    paths = loaded_libraries()
-    path = _torchs_cudart(paths)
-    if path:
-        return path, "loaded in this process, by torch", None
-    loaded = loaded_cudarts()
-    if loaded:
-        return loaded[0], "loaded in this process", None
-    path, why = _installed_cudart()
-    if path:
-        return path, "the installed torch would load it", None
-    raise BindError(
-        f"no CUDA runtime: no libcudart is loaded in this process, and {why}."
-        " Install torch with CUDA, import what loads libcudart first, or set KVSIG_CUDART to the"
-        " path of a libcudart or to emulated:VERSION, such as emulated:12.9"
-    )
+    # Flags of the headers that are macros there.
+    STREAM_NON_BLOCKING = 1
+    EVENT_DISABLE_TIMING = 2
 
 
 # --- Binding ----------------------------------------------------------------------------------
-
-
-class _Row:
-    """What one function of the registry is bound to, and why."""
-
-    __slots__ = ("address", "function", "status", "variant", "why")
-
-    def __init__(self, function, status, why, variant=None, address=0):
-        self.function, self.status, self.why = function, status, why
-        self.variant, self.address = variant, address
-
-    def as_dict(self):
-        return {
-            "name": self.function.name,
-            "library": self.function.library,
-            "symbol": self.variant.symbol if self.variant else self.function.name,
-            "variant": self.variant.label if self.variant else None,
-            "pinned": (
-                _registry.format_version(self.variant.pinned)
-                if self.variant and self.variant.pinned
-                else None
-            ),
-            "address": self.address or None,
-            "status": self.status,
-            "why": self.why,
-        }
-
-
-class _Bound:
-    """The runtime that is bound: one for a process, until `rebind`."""
-
-    def __init__(self):
-        self.registry = _registry.load()
-        self.path = ""
-        self.found = ""
-        self.emulated = False
-        self.runtime = 0
-        self.driver = 0
-        self.handles = {}
-        self.files = {}
-        self.versions = {}
-        self.rows = {}
-        self.warnings = []
-        self.route = ROUTE_NONE
-        self.wanted_route = "auto"
-        self.why_not = ""
-        self.why = ""
 
 
 cdef object _lock = threading.RLock()
@@ -302,195 +124,42 @@ cdef object _spec = None
 cdef bint _spec_given = False
 
 
-cdef _fill(object row):
-    """Put a row into the slots that the generated callers read."""
+def fill_slot(row):
+    """Let the generated callers call what a row is bound to."""
     cdef int slot = FUNCTIONS.index(row.function.name)
     cdef size_t address = row.address
     slots[slot].address = <void *>address
     slots[slot].variant = row.function.variants.index(row.variant) if address else UNBOUND
 
 
-def _select(bound, function):
-    """The row of a function: its variant by its own library's version, its address from there."""
-    library = function.library
-    handle, version = bound.handles.get(library, 0), bound.versions.get(library, 0)
-    file = bound.files.get(library, "")
-    if not handle:
-        soname = bound.registry.libraries[library].soname
-        return _Row(function, "no library", f"{soname} is not there")
-    variant = function.select(version)
-    if version <= 0:
-        # The version query failed: only what is the same in every release may be called.
-        variant = next((v for v in function.variants if v.open and not v.pinned), None)
-        if variant is None:
-            return _Row(function, "version unknown", f"{file} does not tell its version")
-    shown = _registry.format_version(version)
-    if variant is None:
-        first, last = function.variants[0], function.variants[-1]
-        if version < first.since:
-            return _Row(
-                function, "absent", f"{shown} is older than {_registry.format_version(first.since)}"
-            )
-        if last.before is not None and version >= last.before:
-            return _Row(
-                function, "too new",
-                f"{shown} is newer than every range; the last is {last.label}",
-            )
-        return _Row(function, "absent", f"no range covers {shown}")
-    if variant.pinned:
-        address = _pinned_address(bound, variant)
-        where = "asked of the library's lookup"
-    else:
-        address, where = _symbol(handle, variant.symbol), "exported"
-        if address and os.path.realpath(address_file(address)) != os.path.realpath(file):
-            # dlsym also looks at what a library depends on: another libcudart, maybe.
-            return _Row(
-                function, "missing",
-                f"{variant.symbol} of {shown} comes from {address_file(address)}, not from {file}",
-                variant,
-            )
-    if not address:
-        return _Row(
-            function, "missing",
-            f"{file} is {shown}, in the range {variant.label}, but does not have {variant.symbol}",
-            variant,
-        )
-    return _Row(function, "bound", f"{where}; {shown} is in the range", variant, address)
+def set_emulated_version(size_t setter, int version, int newest):
+    """Set what an emulated runtime tells of itself and of its driver."""
+    (<void (*)(int, int) noexcept nogil>setter)(version, newest)
 
 
-def _pinned_address(bound, variant):
-    """Address of a function at its pinned version, by the driver's own lookup; 0 if none."""
+def ask_version(row):
+    """Error code and version that a library's version function answers."""
+    cdef int[2] version
+    cdef size_t out = <size_t>&version[0]
+    cdef int slot = FUNCTIONS.index(row.function.name)
+    version[0] = version[1] = 0
+    if len(row.variant.params) == 1:
+        return invoke(slot, (out,)), version[0]
+    code = invoke(slot, (out, out + sizeof(int)))
+    return code, 1000 * version[0] + 10 * version[1]
+
+
+def proc_address(str name, int version):
+    """Address, error code and status of the driver's lookup."""
     cdef void *address = NULL
     cdef int status = 0
-    cdef bytes symbol = variant.symbol.encode()
-    if slots[SLOT_cuGetProcAddress].variant < 0:
-        return 0
+    cdef bytes text = name.encode()
     cdef int code = cuGetProcAddress(
-        symbol=symbol, pfn=&address, cudaVersion=variant.pinned, symbolStatus=<int *>&status
+        symbol=text, pfn=&address, cudaVersion=version, symbolStatus=<int *>&status
     )
     if code != CUDA_SUCCESS or status != CU_GET_PROC_ADDRESS_SUCCESS:
-        return 0
-    return <size_t>address
-
-
-def _open_runtime(bound, spec):
-    """Find libcudart and open it; set the emulated version where one is asked for."""
-    cdef size_t setter, handle
-    path, bound.found, emulate = _find(spec)
-    handle = _open(path, RTLD_NOW | RTLD_LOCAL)
-    if not handle:
-        raise BindError(
-            f"{path} cannot be loaded ({bound.found}): {_dl_error()}; give the path of a"
-            " libcudart, or emulated:VERSION, such as emulated:12.9"
-        )
-    setter = _symbol(handle, "kvsig_emulated_set_version")
-    bound.emulated = setter != 0
-    if emulate is not None:
-        if not setter:
-            raise BindError(f"{path} is no emulated runtime; rebuild kvsig")
-        (<void (*)(int, int) noexcept nogil>setter)(emulate[0], emulate[1])
-    address = _symbol(handle, "cudaRuntimeGetVersion")
-    if not address:
-        raise BindError(
-            f"{path} is no CUDA runtime ({bound.found}): it does not have cudaRuntimeGetVersion"
-        )
-    bound.path = address_file(address)
-    bound.handles["cudart"] = handle
-    bound.files["cudart"] = bound.path
-
-
-def _bind_versions(bound):
-    """Bind what tells versions, and ask it."""
-    cdef int version = 0
-    rows = bound.rows
-    for library, name in (("cudart", "cudaRuntimeGetVersion"), ("cuda", "cuDriverGetVersion")):
-        function = bound.registry.functions[name]
-        row = _select(bound, function)
-        rows[name] = row
-        _fill(row)
-        version = 0
-        if row.address:
-            code = (
-                cudaRuntimeGetVersion(runtimeVersion=&version)
-                if library == "cudart"
-                else cuDriverGetVersion(driverVersion=&version)
-            )
-            if code != 0 or version < 0:
-                version = 0
-        bound.versions[library] = version
-
-
-def _driver_version(bound):
-    """The driver's version by libcudart, or else by libcuda itself; 0 where there is none."""
-    cdef int version = 0
-    row = bound.rows["cudaDriverGetVersion"]
-    if row.address and cudaDriverGetVersion(driverVersion=&version) == 0 and version > 0:
-        return version
-    if slots[SLOT_cudaGetLastError].variant >= 0:
-        cudaGetLastError()
-    return bound.versions["cuda"]
-
-
-def _choose_route(bound):
-    """Which entry point batches go to, and if none, why."""
-    runtime = bound.rows["cudaMemcpyBatchAsync"]
-    driver = bound.rows["cuMemcpyBatchAsync"]
-    wanted = bound.wanted_route
-    shown = _registry.format_version(bound.runtime)
-    if bound.driver < DRIVER_WITH_BATCH:
-        seen = _registry.format_version(bound.driver) if bound.driver else "missing"
-        bound.why_not = f"the driver is {seen}, and batches need 12.8"
-        return ROUTE_NONE
-    if runtime.address and wanted != "driver":
-        bound.why = f"cudaMemcpyBatchAsync of {shown}, prototype of {runtime.variant.label}"
-        return ROUTE_RUNTIME
-    takes_over = wanted == "driver" or runtime.status in ("absent", "no library")
-    if driver.address and takes_over and wanted != "runtime":
-        bound.why = (
-            f"cuMemcpyBatchAsync of the driver, pinned at"
-            f" {_registry.format_version(driver.variant.pinned)}"
-        )
-        if not bound.path:
-            bound.why += ": there is no libcudart"
-        elif wanted != "driver":
-            bound.why += f": libcudart {shown} has no batch function"
-        return ROUTE_DRIVER
-    if wanted == "driver":
-        bound.why_not = f"KVSIG_ROUTE=driver, and cuMemcpyBatchAsync is not bound: {driver.why}"
-    elif runtime.status == "too new":
-        bound.why_not = f"libcudart {runtime.why}"
-    elif runtime.status == "absent":
-        bound.why_not = f"libcudart {shown} has no cudaMemcpyBatchAsync"
-    else:
-        bound.why_not = f"cudaMemcpyBatchAsync is not bound: {runtime.why}"
-    return ROUTE_NONE
-
-
-def _warn(bound):
-    """Say once what a person should know about this process."""
-    row = bound.rows["cudaMemcpyBatchAsync"]
-    if row.status == "too new":
-        shown = _registry.format_version(bound.runtime)
-        bound.warnings.append(
-            f"libcudart {shown} ({bound.path}) is newer than every prototype of"
-            " cudaMemcpyBatchAsync that kvsig knows, so pages are copied one by one. Add a"
-            f' [[function.cudaMemcpyBatchAsync.variant]] with since = "{shown}" to'
-            f" {_registry.PATH} and rebuild"
-        )
-    for text in _warnings(bound):
-        warnings.warn(text, RuntimeWarning, stacklevel=2)
-
-
-def _warnings(bound):
-    """What to warn of now: another libcudart may have been loaded since the last time."""
-    others = [p for p in loaded_cudarts() if os.path.realpath(p) != os.path.realpath(bound.path)]
-    if not others or bound.emulated:
-        return list(bound.warnings)
-    return [
-        *bound.warnings,
-        f"more than one libcudart is loaded: kvsig uses {bound.path}, and beside it there is"
-        f" {', '.join(others)}. Version and functions come from the first alone",
-    ]
+        address = NULL
+    return <size_t>address, code, status
 
 
 def bind():
@@ -504,57 +173,21 @@ def bind():
         If there is no CUDA runtime, or ``KVSIG_CUDART`` or ``KVSIG_ROUTE`` is wrong.
     """
     global _bound, _ready, _remembered, _route
+    _after_fork()
     with _lock:
         if _ready:
             return
-        bound = _Bound()
         spec = _spec if _spec_given else os.environ.get("KVSIG_CUDART", "")
-        bound.wanted_route = os.environ.get("KVSIG_ROUTE", "") or "auto"
-        if bound.wanted_route not in ("auto", "runtime", "driver"):
-            raise BindError(
-                f"KVSIG_ROUTE={bound.wanted_route!r}: use auto, runtime or driver"
-            )
-        for slot in range(len(FUNCTIONS)):
-            slots[slot].variant = UNBOUND
-        try:
-            _open_runtime(bound, spec)
-        except BindError as error:
-            # Without libcudart the driver's own entry point still moves pages.
-            if spec or bound.wanted_route == "runtime":
-                raise
-            bound.found = str(error)
-        if bound.emulated:
-            bound.handles["cuda"] = bound.handles["cudart"]
-            bound.files["cuda"] = bound.path
-        elif bound.wanted_route != "runtime":
-            soname = bound.registry.libraries["cuda"].soname
-            handle = _open(soname, RTLD_NOW | RTLD_LOCAL)
-            if handle:
-                bound.handles["cuda"] = handle
-                bound.files["cuda"] = address_file(_symbol(handle, "cuDriverGetVersion"))
-        if not bound.handles:
-            raise BindError(bound.found)
-        _bind_versions(bound)
-        # What others are looked up with comes before what is looked up.
-        ordered = sorted(
-            bound.registry.functions.values(), key=lambda f: any(v.pinned for v in f.variants)
-        )
-        for function in ordered:
-            if function.name not in bound.rows:
-                row = _select(bound, function)
-                bound.rows[function.name] = row
-                _fill(row)
-        bound.runtime = bound.versions["cudart"]
-        bound.driver = _driver_version(bound)
-        if not bound.runtime:
+        bound = Binding(sys.modules[__name__], spec)
+        if bound.path and not bound.runtime:
             # The query that failed left its error behind.
             _clear()
-        bound.route = _choose_route(bound)
         _bound = bound
         _remembered = None
-        _route = bound.route
+        _route = ROUTES.index(bound.route)
         _ready = True
-        _warn(bound)
+        for text in bound.warnings_now():
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
 def rebind(spec=None):
@@ -567,35 +200,124 @@ def rebind(spec=None):
     spec : str, optional
         As ``KVSIG_CUDART``: a path or ``emulated:VERSION``; None goes by the environment.
     """
-    global _bound, _ready, _spec, _spec_given, _route
+    global _bound, _ready, _spec, _spec_given, _route, _used, _parent_used
+    _after_fork()
     with _lock:
         _drop_forks()
-        _ready = False
+        _ready = _used = _parent_used = False
         _bound = None
         _route = ROUTE_NONE
         _spec, _spec_given = spec, spec is not None
 
 
-cdef inline _ensure():
+cdef object _look_again():
+    """Look again for a driver that was not there before."""
+    global _route
+    with _lock:
+        if _bound.look_again():
+            _route = ROUTES.index(_bound.route)
+
+
+def row_of(str function):
+    """What a function of the registry is bound to; a library that is optional is opened for it."""
+    _ensure()
+    with _lock:
+        return _bound.row(function)
+
+
+# --- After a fork -----------------------------------------------------------------------------
+
+# A child has none of its parent's threads, and no CUDA if its parent had used it. The fork itself
+# only marks that, by what is true at that moment; the child's first call here sees the mark.
+cdef bint _forked = False
+cdef bint _used = False             # whether copies were queued in this process
+cdef bint _parent_used = False
+cdef bint _parent_devices = False   # whether the parent had the driver's devices open
+cdef int _parent = 0
+
+
+cdef void _mark_child() noexcept nogil:
+    global _forked, _used, _parent, _parent_used, _parent_devices
+    _forked = True
+    _parent = getppid()
+    _parent_used = _parent_used or _used
+    _parent_devices = _parent_devices or kvsig_devices_open()
+    _used = False
+
+
+if pthread_atfork(NULL, NULL, _mark_child) != 0:
+    raise MemoryError("no memory for a handler of forks")
+
+
+cdef int _after_fork() except -1:
+    """In a child: locks that another thread of the parent held are free again."""
+    global _forked, _lock
+    if _forked:
+        _forked = False
+        _lock = threading.RLock()
+        _forks.clear()
+    return 0
+
+
+cdef bytes _watched = b""
+
+
+def watch_devices(str prefix):
+    """Count open files whose paths begin so as the driver's: for drivers that are not known."""
+    global _watched
+    _watched = os.fsencode(prefix)
+    kvsig_devices[5] = <const char *>_watched if _watched else NULL
+
+
+cdef object _child_refusal():
+    """Why this process cannot use CUDA for being a child of one that has, or None."""
+    if _parent_used or (_parent_devices and not _bound.emulated):
+        return (
+            f"process {os.getpid()} was forked from process {_parent}, which had used CUDA: CUDA does"
+            " not work in such a child. Start it by the method 'spawn', or fork before CUDA is"
+            " first used"
+        )
+    return None
+
+
+cdef int _ensure_bound() except -1:
+    """Bind, in whatever process this is: for what calls nothing that works."""
+    if _forked:
+        _after_fork()
     if not _ready:
         bind()
+    return 0
+
+
+cdef inline int _ensure() except -1:
+    """Bind, and refuse where CUDA cannot be used: before every call of CUDA."""
+    if _forked or not _ready:
+        _ensure_bound()
+    if _parent != 0:
+        refusal = _child_refusal()
+        if refusal is not None:
+            raise BindError(refusal)
+    return 0
+
+
+# --- What is bound ----------------------------------------------------------------------------
 
 
 def is_emulated():
     """Whether the runtime is an emulated one: device memory is host memory there."""
-    _ensure()
+    _ensure_bound()
     return _bound.emulated
 
 
 def runtime_version():
     """Version of the runtime, as CUDA counts: 12080 is 12.8; 0 where it is not known."""
-    _ensure()
+    _ensure_bound()
     return _bound.runtime
 
 
 def driver_version():
     """CUDA version that the driver serves; 0 where there is no driver."""
-    _ensure()
+    _ensure_bound()
     return _bound.driver
 
 
@@ -606,32 +328,42 @@ def info():
     -------
     dict
         ``library`` (path), ``found`` (how), ``emulated``, ``runtime_version``,
-        ``driver_version``, ``route``, ``batch`` (``path`` that copies take on an ordinary
-        stream, and ``why``), ``functions`` (a list: name, library, symbol, variant, pinned,
-        address, status, why), ``libraries`` (every libcudart of the process), ``warnings``.
+        ``driver_version``, ``driver_library``, ``driver_found`` (how, or why not), ``route``,
+        ``batch`` (``path`` that copies take on an ordinary stream: batch, loop, or none where
+        every copy would fail; and ``why``), ``functions`` (a list: name, library, symbol,
+        variant, pinned, address, status, why), ``libraries`` (every libcudart of the process),
+        ``warnings``.
     """
-    _ensure()
-    bound = _bound
+    _ensure_bound()
     refusal = _permanent_refusal()
+    bound = _bound
+    no_copies = _child_refusal() or bound.no_copies(refusal)
+    cuda = bound.libraries["cuda"]
     return {
         "library": bound.path or None,
         "found": bound.found,
         "emulated": bound.emulated,
         "runtime_version": bound.runtime,
         "driver_version": bound.driver,
-        "driver_library": bound.files.get("cuda") or None,
-        "route": ("none", "runtime", "driver")[bound.route],
+        "driver_library": cuda.path or None,
+        "driver_found": cuda.found,
+        "route": bound.route,
         "batch": {
-            "path": "loop" if refusal else "batch",
-            "why": refusal or bound.why,
+            "path": "none" if no_copies else "loop" if refusal else "batch",
+            "why": no_copies or refusal or bound.why,
         },
         "functions": [bound.rows[name].as_dict() for name in bound.registry.functions],
-        "libraries": loaded_cudarts(),
-        "warnings": _warnings(bound),
+        "libraries": _runtime.loaded_cudarts(),
+        "warnings": bound.warnings_now(),
     }
 
 
 # --- Errors -----------------------------------------------------------------------------------
+
+
+# Other codes tell a state of the process, of the device or of the stream, which no copy is to
+# blame for.
+BLAMES_A_COPY = (cudaErrorInvalidValue, cudaErrorInvalidPitchValue)
 
 
 cdef str _text_of(const char *text):
@@ -653,7 +385,9 @@ def _error(int code, name, index=None):
         codes = _bound.registry.enums[row.function.returns.name].constants
         label = next((key for key, number in codes.items() if number == code), "")
     variant = row.variant.label if row.variant else "none"
-    library = _bound.files.get(row.function.library, "")
+    library = _bound.file(row.function.library)
+    if code not in BLAMES_A_COPY:
+        index = None
     return CudaError(code, label or "unknown", text or "no text", name, variant, library, index)
 
 
@@ -936,15 +670,15 @@ cdef class _Fork:
     def __init__(self):
         cdef void *handle = NULL
         self._created(
-            cudaStreamCreateWithFlags(pStream=&handle, flags=1), "cudaStreamCreateWithFlags"
+            cudaStreamCreateWithFlags(pStream=&handle, flags=STREAM_NON_BLOCKING), "cudaStreamCreateWithFlags"
         )
         self.stream = <uint64_t>handle
         self._created(
-            cudaEventCreateWithFlags(event=&handle, flags=2), "cudaEventCreateWithFlags"
+            cudaEventCreateWithFlags(event=&handle, flags=EVENT_DISABLE_TIMING), "cudaEventCreateWithFlags"
         )
         self.before = <uint64_t>handle
         self._created(
-            cudaEventCreateWithFlags(event=&handle, flags=2), "cudaEventCreateWithFlags"
+            cudaEventCreateWithFlags(event=&handle, flags=EVENT_DISABLE_TIMING), "cudaEventCreateWithFlags"
         )
         self.after = <uint64_t>handle
 
@@ -1041,7 +775,9 @@ cdef object _permanent_refusal():
     if _remembered is not None:
         return _remembered
     if _route == ROUTE_NONE:
-        return _bound.why_not
+        if not _bound.libraries["cuda"].handle:
+            _look_again()
+        return _bound.why_not or None
     return None
 
 
@@ -1131,7 +867,8 @@ def _name(int code):
 
 
 cdef object _failed_copy(
-    const Copies *copies, size_t per_call, uint64_t stream, int route, Progress *progress
+    const Copies *copies, size_t per_call, uint64_t stream, int route, int code,
+    Progress *progress,
 ):
     """Number of the copy that a batch was refused for, or None.
 
@@ -1141,7 +878,8 @@ cdef object _failed_copy(
     cdef Copies again = copies[0]
     cdef Progress second
     cdef size_t start = progress.done
-    cdef int code
+    if code not in BLAMES_A_COPY:
+        return None
     if progress.failed != <size_t>-1:
         return progress.failed
     if route == ROUTE_DRIVER or slots[SLOT_cuMemcpyBatchAsync].variant < 0:
@@ -1170,7 +908,7 @@ cdef object _run_batches(
     reason = _after_failure(code, function)
     if reason is None:
         _clear()
-        index = _failed_copy(copies, per_call, stream, route, progress)
+        index = _failed_copy(copies, per_call, stream, route, code, progress)
         raise _error(code, function, index)
     return reason
 
@@ -1209,6 +947,7 @@ cdef object run_copies(
     const uint64_t *dsts, const uint64_t *srcs, const uint64_t *sizes, uint64_t same, size_t count,
     uint64_t stream, Path path, bint strict, size_t batch_size, object reason,
 ):
+    global _used
     cdef Copies copies
     cdef Progress progress
     cdef int code
@@ -1222,6 +961,7 @@ cdef object run_copies(
         else:
             reason = _run_batches(&copies, batch_size, stream, &progress)
         if reason is None:
+            _used = True
             return _report("batch", None, count, &progress)
         if strict:
             raise no_batch(reason, stream)
@@ -1230,6 +970,7 @@ cdef object run_copies(
     code = _submit(ROUTE_NONE, &copies, 0, stream, &progress)
     if code != 0:
         raise _error(code, "cudaMemcpyAsync", progress.failed)
+    _used = True
     return _report("loop", reason, count, &progress)
 
 
@@ -1371,6 +1112,7 @@ cdef object _run_rows(const uint64_t *ops, size_t count, uint64_t stream):
 
 
 cdef object run_strided(const uint64_t *ops, size_t count, uint64_t stream):
+    global _used
     cdef Progress progress
     cdef int code
     _ensure()
@@ -1383,6 +1125,7 @@ cdef object run_strided(const uint64_t *ops, size_t count, uint64_t stream):
         if code != 0:
             raise _error(code, "cudaMemcpy3DAsync", progress.failed)
         if progress.done == count:
+            _used = True
             return _report("strided", None, progress.rows, &progress)
         _look_for_signals(progress.done, count)
 
@@ -1472,115 +1215,20 @@ def memory_range(uint64_t address):
 # --- Any function, by name --------------------------------------------------------------------
 
 
-def _argument(registry, function, param, value):
-    """One argument as the generated callers take it, and what must stay alive for it."""
-    where = f"{function.name}({param.name})"
-    ctype = registry.resolve(param.type)
-    if not ctype.pointers:
-        return _marshal.pack(registry, param.type, value, where), None
-    if isinstance(value, str | bytes) and ctype.base == "char":
-        raw = bytearray((value.encode() if isinstance(value, str) else value) + b"\0")
-    elif isinstance(value, dict | tuple | list) and ctype.name in registry.structs:
-        target = _registry.CType(param.type.base)
-        items = value if isinstance(value, list) else [value]
-        raw = bytearray().join(
-            _marshal.pack(registry, target, item, where) for item in items
-        )
-    else:
-        return _marshal.address_of(value, where), value
-    return _buffer_address(raw), raw
-
-
-def _buffer_address(raw):
-    cdef unsigned char[::1] view = raw
-    return <size_t>&view[0] if view.shape[0] else 0
-
-
-def _pointee(ctype):
-    return _registry.CType(ctype.base, ctype.const, ctype.pointers[:-1])
-
-
-def call(str function, /, **arguments):
-    """Call a function of the registry by the prototype that is bound.
-
-    Parameters
-    ----------
-    function : str
-        Name, such as ``"cudaMemPrefetchAsync"``.
-    **arguments
-        By the header's names. An argument that only another variant has is dropped. Pointers and
-        handles are ints, None, arrays, tensors, streams or events; enums are numbers or names of
-        constants; structs are dicts or tuples. Out-parameters need not be given.
-
-    Returns
-    -------
-    object
-        The value of the out-parameter; a dict by name where there are several; None where there
-        is none; what the function returns where that is the result.
-
-    Raises
-    ------
-    ValueError
-        If the function is not in the registry.
-    TypeError
-        If an argument is missing, or no variant knows it.
-    BindError
-        If the function is not bound here; the message says why.
-    CudaError
-        If the function answers an error.
-    """
+def registry_of():
+    """The registry that is bound."""
     _ensure()
-    registry = _bound.registry
-    entry = registry.functions.get(function)
-    if entry is None:
-        close = difflib.get_close_matches(function, registry.functions, 1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"{function!r} is not in {registry.path}{hint}")
-    row = _bound.rows[function]
-    if not row.address:
-        raise BindError(f"{function} is not bound: {row.why}")
-    variant = row.variant
-    known = {param.name for other in entry.variants for param in other.params}
-    for name in arguments:
-        if name not in known:
-            takes = ", ".join(p.name for p in variant.params) or "nothing"
-            raise TypeError(f"{function} has no parameter {name!r}; {variant.label} takes: {takes}")
-    missing = [
-        p.declaration for p in variant.params
-        if p.name not in arguments and p.value is None and not p.out
-    ]
-    if missing:
-        needs = "; ".join(p.declaration for p in variant.params if p.value is None and not p.out)
-        raise TypeError(
-            f"{function} of {variant.label} needs {', '.join(repr(m) for m in missing)};"
-            f" all that it needs: {needs}"
-        )
-    values, alive, outs = [], [], {}
-    for param in variant.params:
-        if param.name in arguments:
-            value, keep = _argument(registry, entry, param, arguments[param.name])
-        elif param.out:
-            target = _pointee(param.type)
-            raw = bytearray(_marshal.layout(registry, target)[0])
-            outs[param.name] = (target, raw)
-            value, keep = _buffer_address(raw), raw
-        else:
-            value, keep = _argument(registry, entry, param, param.value)
-        values.append(value)
-        alive.append(keep)
-    result = invoke(FUNCTIONS.index(function), tuple(values))
-    del alive
-    returns = registry.resolve(entry.returns)
-    if isinstance(result, bytes):
-        return result.decode("utf-8", "replace")
-    if returns.pointers or entry.result or returns.name not in registry.enums:
-        return result
-    if result != 0:
-        raise _error(result, function)
-    found = {name: _marshal.unpack(registry, t, raw) for name, (t, raw) in outs.items()}
-    if len(found) == 1:
-        return next(iter(found.values()))
-    return found or None
+    return _bound.registry
+
+
+def invoke_row(row, tuple values):
+    """Call a bound function with one value for each parameter: numbers, and bytes for structs."""
+    return invoke(FUNCTIONS.index(row.function.name), values)
+
+
+def error_of(int code, str function):
+    """The exception for what a function answered, with the thread's last error cleared."""
+    return _error(code, function)
 
 
 include "_kernel.pxi"

@@ -27,7 +27,8 @@ class CudaError(RuntimeError):
     library : str
         Path of the library it came from.
     index : int or None
-        Number of the copy that was refused, counted over the whole request, where known.
+        Number of the copy that was refused, counted over the whole request, where known. None for
+        errors that tell a state of the process, the device or the stream.
     """
 
     def __init__(
@@ -45,13 +46,14 @@ class CudaError(RuntimeError):
         self.index = index
         place = "" if index is None else f" at copy {index}"
         super().__init__(
-            f"{function} answered {code} {name} ({text}){place}"
-            f" [prototype of {variant}, {library}]"
+            f"{function} answered {code} {name} ({text}){place} [prototype of {variant}, {library}]"
         )
 
-    def __reduce__(self) -> tuple[type[CudaError], tuple[object, ...]]:
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle the fields, and what callers noted."""
         fields = (self.code, self.name, self.text, self.function, self.variant, self.library)
-        return type(self), (*fields, self.index)
+        notes = getattr(self, "__notes__", None)
+        return type(self), (*fields, self.index), {"__notes__": list(notes)} if notes else None
 
 
 def page_out_of_range(name: str, position: int, page: object, limit: int) -> ValueError:

@@ -1,6 +1,8 @@
 # The runner of path "kernel", included by _core.pyx: what a launch needs in device memory, and the
 # launch itself. csrc/page_copy.cu says what the kernel reads.
 
+from libc.stdlib cimport calloc
+
 include "_page_copy.pxi"
 
 cdef extern from "page_copy.cu" nogil:
@@ -371,7 +373,7 @@ cdef class KernelCode:
         config.hStream = stream
         if cluster:
             memset(&attribute, 0, sizeof(attribute))
-            attribute.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            attribute.id_ = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
             (<unsigned int *>attribute.value)[0] = _cluster_of(blocks)
             (<unsigned int *>attribute.value)[1] = 1
             (<unsigned int *>attribute.value)[2] = 1

@@ -36,7 +36,8 @@ def address_of(value: Any, where: str) -> int:
     Parameters
     ----------
     value : int, None, array or tensor
-        None is NULL. An array or a tensor stands for the address of its first element.
+        None is NULL. An array or a tensor stands for the address of its first element; it must
+        be one block of memory, for CUDA knows nothing of strides.
     where : str
         Name of the argument, for the error.
 
@@ -45,14 +46,20 @@ def address_of(value: Any, where: str) -> int:
     TypeError
         If the value is none of these.
     ValueError
-        If the address is negative or has more than 64 bits.
+        If the address is negative or has more than 64 bits, or there are gaps in an array.
     """
     if value is None:
         return 0
     if hasattr(value, "data_ptr"):
+        size = value.element_size()
+        _check_dense(value.shape, [size * stride for stride in value.stride()], size, where)
         return int(value.data_ptr())
     if hasattr(value, "__array_interface__"):
-        return int(value.__array_interface__["data"][0])
+        interface = value.__array_interface__
+        if interface.get("strides") is not None:
+            size = int(interface["typestr"][2:])
+            _check_dense(interface["shape"], interface["strides"], size, where)
+        return int(interface["data"][0])
     if hasattr(value, "cuda_stream"):
         return int(value.cuda_stream)
     if hasattr(value, "cuda_event"):
@@ -66,6 +73,21 @@ def address_of(value: Any, where: str) -> int:
     if not 0 <= address < 2**64:
         raise ValueError(f"{where}={address} is no address: it must be in [0, 2**64)")
     return address
+
+
+def _check_dense(shape: Sequence[int], strides: Sequence[int], size: int, where: str) -> None:
+    """The elements must lie one behind the other, in whatever order of the dimensions."""
+    if 0 in shape:
+        return
+    expected = size
+    for stride, length in sorted(zip(strides, shape, strict=True)):
+        if length != 1 and stride != expected:
+            raise ValueError(
+                f"{where} is an array of shape {tuple(shape)} with strides of {tuple(strides)}"
+                " bytes, which is not one block of memory: CUDA would take other bytes. Give a"
+                " contiguous copy of it, or its address as an int"
+            )
+        expected *= length
 
 
 def _format(registry: Registry, ctype: CType) -> str | None:
@@ -107,6 +129,16 @@ def _fields(registry: Registry, struct: Struct) -> list[tuple[int, int, int, int
     return found
 
 
+def _looks_like_a_number(text: str) -> bool:
+    for kind in (float, lambda t: int(t, 0)):
+        try:
+            kind(text)
+        except ValueError:
+            continue
+        return True
+    return False
+
+
 def _number(registry: Registry, ctype: CType, value: Any, where: str) -> int | float:
     resolved = registry.resolve(ctype)
     if resolved.pointers:
@@ -116,6 +148,8 @@ def _number(registry: Registry, ctype: CType, value: Any, where: str) -> int | f
         for enum in registry.enums.values() if own is None else (own,):
             if value in enum.constants:
                 return enum.constants[value]
+        if _looks_like_a_number(value):
+            raise TypeError(f"{where}={value!r} is text; give {ctype} as a number, not as text")
         of = "" if own is None else f"{own.name} in "
         raise ValueError(f"{where}={value!r} is no constant of {of}the registry; give its number")
     code = _format(registry, ctype)

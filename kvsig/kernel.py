@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvsig import _core
-from kvsig._core import BindError, CudaError, call
+from kvsig._core import BindError, CudaError
+from kvsig.call import call
 
 __all__ = ["UNITS", "Kernel", "build", "compile_source", "refusal", "table", "unit_of"]
 

@@ -213,7 +213,7 @@ class TestMovesPages(RoundTrip):
         setup = Setup()
         before = setup.everything()
         setup.cache.offload([1, 2], [3, 4])
-        _core.call("cudaStreamSynchronize", stream=0)
+        kvsig.call("cudaStreamSynchronize", stream=0)
         assert setup.everything() == setup.expect(before, "host", [3, 4], [1, 2])
 
     def test_in_stream_order(self, stream):

@@ -87,7 +87,7 @@ class TestMovesBytes:
         dsts, srcs = memory.request([3, 4], [9, 9], 96)
         report = kvsig.copy_batch(dsts, srcs, 96)
         assert report.path == ("loop" if runtime == "12.6" else "batch")
-        _core.call("cudaStreamSynchronize", stream=0)
+        kvsig.call("cudaStreamSynchronize", stream=0)
         memory.check()
 
     def test_on_a_handle(self, stream):

@@ -27,7 +27,7 @@ def clean(monkeypatch):
     _core.rebind(None)
     yield
     torch.cuda.synchronize()
-    assert _core.call("cudaPeekAtLastError") == 0
+    assert kvsig.call("cudaPeekAtLastError") == 0
     # torch's own check would raise what was left.
     assert torch.ones(4, device="cuda").sum().item() == 4
     _core.rebind(None)
@@ -92,7 +92,7 @@ class TestCopyBatch:
         device = random_bytes(pages * PAGE, "cuda")
         host = torch.zeros(pages * PAGE, dtype=torch.uint8, pin_memory=memory == "pinned")
         if memory == "registered":
-            _core.call("cudaHostRegister", ptr=host, size=pages * PAGE)
+            kvsig.call("cudaHostRegister", ptr=host, size=pages * PAGE)
         back = torch.zeros_like(device)
         torch.cuda.synchronize()
         try:
@@ -101,7 +101,7 @@ class TestCopyBatch:
             torch.cuda.synchronize()
         finally:
             if memory == "registered":
-                _core.call("cudaHostUnregister", ptr=host)
+                kvsig.call("cudaHostUnregister", ptr=host)
         wanted = device.cpu()
         assert torch.equal(host.view(pages, PAGE), wanted.view(pages, PAGE).flip(0))
         assert torch.equal(back.cpu(), wanted)
@@ -224,7 +224,7 @@ class TestErrors:
         memory = np.zeros(2 * block + PAGE, np.uint8)
         start = -(-memory.ctypes.data // PAGE) * PAGE
         for i in (0, 1):
-            _core.call("cudaHostRegister", ptr=start + i * block, size=block)
+            kvsig.call("cudaHostRegister", ptr=start + i * block, size=block)
         device = random_bytes(8 * PAGE, "cuda")
         handle = 0 if legacy else torch.cuda.Stream().cuda_stream
         torch.cuda.synchronize()
@@ -233,11 +233,11 @@ class TestErrors:
         try:
             with pytest.raises(kvsig.CudaError) as caught:
                 _core.copy_batch(dsts, rows(device), PAGE, handle, "batch")
-            assert _core.call("cudaPeekAtLastError") == 0
+            assert kvsig.call("cudaPeekAtLastError") == 0
             torch.cuda.synchronize()
         finally:
             for i in (0, 1):
-                _core.call("cudaHostUnregister", ptr=start + i * block)
+                kvsig.call("cudaHostUnregister", ptr=start + i * block)
         error = caught.value
         assert (error.code, error.name, error.index) == (1, "cudaErrorInvalidValue", 5)
         assert error.function in ("cudaMemcpyBatchAsync", "cuMemcpyBatchAsync")
@@ -254,7 +254,7 @@ class TestErrors:
         with pytest.raises(kvsig.CudaError) as caught:
             kvsig.call("cudaSetDevice", device=10_000)
         assert (caught.value.code, caught.value.name) == (101, "cudaErrorInvalidDevice")
-        assert _core.call("cudaPeekAtLastError") == 0
+        assert kvsig.call("cudaPeekAtLastError") == 0
 
 
 class TestManagedMemory:

@@ -132,6 +132,7 @@ def test_only_the_registry_was_touched(project):
 
 TRANSFER = """
 import json, numpy as np, sys
+import kvsig
 from kvsig import _core, emulated
 assert _core.__file__.startswith({root!r}), _core.__file__
 _core.rebind("emulated:{version}")
@@ -151,7 +152,7 @@ print(json.dumps({{
     "dsts": dsts.ctypes.data, "srcs": srcs.ctypes.data, "sizes": sizes.ctypes.data,
     "equal": bool((target.reshape(300, 16)[::-1] == source.reshape(300, 16)).all()),
     "path": report.path, "reason": report.reason, "info": _core.info(),
-    "last": _core.call("cudaPeekAtLastError"),
+    "last": kvsig.call("cudaPeekAtLastError"),
 }}))
 """
 
@@ -211,12 +212,13 @@ def test_a_function_never_heard_of_is_called_by_name(project, version):
         project,
         f"""
         import json
+        import kvsig
         from kvsig import _core, emulated
         _core.rebind("emulated:{version}")
         control = emulated.Control(_core.info()["library"])
         control.stub("cudaMemFrobnicateAsync")  # it does not know what that is
         control.record()
-        result = _core.call(
+        result = kvsig.call(
             "cudaMemFrobnicateAsync", devPtr=0x1000, variant=-5, slots=2**63 + 1, stream=2,
             how={{"tag": 2**64 - 2, "kind": -3, "scale": 0.5, "cookie": 0x7000}},
             **{{"from": "here"}},

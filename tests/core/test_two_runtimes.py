@@ -44,6 +44,7 @@ if sys.argv[2]:
     sys.path.insert(0, sys.argv[2])
     import torch
 import numpy as np
+import kvsig
 from kvsig import _core
 info = _core.info()
 rows = {row["name"]: row for row in info["functions"]}
@@ -55,12 +56,12 @@ source, target = np.arange(8, dtype=np.uint8), np.zeros(8, np.uint8)
 lists[0][0], lists[1][0] = target.ctypes.data, source.ctypes.data
 error = None
 try:
-    _core.call("cudaMemcpyBatchAsync", dsts=lists[0], srcs=lists[1], sizes=lists[2], count=1,
+    kvsig.call("cudaMemcpyBatchAsync", dsts=lists[0], srcs=lists[1], sizes=lists[2], count=1,
                attrs=(1, (0, 0), (0, 0), 0), attrsIdxs=lists[3], numAttrs=1, stream=2)
 except _core.CudaError as caught:
     error = [caught.code, caught.library, caught.variant]
 try:
-    devices = _core.call("cudaGetDeviceCount")
+    devices = kvsig.call("cudaGetDeviceCount")
 except _core.CudaError:
     devices = 0
 print(json.dumps({
@@ -244,6 +245,7 @@ def test_one_that_is_loaded_after_binding_changes_nothing_but_the_warning(librar
 
 NAIVE_PROBE = """
 import ctypes, json, sys
+import kvsig
 from kvsig import _core
 load = json.loads(sys.argv[1])
 for path, mode in load[:-1]:

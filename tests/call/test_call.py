@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from future import NEXT_TEXT, last
+import torch
 
+import kvsig
 from kvsig import _core, emulated, registry
 
 REGISTRY = registry.load()
@@ -80,7 +85,7 @@ class TestEveryVariant:
     def called(self, control, function, arguments):
         control.stub()
         control.record()
-        result = _core.call(function.name, **arguments)
+        result = kvsig.call(function.name, **arguments)
         (call,) = control.calls(function.name)
         return result, call
 
@@ -137,7 +142,7 @@ class TestTraps:
         control = bind(spec)
         with emulated.Stream(control) as stream:
             control.record()
-            found = _core.call("cudaStreamGetCaptureInfo", stream=stream.cuda_stream)
+            found = kvsig.call("cudaStreamGetCaptureInfo", stream=stream.cuda_stream)
         (call,) = control.calls("cudaStreamGetCaptureInfo")
         assert call["symbol"] == "cudaStreamGetCaptureInfo_v2"
         assert found["captureStatus_out"] == 0
@@ -150,7 +155,7 @@ class TestTraps:
     def test_capture_info_elsewhere_takes_it(self, bind, spec):
         control = bind(spec)
         control.record()
-        _core.call("cudaStreamGetCaptureInfo", stream=2)
+        kvsig.call("cudaStreamGetCaptureInfo", stream=2)
         assert control.calls("cudaStreamGetCaptureInfo")[0]["symbol"] == "cudaStreamGetCaptureInfo"
 
     @pytest.mark.parametrize(("spec", "order"), [("12.9", ("hSrc", "hDst")),
@@ -159,7 +164,7 @@ class TestTraps:
         control = bind(spec)
         control.stub()
         control.record()
-        _core.call("cudaGraphKernelNodeCopyAttributes", hSrc=0x1000, hDst=0x2000)
+        kvsig.call("cudaGraphKernelNodeCopyAttributes", hSrc=0x1000, hDst=0x2000)
         (call,) = control.calls("cudaGraphKernelNodeCopyAttributes")
         values = {"hSrc": 0x1000, "hDst": 0x2000}
         assert [(a["name"], a["value"]) for a in call["arguments"]] == [
@@ -186,8 +191,8 @@ class TestOneLineForBothMajors:
         control = bind(spec)
         control.stub()
         control.record()
-        assert _core.call("cudaMemPrefetchAsync", **PREFETCH) is None
-        assert _core.call("cudaMemAdvise", **ADVISE) is None
+        assert kvsig.call("cudaMemPrefetchAsync", **PREFETCH) is None
+        assert kvsig.call("cudaMemAdvise", **ADVISE) is None
         prefetch, advise = control.calls()
         old = spec < "13"
         names = [argument["name"] for argument in prefetch["arguments"]]
@@ -199,43 +204,43 @@ class TestOneLineForBothMajors:
     def test_managed_memory_for_real(self, bind):
         for spec in ("12.9", "13.0"):
             bind(spec)
-            pointer = _core.call("cudaMallocManaged", size=1 << 16)
-            _core.call("cudaMemAdvise", **{**ADVISE, "devPtr": pointer})
-            _core.call("cudaMemPrefetchAsync", **{**PREFETCH, "devPtr": pointer})
-            assert _core.call("cudaFree", devPtr=pointer) is None
+            pointer = kvsig.call("cudaMallocManaged", size=1 << 16)
+            kvsig.call("cudaMemAdvise", **{**ADVISE, "devPtr": pointer})
+            kvsig.call("cudaMemPrefetchAsync", **{**PREFETCH, "devPtr": pointer})
+            assert kvsig.call("cudaFree", devPtr=pointer) is None
 
 
 class TestResults:
     def test_one_several_none_and_text(self, bind):
         bind("12.9/13.0")
-        assert _core.call("cudaRuntimeGetVersion") == 12090
-        assert _core.call("cudaDriverGetVersion") == 13000
-        assert set(_core.call("cudaMemGetInfo")) == {"free", "total"}
-        assert _core.call("cudaDeviceSynchronize") is None
-        assert _core.call("cudaGetErrorName", error=801) == "cudaErrorNotSupported"
-        assert _core.call("cudaGetErrorString", error=801) == "operation not supported"
+        assert kvsig.call("cudaRuntimeGetVersion") == 12090
+        assert kvsig.call("cudaDriverGetVersion") == 13000
+        assert set(kvsig.call("cudaMemGetInfo")) == {"free", "total"}
+        assert kvsig.call("cudaDeviceSynchronize") is None
+        assert kvsig.call("cudaGetErrorName", error=801) == "cudaErrorNotSupported"
+        assert kvsig.call("cudaGetErrorString", error=801) == "operation not supported"
 
     def test_a_code_that_is_the_answer_raises_nothing(self, bind):
         bind("13.0")
         with pytest.raises(_core.CudaError):
-            _core.call("cudaSetDevice", device=99)
-        assert _core.call("cudaPeekAtLastError") == 0
+            kvsig.call("cudaSetDevice", device=99)
+        assert kvsig.call("cudaPeekAtLastError") == 0
 
     def test_struct_as_result(self, bind):
         bind("13.0")
         buffer = np.zeros(16, np.uint8)
-        found = _core.call("cudaPointerGetAttributes", ptr=buffer)
+        found = kvsig.call("cudaPointerGetAttributes", ptr=buffer)
         assert found["type"] == 0 and len(found["reserved"]) == 8
-        device = _core.call("cudaMalloc", size=64)
-        assert _core.call("cudaPointerGetAttributes", ptr=device)["type"] == 2
-        _core.call("cudaFree", devPtr=device)
+        device = kvsig.call("cudaMalloc", size=64)
+        assert kvsig.call("cudaPointerGetAttributes", ptr=device)["type"] == 2
+        kvsig.call("cudaFree", devPtr=device)
 
     def test_none_is_null_and_arrays_are_their_address(self, bind):
         control = bind("13.0")
         control.stub()
         control.record()
         array = np.zeros(4, np.uint8)
-        _core.call("cudaMemcpyAsync", dst=None, src=array, count=4, stream=None)
+        kvsig.call("cudaMemcpyAsync", dst=None, src=array, count=4, stream=None)
         values = [a["value"] for a in control.calls()[0]["arguments"]]
         assert values == [0, array.ctypes.data, 4, 4, 0]
 
@@ -246,7 +251,7 @@ class TestResults:
             lists = [np.array([a], np.uint64) for a in
                      (target.ctypes.data, source.ctypes.data, 8, 0)]  # fmt: skip
             control.record()
-            _core.call(
+            kvsig.call(
                 "cudaMemcpyBatchAsync", dsts=lists[0], srcs=lists[1], sizes=lists[2], count=1,
                 attrs={"srcAccessOrder": "cudaMemcpySrcAccessOrderStream", "dstLocHint": (1, 3),
                        "flags": 1},
@@ -261,7 +266,7 @@ class TestResults:
 
 def refuses(kind, text, function, **arguments):
     with pytest.raises(kind) as caught:
-        _core.call(function, **arguments)
+        kvsig.call(function, **arguments)
     assert str(caught.value) == text
 
 
@@ -336,12 +341,83 @@ class TestRefusals:
         refuses(kind, "cudaMemPrefetchAsync" + text, "cudaMemPrefetchAsync",
                 **{**PREFETCH, **change})  # fmt: skip
 
+    @pytest.mark.parametrize("text", ["1.5", "64", "0x40", "1e3", "-1", "nan", "1_000", " 7 "])
+    def test_a_number_as_text(self, text):
+        refuses(
+            TypeError,
+            f"cudaMemPrefetchAsync(count)={text!r} is text; give size_t as a number, not as text",
+            "cudaMemPrefetchAsync", **{**PREFETCH, "count": text},
+        )  # fmt: skip
+
+    @pytest.mark.parametrize("kind", ["numpy", "torch"])
+    @pytest.mark.parametrize(
+        ("cut", "shape", "strides"),
+        [
+            (lambda a: a[::2], (4, 8), (128, 8)), (lambda a: a[:, ::2], (8, 4), (64, 16)),
+            (lambda a: a[:, :4], (8, 4), (64, 8)), (lambda a: a[:, 3], (8,), (64,)),
+            (lambda a: a.T[:2], (2, 8), (8, 64)), (lambda a: a[::4, 1:2], (2, 1), (256, 8)),
+        ],
+    )  # fmt: skip
+    def test_arrays_with_gaps(self, kind, cut, shape, strides):
+        """CUDA would take the bytes behind the first element, which are others."""
+        whole = np.zeros((8, 8), np.int64)
+        part = cut(torch.from_numpy(whole) if kind == "torch" else whole)
+        for name, other in (("dst", "src"), ("src", "dst")):
+            refuses(
+                ValueError,
+                f"cudaMemcpyAsync({name}) is an array of shape {shape} with strides of {strides}"
+                " bytes, which is not one block of memory: CUDA would take other bytes. Give a"
+                " contiguous copy of it, or its address as an int",
+                "cudaMemcpyAsync", **{name: part, other: whole}, count=32, stream=2,
+            )  # fmt: skip
+
+    @pytest.mark.parametrize("name", ["numpy", "expanded", "backwards"])
+    def test_other_arrays_that_are_no_block(self, name):
+        one = {
+            "numpy": np.broadcast_to(np.zeros(1), (4,)), "backwards": np.zeros(4)[::-1],
+            "expanded": torch.zeros(1).expand(4),
+        }[name]  # fmt: skip
+        with pytest.raises(ValueError, match="which is not one block of memory"):
+            kvsig.call("cudaMemcpyAsync", dst=one, src=1, count=8, kind=4, stream=2)
+
     def test_not_bound(self):
         refuses(
             _core.BindError,
             "cudaMemcpyWithAttributesAsync is not bound: 13.0 is older than 13.2",
             "cudaMemcpyWithAttributesAsync", dst=1, src=1, size=1, attr=None, stream=2,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(12).reshape(3, 4), np.asfortranarray(np.arange(12).reshape(3, 4)),
+        np.arange(24).reshape(4, 6)[1:3], np.arange(12).reshape(3, 4).T, np.array(5),
+        np.arange(4)[1:2], np.zeros((4, 0)), np.zeros((2, 3), [("a", "i2"), ("b", "f8")]),
+        torch.arange(12).view(3, 4).t(), torch.zeros(2, 3, 4, 5).to(
+            memory_format=torch.channels_last), torch.tensor(3), torch.zeros(4, 1)[:, :1],
+        torch.zeros(5, 1, 3).transpose(0, 1), torch.zeros(0, 7),
+    ],
+    ids=lambda a: f"{type(a).__name__}-{tuple(a.shape)}",
+)  # fmt: skip
+def test_arrays_that_are_one_block_stand_for_their_address(bind, array):
+    control = bind("13.0")
+    control.stub()
+    control.record()
+    kvsig.call("cudaMemcpyAsync", dst=array, src=1, count=8, kind=4, stream=2)
+    address = array.data_ptr() if isinstance(array, torch.Tensor) else array.ctypes.data
+    assert control.calls()[0]["arguments"][0]["value"] == address
+
+
+@pytest.mark.parametrize("first", ["import kvsig.call", "from kvsig.call import call", "pass"])
+def test_the_public_name_is_callable_whatever_was_imported_first(first):
+    done = subprocess.run(
+        [sys.executable, "-c",
+         f"{first}\nimport kvsig\nprint(kvsig.call('cudaRuntimeGetVersion'))"],
+        env={**os.environ, "KVSIG_CUDART": "emulated:12.9"}, capture_output=True, text=True,
+        cwd=os.path.dirname(os.path.dirname(kvsig.__file__)),
+    )  # fmt: skip
+    assert done.stdout == "12090\n", done.stderr
 
 
 def test_newer_than_every_range_is_not_bound(bind):

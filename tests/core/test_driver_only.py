@@ -115,7 +115,8 @@ def test_strided_copies_are_made_as_batches_of_rows(answer, call):
 def test_the_strided_copy_that_failed_is_named(answer):
     code = """
 driver.fault("cuMemcpyBatchAsync", 1, 1, 3)
-ops = np.concatenate([strided(dsts[2 * i], 1024, 2, srcs[2 * i], 512, 2, 512, 2, 1) for i in (0, 1)])
+ops = np.concatenate(
+    [strided(dsts[2 * i], 1024, 2, srcs[2 * i], 512, 2, 512, 2, 1) for i in (0, 1)])
 try:
     _core.copy_strided(ops, on)
 except _core.CudaError as error:
@@ -149,10 +150,14 @@ def test_a_driver_that_is_too_old(answer):
 
 def test_a_driver_that_refuses(answer):
     code = 'driver.fault("cuMemcpyBatchAsync", 801, 0)\ntext = refused(on)'
-    assert answer(code, "[text, refused(on)]") == [
-        f"{NO_LOOP}, and no batch: cuMemcpyBatchAsync answered 801 (unknown)."
-        " Set KVSIG_CUDART to the path of a libcudart"
-    ] * 2
+    assert (
+        answer(code, "[text, refused(on)]")
+        == [
+            f"{NO_LOOP}, and no batch: cuMemcpyBatchAsync answered 801 (unknown)."
+            " Set KVSIG_CUDART to the path of a libcudart"
+        ]
+        * 2
+    )
 
 
 def test_without_the_route_there_is_no_runtime(answer):
