@@ -49,8 +49,9 @@ packages := $(VENV)/.kvsig-packages
 linters := $(VENV)/.kvsig-linters
 # A build belongs to one interpreter, so each environment has a stamp of its own.
 built := build/stamp$(subst /,-,$(VENV))
-sources := setup.py pyproject.toml kvsig/signatures.toml kvsig/registry.py kvsig/codegen.py \
-	$(wildcard kvsig/*.pyx kvsig/*.pxd csrc/*.c csrc/*.h csrc/*.cu csrc/*.cuh)
+sources := setup.py pyproject.toml kvsig/signatures.toml kvsig/registry.py \
+	kvsig/registry_reader.py kvsig/codegen.py \
+	$(wildcard kvsig/*.pyx kvsig/*.pxd kvsig/*/*.pyx kvsig/*/*.pxd csrc/*.c csrc/*.h csrc/*.cu csrc/*/*.c csrc/*/*.h)
 
 # Requirements are written down once, in pyproject.toml; torch is installed by itself, or not at all.
 define requirements
@@ -91,7 +92,7 @@ releases: build
 
 lint: $(linters)
 	$(py) -m ruff check .
-	PATH='$(abspath $(VENV))/bin':"$$PATH" cython-lint $(wildcard kvsig/*.pyx kvsig/*.pxd)
+	PATH='$(abspath $(VENV))/bin':"$$PATH" cython-lint $(wildcard kvsig/*.pyx kvsig/*.pxd kvsig/*/*.pyx kvsig/*/*.pxd)
 	$(py) -m mypy
 
 build: $(built)
@@ -128,7 +129,7 @@ $(linters): pyproject.toml | $(packages)
 
 clean:
 	rm -rf build dist *.egg-info kvsig/_emulated csrc/generated
-	rm -f kvsig/*.so kvsig/*.c kvsig/*.pxi
+	rm -f kvsig/*.so kvsig/*/*.so kvsig/*.c kvsig/*/*.c kvsig/*.pxi
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 distclean: clean

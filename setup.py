@@ -31,7 +31,7 @@ class BuildExt(build_ext):
     def run(self):
         """Generate, then build."""
         codegen = load("codegen")
-        registry = codegen._registry.load(ROOT / "kvsig/signatures.toml")
+        registry = codegen.reader.load(ROOT / "kvsig/signatures.toml")
         codegen.write_if_changed(ROOT / "kvsig/_generated.pxi", codegen.cython_text(registry))
         super().run()
         self.emulated(codegen, registry)
@@ -41,59 +41,60 @@ class BuildExt(build_ext):
         package = Path(ROOT if self.inplace else self.build_lib) / "kvsig/_emulated"
         package.mkdir(parents=True, exist_ok=True)
         temp = Path(self.build_temp) / "emulated"
-        common = [str(ROOT / "csrc/emulated.c"), str(ROOT / "csrc/emulated.h")]
+        folder = ROOT / "csrc/emulated"
+        sources = sorted(folder.glob("*.c"))
         flags = ["-std=gnu11", "-O2", "-pthread", "-Wall", "-Wextra", "-fvisibility=hidden"]
+
+        def compiled(files, into):
+            # Relative names keep the build folder out of the objects' paths below build_temp.
+            return self.compiler.compile(
+                [os.path.relpath(file) for file in files],
+                output_dir=str(temp / into),
+                include_dirs=[str(folder)],
+                extra_postargs=flags,
+            )
+
+        shared = []  # the same for every ABI, compiled once
         names = set()
         for version in codegen.emulated_versions(registry):
-            text = codegen._registry.format_version(version)
+            text = codegen.reader.format_version(version)
             glue = temp / f"glue-{text}.c"
             codegen.write_if_changed(glue, codegen.emulated_glue(registry, version))
             library = package / f"libcudart-emulated-{text}.so"
             names.add(library.name)
-            stamps = [Path(p).stat().st_mtime for p in [*common, str(glue)]]
+            stamps = [file.stat().st_mtime for file in [*sources, *folder.glob("*.h"), glue]]
             if library.exists() and library.stat().st_mtime > max(stamps) and not self.force:
                 continue
-            # Relative names keep the build folder out of the objects' paths below build_temp.
-            objects = self.compiler.compile(
-                [os.path.relpath(common[0]), os.path.relpath(glue)],
-                output_dir=str(temp / text),
-                include_dirs=[str(ROOT / "csrc")],
-                extra_postargs=flags,
-            )
+            shared = shared or compiled(sources, "shared")
             self.compiler.link_shared_object(
-                objects, str(library), extra_postargs=["-pthread"], libraries=["dl"]
+                shared + compiled([glue], text),
+                str(library),
+                extra_postargs=["-pthread"],
+                libraries=["dl"],
             )
         for stale in package.glob("libcudart-emulated-*.so"):
             if stale.name not in names:
                 stale.unlink()
 
 
+def extension(name, *depends):
+    """Describe an extension module, and what it is to be built again for."""
+    return Extension(
+        f"kvsig.{name}",
+        [f"kvsig/{name.replace('.', '/')}.pyx"],
+        depends=["kvsig/_path.pxd", *(f"kvsig/{file}" for file in depends)],
+        extra_compile_args=FLAGS,
+        libraries=["dl"] if name == "_loader" else [],
+    )
+
+
+PLAN = ("planning/_plan.pxd", "planning/_pack.pxd")
 EXTENSIONS = [
-    Extension(
-        "kvsig._loader",
-        ["kvsig/_loader.pyx"],
-        extra_compile_args=FLAGS,
-        libraries=["dl"],
-    ),
-    Extension(
-        "kvsig._core",
-        ["kvsig/_core.pyx"],
-        depends=["kvsig/_core.pxd", "kvsig/_generated.pxi", "kvsig/_path.pxd"],
-        extra_compile_args=FLAGS,
-        libraries=["dl"],
-    ),
-    Extension(
-        "kvsig._pack",
-        ["kvsig/_pack.pyx"],
-        depends=["kvsig/_clock.pxd", "kvsig/_pack.pxd"],
-        extra_compile_args=FLAGS,
-    ),
-    Extension(
-        "kvsig._submit",
-        ["kvsig/_submit.pyx"],
-        depends=["kvsig/_clock.pxd", "kvsig/_core.pxd", "kvsig/_pack.pxd", "kvsig/_path.pxd"],
-        extra_compile_args=FLAGS,
-    ),
+    extension("_loader"),
+    extension("_core", "_core.pxd", "_generated.pxi"),
+    extension("planning._plan", *PLAN),
+    extension("planning._pack", *PLAN),
+    extension("_transfer", "_core.pxd", *PLAN),
 ]
 
 setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": BuildExt})

@@ -1,10 +1,11 @@
-"""Everything that needs a GPU, in one command, each part with a time limit.
+"""Everything that is done on a GPU machine, in one command, each part with a time limit.
 
-    python3 benchmarks/gpu_run.py OUTDIR [SECTIONS] [--cudart FOLDER] [--commit HASH]
+    python3 benchmarks/gpu_run.py OUT [PARTS] [--cudart FOLDER] [--against CHECKOUT]
 
-Needs only Python with torch and Cython, and a C compiler; standard library otherwise, so that
-a section that fails, or runs out of its time, loses no other. Results are a few JSON files and
-one log in OUTDIR; the table of sections comes last.
+Needs Python with torch and Cython, and a C compiler; standard library otherwise. A part that fails,
+or runs out of its time, loses no other. OUT gets ``run.log``, with everything that was printed, and
+``summary.json``: machine, commit, and of each part what tables and documentation need. Copy that
+file to ``benchmarks/results/KIND_OF_GPU/`` to keep it.
 """
 
 from __future__ import annotations
@@ -17,77 +18,76 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = ROOT / "benchmarks"
+#: Of all JSON in a folder of results.
+MOST_BYTES = 300_000
 
-#: Section -> seconds that it may take.
-SECTIONS = {
-    "build": 150,
-    "machine": 40,
-    "tests": 240,
-    "demo": 60,
-    "matrix": 240,
-    "batch_vs_c": 90,
-    "explore": 150,
-    "threads": 140,
-    "pace": 60,
-    "looks": 60,
-    "calibrate": 45,
-    "quick": 90,
-    "grid": 400,
-    "targets": 415,
-    "compute": 63,
-    "nullstream": 60,
-    "host": 40,
+#: Part -> seconds that it may take, and what it does.
+PARTS = {
+    "build": (150, "the extensions, in place"),
+    "machine": (40, "versions, and what kvsig is bound to"),
+    "tests": (240, "pytest -m gpu"),
+    "demo": (60, "the main job, 2 GiB, compared bit for bit"),
+    "matrix": (240, "the main job with every libcudart of --cudart"),
+    "quick": (70, "kvsig bench --quick"),
+    "models": (130, "kvsig bench --section models"),
+    "grid": (330, "kvsig bench: the whole preset"),
+    "rivals": (120, "other projects' ways beside kvsig's"),
+    "compute": (80, "a matrix product beside transfers"),
+    "overhead": (60, "kvsig's own time per call, with CUDA's functions stubbed"),
+    "host": (40, "planning and packing, no CUDA"),
+    "calibrate": (45, "kvsig calibrate --dry-run"),
+    "against": (330, "another checkout and this one, in turn: give --against"),
 }
-DEFAULT = ("build", "machine", "demo", "tests", "matrix", "batch_vs_c")
+BUILD = ("setup.py", "-q", "build_ext", "--inplace", "-j4")
+DEFAULT = ("build", "machine", "tests", "quick", "models", "overhead")
 
 MACHINE = """
-import importlib.metadata as m, platform, sys, torch
-print(sys.version.split()[0], platform.machine(), 'torch', torch.__version__)
-print(torch.cuda.get_device_name(), torch.cuda.mem_get_info())
-for name in ('cython', 'numpy', 'pytest', 'matplotlib', 'cuda-bindings', 'cuda-core'):
+import importlib.metadata as m, json, os, platform, sys, torch
+versions = {}
+for name in ('torch', 'cython', 'numpy', 'pytest', 'cuda-bindings', 'cuda-core'):
     try:
-        print(name, m.version(name))
+        versions[name] = m.version(name)
     except m.PackageNotFoundError:
-        print(name, 'is not installed')
+        versions[name] = None
+print(json.dumps({'python': sys.version.split()[0], 'machine': platform.machine(),
+    'cpus': os.cpu_count(), 'devices': [torch.cuda.get_device_name(i)
+    for i in range(torch.cuda.device_count())], 'versions': versions}))
 """
 
 
 class Run:
+    """One run: a log, a summary, and the parts."""
+
     def __init__(self, args: argparse.Namespace) -> None:
-        self.out = args.out
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.cudart = args.cudart
-        self.model = args.model
-        self.budget = args.seconds
+        self.args = args
+        args.out.mkdir(parents=True, exist_ok=True)
         self.begin = time.monotonic()
-        self.scale = args.scale
-        self.log_path = self.out / "run.log"
+        self.log_path = args.out / "run.log"
         self.log = self.log_path.open("a", encoding="utf-8", buffering=1)
-        self.path = self.out / "run.json"
-        self.data: dict[str, Any] = {}
-        if self.path.exists():
-            self.data = json.loads(self.path.read_text(encoding="utf-8"))
-        self.data.setdefault("kind", "run")
-        self.data["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        self.data["commit"] = args.commit
-        self.data.setdefault("sections", {})
+        self.path = args.out / "summary.json"
+        self.data: dict[str, Any] = {
+            "kind": "run",
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "commit": args.commit,
+            "parts": {},
+        }
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         self.environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(
-                [str(ROOT), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
-            ),
+            "PYTHONPATH": os.pathsep.join(paths),
             "PYTHONUNBUFFERED": "1",
         }
         if args.commit:
             self.environment["KVSIG_COMMIT"] = args.commit
 
     def left(self) -> float:
-        return self.budget - (time.monotonic() - self.begin)
+        return self.args.seconds - (time.monotonic() - self.begin)
 
     def say(self, text: str) -> None:
         print(text, flush=True)
@@ -95,22 +95,26 @@ class Run:
 
     def write(self) -> None:
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(compact(self.data) + "\n", encoding="utf-8")
         temporary.replace(self.path)
 
-    def run(
-        self, command: list[str], seconds: float, echo: int = 40, **environment: str
+    def python(
+        self,
+        arguments: list[str],
+        seconds: float,
+        echo: int = 40,
+        folder: Path = ROOT,
+        **environment: str,
     ) -> tuple[int, str]:
-        """Run a command with all that it starts; its output into the log, the end of it here."""
+        """Run Python with all that it starts; its output into the log, the end of it here."""
         seconds = max(5.0, min(seconds, self.left()))
         # The command writes into the log itself: what it has said is kept whatever happens.
-        self.log.write(f"\n$ {' '.join(command)}\n")
+        self.log.write(f"\n$ python {' '.join(arguments)}\n")
         self.log.flush()
         start = self.log_path.stat().st_size
-        begin = time.monotonic()
         process = subprocess.Popen(
-            command,
-            cwd=ROOT,
+            [sys.executable, *arguments],
+            cwd=folder,
             env=self.environment | environment,
             stdout=self.log,
             stderr=subprocess.STDOUT,
@@ -122,7 +126,6 @@ class Run:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             code = 124
-        took = time.monotonic() - begin
         with self.log_path.open("rb") as file:
             file.seek(start)
             text = file.read().decode("utf-8", "replace")
@@ -131,205 +134,217 @@ class Run:
             print(f"  ... {len(lines) - echo} lines are in run.log")
         for line in lines[-echo:] if echo else []:
             print("  " + line, flush=True)
-        self.say(f"  exit code {code} after {took:.1f} s")
         return code, text
 
-    def python(
-        self, arguments: list[str], seconds: float, echo: int = 40, **environment: str
-    ) -> tuple[int, str]:
-        return self.run([sys.executable, *arguments], seconds, echo, **environment)
-
-    def section(self, name: str) -> None:
-        limit = SECTIONS[name] * self.scale
-        if self.left() < 5:
-            self.data["sections"][name] = {"result": "no time left"}
-            self.write()
-            return
-        self.say(f"\n=== {name} (at {time.monotonic() - self.begin:.0f} s, may take {limit:.0f} s)")
+    def part(self, name: str) -> bool:
+        """Run a part; whether it went well."""
+        limit = PARTS[name][0] * self.args.scale
+        at = time.monotonic() - self.begin
+        self.say(f"\n=== {name} (at {at:.0f} s, may take {limit:.0f} s)")
         begin = time.monotonic()
-        try:
-            code = getattr(self, name)(min(limit, self.left()))
-            result = {"result": "ok" if code == 0 else f"exit code {code}"}
-        except Exception as error:
-            result = {"result": f"{type(error).__name__}: {error}"}
-            self.say(f"  {result['result']}")
-        self.data["sections"][name] = result | {"seconds": round(time.monotonic() - begin, 1)}
+        if self.left() < 5:
+            result = "no time left"
+        else:
+            try:
+                code = getattr(self, name)(min(limit, self.left()))
+                result = "ok" if code == 0 else f"exit code {code}"
+            except Exception as error:
+                result = f"{type(error).__name__}: {error}"
+        seconds = round(time.monotonic() - begin, 1)
+        self.data["parts"][name] = {"result": result, "seconds": seconds}
+        self.say(f"  {result} after {seconds} s")
         self.write()
+        return result == "ok"
 
-    # The sections.
+    def measured(self, name: str, arguments: list[str], seconds: float, echo: int) -> int:
+        """Run what writes JSON, and keep the gist of it under the part's name."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "result.json"
+            code = self.python([*arguments, "--json", str(path)], seconds, echo)[0]
+            if path.exists():
+                self.data[name] = condensed(json.loads(path.read_text(encoding="utf-8")))
+        return code
+
+    def bench(self, name: str, seconds: float, *arguments: str) -> int:
+        # The start of Python and of CUDA come on top.
+        limit = ["--seconds", str(max(10, int(seconds - 25)))]
+        return self.measured(name, ["-m", "kvsig", "bench", *limit, *arguments], seconds, 60)
+
+    # The parts.
 
     def build(self, seconds: float) -> int:
-        return self.python(["setup.py", "-q", "build_ext", "--inplace", "-j4"], seconds, echo=6)[0]
+        return self.python([*BUILD], seconds, 6)[0]
 
     def machine(self, seconds: float) -> int:
-        code, text = self.python(["-c", MACHINE], seconds)
-        self.data["machine"] = text.splitlines()
-        self.python(["-m", "kvsig", "info"], seconds, echo=60)
-        self.data["cpus"] = self.python([str(HERE / "cpus.py")], seconds)[1].splitlines()
-        return code
+        code, text = self.python(["-c", MACHINE], seconds, 0)
+        self.data["machine"] = json.loads(text.splitlines()[-1])
+        self.say(f"  {self.data['machine']}")
+        return code or self.python(["-m", "kvsig", "info"], seconds, 12)[0]
 
     def tests(self, seconds: float) -> int:
         command = ["-m", "pytest", "-m", "gpu", "-q", "--durations=5", "-p", "no:cacheprovider"]
-        code, text = self.python([*command, "tests"], seconds, echo=30)
-        self.data["tests"] = text.splitlines()[-40:]
+        code, text = self.python([*command, "tests"], seconds, 30)
+        self.data["tests"] = text.splitlines()[-1:]
         return code
 
-    def demo_of(
-        self, library: Path | None, seconds: float, *options: str, route: str = "auto"
-    ) -> dict[str, Any]:
-        """Run the main job, 1 GiB and more, with one libcudart."""
-        environment = {"KVSIG_ROUTE": route}
-        if library:
-            environment["KVSIG_CUDART"] = str(library)
-        command = ["-m", "kvsig", "demo", "--json", "--model", self.model, *options]
-        code, text = self.python(command, seconds, echo=0, **environment)
-        found: dict[str, Any] = {"exit_code": code}
-        start = text.find("{\n")
+    def main_job(self, seconds: float, library: Path | None, *options: str) -> dict[str, Any]:
+        """Run the demo with one libcudart."""
+        chosen = {"KVSIG_CUDART": str(library)} if library else {}
+        command = ["-m", "kvsig", "demo", "--json", *options]
+        code, text = self.python(command, seconds, 0, **chosen)
         try:
-            found |= json.loads(text[start : text.rindex("\n}") + 2])
+            (run,) = json.loads(text[text.index("{\n") : text.rindex("\n}") + 2])["runs"]
         except ValueError:
-            found["output"] = text[-2000:]
-            return found
-        for run in found["runs"]:
-            for key in ("library", "spec"):
-                if run.get(key):
-                    # Folders are this machine's own affair.
-                    run[key] = "/".join(Path(run[key]).parts[-2:])
-            run.pop("found", None)
-            said = [f"{run['library']}: runtime {run['runtime_version']}, {run['variant']}"]
-            for way in ("offload", "load"):
-                part = run[way]
-                said.append(
-                    f"{way} {part['path']} {part['bytes'] / 2**30:.2f} GiB "
-                    f"{part.get('gb_per_s')} GB/s"
-                    + (f" ({part['reason']})" if part.get("reason") else "")
-                )
-            said.append("bit-exact" if run["bit_exact"] else "WRONG BYTES")
-            self.say("  " + "; ".join(said))
+            return {"exit_code": code, "output": text[-500:]}
+        found = {"exit_code": code, "variant": run["variant"], "bit_exact": run["bit_exact"]}
+        for way in ("offload", "load"):
+            keys = ("path", "reason", "bytes", "gb_per_s")
+            found[way] = {key: run[way][key] for key in keys if run[way].get(key) is not None}
         return found
 
     def demo(self, seconds: float) -> int:
-        self.data["demo"] = self.demo_of(None, seconds)
-        if "output" in self.data["demo"]:
-            self.say(self.data["demo"]["output"])
+        self.data["demo"] = self.main_job(seconds, None)
+        self.say(f"  {self.data['demo']}")
         return int(self.data["demo"]["exit_code"])
 
     def matrix(self, seconds: float) -> int:
         """The main job with every libcudart in the folder, each in a process of its own."""
-        if self.cudart is None:
+        if self.args.cudart is None:
             raise ValueError("give --cudart FOLDER with libcudart-VERSION/libcudart.so.*")
-        libraries = {}
-        for folder in sorted(self.cudart.iterdir()):
-            files = sorted(folder.rglob("libcudart.so*"), key=lambda path: len(path.name))
-            if files:
-                # The longest name is that of the file; the others are links to it.
-                libraries[folder.name] = files[-1].resolve()
+        # The longest name is that of the file; the others are links to it.
+        libraries = {
+            folder.name: max(folder.rglob("libcudart.so*"), key=lambda path: len(path.name))
+            for folder in sorted(self.args.cudart.iterdir())
+            if any(folder.rglob("libcudart.so*"))
+        }
         if not libraries:
-            raise ValueError(f"{self.cudart} holds no */libcudart.so*")
-        deadline = time.monotonic() + seconds
-        worst = 0
+            raise ValueError(f"{self.args.cudart} holds no */libcudart.so*")
+        end = time.monotonic() + seconds
         self.data["matrix"] = {}
         for done, (name, path) in enumerate(libraries.items()):
-            share = max((deadline - time.monotonic()) / (len(libraries) - done), 20)
-            size = ("--tokens", "8192")
-            results = {name: self.demo_of(path, share, *size, "--path", "batch")}
-            if name < "libcudart-12.8":
-                # The batch came from the driver; without it there are page copies.
-                results[f"{name}, KVSIG_ROUTE=runtime"] = self.demo_of(
-                    path, share, *size, "--path", "auto", route="runtime"
-                )
-            self.data["matrix"] |= results
-            self.write()
-            for label, result in results.items():
-                if result["exit_code"] != 0:
-                    worst = int(result["exit_code"])
-                    self.say(f"  {label}: exit code {worst}\n{result.get('output', '')}")
-        return worst
-
-    def script(self, name: str, seconds: float, echo: int) -> int:
-        arguments = [str(HERE / f"{name}.py"), "--json", str(self.out / f"{name}.json")]
-        # The start of Python, memory and the C compiler come on top.
-        arguments += ["--seconds", str(max(10, int(seconds - 25)))]
-        return self.python(arguments, seconds, echo)[0]
-
-    def batch_vs_c(self, seconds: float) -> int:
-        return self.script("batch_vs_c", seconds, 90)
-
-    def explore(self, seconds: float) -> int:
-        return self.script("explore", seconds, 110)
-
-    def threads(self, seconds: float) -> int:
-        return self.script("threads", seconds, 30)
-
-    def pace(self, seconds: float) -> int:
-        return self.script("pace", seconds, 45)
-
-    def looks(self, seconds: float) -> int:
-        return self.script("looks", seconds, 70)
-
-    def calibrate(self, seconds: float) -> int:
-        command = ["-m", "kvsig", "calibrate", "--json", str(self.out / "calibrate.json")]
-        return self.python(command, seconds, 30)[0]
-
-    def bench(self, seconds: float, *arguments: str, name: str = "bench", echo: int = 60) -> int:
-        command = ["-m", "kvsig", "bench", "--json", str(self.out / f"{name}.json"), *arguments]
-        command += ["--seconds", str(max(10, int(seconds - 25)))]
-        return self.python(command, seconds, echo)[0]
+            share = max((end - time.monotonic()) / (len(libraries) - done), 20)
+            found = self.main_job(share, path.resolve(), "--tokens", "8192")
+            self.data["matrix"][name] = found
+            self.say(f"  {name}: {found}")
+        return max(int(found["exit_code"]) for found in self.data["matrix"].values())
 
     def quick(self, seconds: float) -> int:
-        return self.bench(seconds, "--quick", name="quick", echo=90)
+        return self.bench("quick", seconds, "--quick")
+
+    def models(self, seconds: float) -> int:
+        return self.bench("models", seconds, "--section", "models")
 
     def grid(self, seconds: float) -> int:
-        return self.bench(seconds, echo=140)
-
-    def targets(self, seconds: float) -> int:
-        """Only what the requirements name, without the rivals that take long."""
-        cells = "sizes,layers,orders,layer-first,both,pages,models,spacing,stream,million"
-        methods = "auto,batch,strided,loop,one-call,one-copy"
-        return self.bench(
-            seconds, "--section", cells, "--method", methods, "--runs", "9",
-            name="targets", echo=120,
-        )  # fmt: skip
+        return self.bench("grid", seconds)
 
     def compute(self, seconds: float) -> int:
-        return self.bench(seconds, "--compute", name="compute")
-
-    def nullstream(self, seconds: float) -> int:
-        return self.bench(
-            seconds, "--section", "stream", "--method", "auto,one-copy", name="nullstream"
-        )
+        command = [str(HERE / "beside.py"), "--seconds", str(max(10, int(seconds - 25)))]
+        return self.measured("compute", command, seconds, 40)
 
     def host(self, seconds: float) -> int:
-        return self.bench(seconds, "--host", name="host")
+        return self.bench("host", seconds, "--host")
+
+    def rivals(self, seconds: float) -> int:
+        command = [str(HERE / "rivals.py"), "--seconds", str(max(10, int(seconds - 25)))]
+        return self.measured("rivals", command, seconds, 40)
+
+    def overhead(self, seconds: float) -> int:
+        return self.measured("overhead", [str(HERE / "overhead.py")], seconds, 20)
+
+    def calibrate(self, seconds: float) -> int:
+        command = ["-m", "kvsig", "calibrate", "--dry-run"]
+        return self.measured("calibrate", command, seconds, 40)
+
+    def against(self, seconds: float) -> int:
+        old = self.args.against
+        if old is None:
+            raise ValueError("give --against CHECKOUT")
+        end = time.monotonic() + seconds
+        if not any((old / "kvsig").glob("_core*.so")):
+            code = self.python([*BUILD], seconds, 6, folder=old)[0]
+            if code:
+                return code
+        seconds = end - time.monotonic()
+        limit = ["--seconds", str(max(10, int(seconds - 40)))]
+        return self.measured("against", [str(HERE / "against.py"), str(old), *limit], seconds, 70)
+
+
+def condensed(result: dict[str, Any]) -> dict[str, Any]:
+    """Keep of a result what tables and plots need."""
+    kept = dict(result)
+    if result["kind"] == "bench":
+        kept["cells"] = [condensed_cell(cell) for cell in result["cells"]]
+    return kept
+
+
+#: Of a method in a cell.
+KEPT = ("runs", "path", "calls", "verified", "gb_s", "share", "auto_ratio", "host_ns_per_copy")
+
+
+def condensed_cell(cell: dict[str, Any]) -> dict[str, Any]:
+    """Keep what tables and plots show, and of times the median and the outer tenths."""
+    methods = {}
+    for name, row in cell["methods"].items():
+        methods[name] = {key: row[key] for key in KEPT if row.get(key) is not None}
+        if "ms" in row:
+            methods[name]["ms"] = {key: row["ms"][key] for key in ("median", "p10", "p90")}
+    return cell | {"methods": methods}
+
+
+def compact(data: Any, depth: int = 3) -> str:
+    """Write JSON with what is nested deeper on one line."""
+    if depth and isinstance(data, dict) and data:
+        return "{\n" + ",\n".join(
+            f"{json.dumps(key)}: {compact(value, depth - 1)}" for key, value in data.items()
+        ) + "\n}"  # fmt: skip
+    if depth and isinstance(data, list) and data:
+        return "[\n" + ",\n".join(compact(value, depth - 1) for value in data) + "\n]"
+    return json.dumps(data, separators=(",", ":"))
+
+
+def read_arguments() -> argparse.Namespace:
+    parts = "\n".join(f"  {name:<10} {text}" for name, (_, text) in PARTS.items())
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f"parts (default: {','.join(DEFAULT)}):\n{parts}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("parts", nargs="?", default=",".join(DEFAULT))
+    parser.add_argument("--cudart", type=Path, help="folder of libcudart-VERSION folders")
+    parser.add_argument("--against", type=Path, help="another checkout of kvsig")
+    parser.add_argument("--commit", default=os.environ.get("KVSIG_COMMIT"))
+    parser.add_argument("--seconds", type=float, default=570, help="for everything")
+    parser.add_argument("--scale", type=float, default=1, help="stretches every part's time")
+    args = parser.parse_args()
+    args.names = [name.strip() for name in args.parts.split(",") if name.strip()]
+    unknown = [name for name in args.names if name not in PARTS]
+    if unknown:
+        parser.error(f"no part {', '.join(unknown)}; there are: {', '.join(PARTS)}")
+    if args.commit and not re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?", args.commit):
+        parser.error(f"--commit {args.commit!r} is no commit")
+    if args.against is not None:
+        args.against = args.against.resolve()
+        if not (args.against / "kvsig" / "__init__.py").is_file():
+            parser.error(f"--against {args.against}: there is no kvsig in it")
+        if "against" not in args.names:
+            args.names.append("against")
+    return args
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("sections", nargs="?", default=",".join(DEFAULT))
-    parser.add_argument("--cudart", type=Path, help="folder of libcudart-VERSION folders")
-    parser.add_argument("--commit", default=os.environ.get("KVSIG_COMMIT"))
-    parser.add_argument("--model", default="llama3-8b", help="of the demo")
-    parser.add_argument("--seconds", type=float, default=570, help="for everything")
-    parser.add_argument("--scale", type=float, default=1, help="stretches every section's time")
-    args = parser.parse_args()
-    names = [name.strip() for name in args.sections.split(",") if name.strip()]
-    unknown = [name for name in names if name not in SECTIONS]
-    if unknown:
-        parser.error(f"no section {', '.join(unknown)}; there are: {', '.join(SECTIONS)}")
-    if args.commit and not re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?", args.commit):
-        parser.error(f"--commit {args.commit!r} is no commit")
+    args = read_arguments()
     run = Run(args)
-    for name in names:
-        run.section(name)
+    good = [run.part(name) for name in args.names]
     run.say("")
-    failed = 0
-    for name in names:
-        row = run.data["sections"][name]
-        failed += row["result"] != "ok"
-        run.say(f"{name:<12} {row.get('seconds', 0):>7.1f} s  {row['result']}")
-    run.say(f"{time.monotonic() - run.begin:.0f} s in all")
-    return 1 if failed else 0
+    for name in args.names:
+        row = run.data["parts"][name]
+        run.say(f"{name:<12} {row['seconds']:>7.1f} s  {row['result']}")
+    size = run.path.stat().st_size
+    run.say(f"{time.monotonic() - run.begin:.0f} s in all; {run.path.name}: {size:,} bytes")
+    if size > MOST_BYTES:
+        run.say(f"{run.path.name} is larger than {MOST_BYTES:,} bytes: choose fewer parts to keep")
+    return 0 if all(good) and size <= MOST_BYTES else 1
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kvsig.cache import PagedKVCache
     from kvsig.call import call
     from kvsig.registry import RegistryError
-    from kvsig.transfer import copy_batch
+    from kvsig.copies import copy_batch
 
 __version__ = "0.1.0"
 
@@ -43,7 +43,7 @@ _HOME = {
     "RegistryError": "registry",
     "Report": "_core",
     "call": "call",
-    "copy_batch": "transfer",
+    "copy_batch": "copies",
     "emulated": "emulated",
     "info": "_core",
     "registry": "registry",

@@ -54,3 +54,9 @@ class CudaError(RuntimeError):
         fields = (self.code, self.name, self.text, self.function, self.variant, self.library)
         notes = getattr(self, "__notes__", None)
         return type(self), (*fields, self.index), {"__notes__": list(notes)} if notes else None
+
+
+def page_out_of_range(name: str, position: int, page: object, limit: int) -> ValueError:
+    """Make the error for a page number that a side does not have."""
+    side = "the device" if name == "device_pages" else "the host pool"
+    return ValueError(f"{name}[{position}] is {page}: {side} has pages 0 to {limit - 1}")

@@ -10,32 +10,103 @@ By hand::
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import keyword
+import importlib
+import re
 import sys
+import types
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING or __package__:
-    from . import registry as _registry
+    from . import registry as reader
+    from .registry_reader import RESERVED
 else:
     # Run by file path, from setup.py or by hand: importing the package would need the extension
-    # that is about to be built. Frozen dataclasses want the module in sys.modules first.
-    _spec = importlib.util.spec_from_file_location(
-        "kvsig_registry", Path(__file__).with_name("registry.py")
-    )
-    _registry = importlib.util.module_from_spec(_spec)
-    sys.modules[_spec.name] = _registry
-    _spec.loader.exec_module(_registry)
+    # that is about to be built, so the modules that need no extension get a package of their own.
+    _package = types.ModuleType("kvsig_unbuilt")
+    _package.__path__ = [str(Path(__file__).parent)]
+    sys.modules[_package.__name__] = _package
+    reader = importlib.import_module("kvsig_unbuilt.registry")
+    RESERVED = importlib.import_module("kvsig_unbuilt.registry_reader").RESERVED
 
 if TYPE_CHECKING:
-    from .registry import CType, Function, Param, Registry, Struct, Variant
+    from .registry import CType, Function, Param, Registry, Variant
 
-__all__ = ["cython_text", "emulated_glue", "emulated_versions", "write_if_changed"]
+__all__ = [
+    "GenerationError",
+    "cython_text",
+    "emulated_glue",
+    "emulated_versions",
+    "reader",
+    "write_if_changed",
+]
 
 UNBOUND = -1
-"""What a caller answers for a function that has no variant; no CUDA error code is negative."""
+"""What a caller answers for a function that has no variant, or whose variant cannot hold an
+argument; no CUDA error code is negative."""
+
+
+class GenerationError(ValueError):
+    """A registry holds what is no name, number or type, and must not become source text."""
+
+
+# --- What reaches the text ----------------------------------------------------------------------
+# All that a registry says goes through these: names, numbers, and literals of harmless letters.
+
+_IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,127}", re.ASCII)
+_LITERAL = re.compile(r"[A-Za-z0-9_.:* ]{0,400}", re.ASCII)
+
+
+def _name(text: str) -> str:
+    if not isinstance(text, str) or not _IDENTIFIER.fullmatch(text):
+        raise GenerationError(f"{text!r} is no name, and is not written into source")
+    return text
+
+
+def _number(value: int) -> str:
+    if isinstance(value, bool) or not isinstance(value, int) or not -(2**63) <= value < 2**64:
+        raise GenerationError(f"{value!r} is no number of 64 bits, and is not written into source")
+    return str(int(value))
+
+
+def _literal(text: str) -> str:
+    """A string literal, alike in C and Cython: of letters that neither gives a meaning to."""
+    if not isinstance(text, str) or not _LITERAL.fullmatch(text):
+        raise GenerationError(f"{text!r} is no plain text, and is not written into source")
+    return f'"{text}"'
+
+
+def _global(text: str) -> str:
+    """A name for something at the top of the text."""
+    if text in RESERVED:
+        raise GenerationError(f"{text!r} is a word of its own in generated source")
+    return _name(text)
+
+
+def _local(text: str) -> str:
+    """A name for a parameter or a field in Cython: ``from`` is one in C."""
+    return f"{_name(text)}_" if text.rstrip("_") in RESERVED else _name(text)
+
+
+def _type(registry: Registry, ctype: CType, prefix: str = "") -> str:
+    """Spell a type: aliases and enums are resolved, opaque structs are void."""
+    ctype = registry.resolve(ctype)
+    if ctype.name in registry.structs:
+        opaque = registry.structs[ctype.name].opaque
+        base = "void" if opaque else prefix + _global(ctype.name)
+    elif ctype.name in registry.enums:
+        base = "int"
+    elif ctype.base in reader.SCALARS or ctype.base == "void":
+        base = ctype.base
+    else:
+        raise GenerationError(f"type {ctype.base!r} is not known")
+    stars = "".join("*const " if const else "*" for const in ctype.pointers).strip()
+    return f"{'const ' if ctype.const else ''}{base}{' ' if stars else ''}{stars}"
+
+
+def _c_type(registry: Registry, ctype: CType) -> str:
+    return _type(registry, ctype, "struct kvsig_")
 
 
 def write_if_changed(path: Path, text: str) -> bool:
@@ -56,29 +127,32 @@ def write_if_changed(path: Path, text: str) -> bool:
 # --- Cython -----------------------------------------------------------------------------------
 
 
-def _cython_type(registry: Registry, ctype: CType) -> str:
-    """Spell a type in Cython: aliases and enums are resolved, structs stay."""
-    ctype = registry.resolve(ctype)
-    base = "int" if ctype.name in registry.enums else ctype.name
-    if ctype.name in registry.structs and registry.structs[ctype.name].opaque:
-        base = "void"
-    stars = "".join("*const " if const else "*" for const in ctype.pointers).strip()
-    return f"{'const ' if ctype.const else ''}{base}{' ' if stars else ''}{stars}"
-
-
-_TAKEN = frozenset(keyword.kwlist) | {
-    "DEF", "ELIF", "ELSE", "IF", "NULL", "cdef", "cimport", "cpdef", "ctypedef", "exec", "gil",
-    "include", "nogil", "print", "slots", "memset",
-}  # fmt: skip
-
-
-def _safe(name: str) -> str:
-    """A parameter name that Cython and the callers leave free: ``from`` is one in C."""
-    return f"{name}_" if name in _TAKEN else name
-
-
 def _pointer_type(function: Function, index: int) -> str:
-    return f"{function.name}_{index}"
+    return f"kvsig_t_{_global(function.name)}_{index}"
+
+
+def _write_c_structs(registry: Registry) -> Iterator[str]:
+    """C text of the structs, with the proof that the registry's figures are the compiler's."""
+    for struct in registry.ordered_structs():
+        if struct.opaque:
+            continue
+        name = _global(struct.name)
+        yield f"struct kvsig_{name} {{"
+        for field in struct.fields:
+            length = "" if field.length is None else f"[{_number(field.length)}]"
+            yield f"    {_c_type(registry, field.type)} kvsig_{_name(field.name)}{length};"
+        yield "};"
+        size = f"signatures.toml: size of struct {name} is not what its fields make"
+        yield (
+            f"_Static_assert(sizeof(struct kvsig_{name}) == {_number(struct.size or 0)},"
+            f" {_literal(size)});"
+        )
+        for field, (at, _) in zip(struct.fields, registry.offsets(struct.name), strict=True):
+            place = f"signatures.toml: struct {name}: offset of {field.name}"
+            yield (
+                f"_Static_assert(offsetof(struct kvsig_{name}, kvsig_{_name(field.name)})"
+                f" == {_number(at)}, {_literal(place)});"
+            )
 
 
 def _write_constants(registry: Registry) -> Iterator[str]:
@@ -86,60 +160,92 @@ def _write_constants(registry: Registry) -> Iterator[str]:
     yield f"    UNBOUND = {UNBOUND}"
     for enum in registry.enums.values():
         for name, value in enum.constants.items():
-            yield f"    {name} = {value}"
+            yield f"    {_global(name)} = {_number(value)}"
     yield ""
 
 
-def _write_struct(registry: Registry, struct: Struct) -> Iterator[str]:
-    if struct.opaque:
-        return
-    yield f"cdef struct {struct.name}:"
-    for field in struct.fields:
-        length = f"[{field.length}]" if field.length is not None else ""
-        yield f"    {_cython_type(registry, field.type)}{length} {_safe(field.name)}"
+def _write_structs(registry: Registry) -> Iterator[str]:
+    """The structs of C under their own names; fields have others there, which no macro has."""
+    yield "cdef extern from *:"
+    yield '    """'
+    yield "    #include <stddef.h>"
+    yield from (f"    {line}" for line in _write_c_structs(registry))
+    yield '    """'
+    for struct in registry.ordered_structs():
+        if struct.opaque:
+            continue
+        yield f'    struct {_global(struct.name)} "kvsig_{struct.name}":'
+        for field in struct.fields:
+            length = "" if field.length is None else f"[{_number(field.length)}]"
+            spelled = _type(registry, field.type)
+            yield f'        {spelled} {_local(field.name)} "kvsig_{_name(field.name)}"{length}'
     yield ""
 
 
 def _write_types(registry: Registry, function: Function) -> Iterator[str]:
-    returns = _cython_type(registry, function.returns)
+    returns = _type(registry, function.returns)
     for index, variant in enumerate(function.variants):
-        params = ", ".join(_cython_type(registry, p.type) for p in variant.params)
-        yield f"# {variant.label}: {variant.reason}"
+        params = ", ".join(_type(registry, p.type) for p in variant.params)
+        yield f"# {_literal(variant.label)[1:-1]}"
         yield f"ctypedef {returns} (*{_pointer_type(function, index)})({params}) noexcept nogil"
 
 
 def _constant(registry: Registry, param: Param) -> str:
     """The value of a parameter that no caller gives, as Cython text."""
     if isinstance(param.value, dict):
-        return f"fixed_{param.name}"
-    return f"<{_cython_type(registry, param.type)}>{param.value}"
+        return f"kvsig_fixed_{_name(param.name)}"
+    value = _global(param.value) if isinstance(param.value, str) else _number(param.value or 0)
+    return f"<{_type(registry, param.type)}>{value}"
+
+
+def _argument(registry: Registry, param: Param, given: Collection[str]) -> str:
+    if param.name not in given:
+        return _constant(registry, param)
+    resolved = registry.resolve(param.type)
+    if resolved.name in registry.structs and not resolved.pointers:
+        return _local(param.name)
+    return f"<{_type(registry, param.type)}>{_local(param.name)}"
+
+
+def _write_guards(
+    registry: Registry, variant: Variant, given: dict[str, CType], missing: str
+) -> Iterator[str]:
+    """Refuse what the bound variant's type cannot hold and another variant's can."""
+    for param in variant.params:
+        own = registry.bounds(param.type)
+        wide = registry.bounds(given[param.name]) if param.name in given else None
+        if own is None or wide is None or (own[0] <= wide[0] and wide[1] <= own[1]):
+            continue
+        name, narrow = _local(param.name), _type(registry, param.type)
+        test = f"<{_type(registry, given[param.name])}><{narrow}>{name} != {name}"
+        if own[0] == 0 and wide[0] < 0:
+            test = f"{name} < 0 or {test}"
+        yield f"        if {test}:"
+        yield f"            return {missing}"
 
 
 def _write_caller(registry: Registry, function: Function, slot: int) -> Iterator[str]:
-    given = function.caller_params
-    params = ", ".join(f"{_cython_type(registry, t)} {_safe(n)}" for n, t in given.items())
-    returns = _cython_type(registry, function.returns)
-    yield f"cdef inline {returns} {function.name}({params}) noexcept nogil:"
-    yield f"    cdef int bound_variant_ = slots[{slot}].variant"
+    given = registry.caller_params(function)
+    params = ", ".join(f"{_type(registry, t)} {_local(n)}" for n, t in given.items())
+    returns = _type(registry, function.returns)
+    missing = "NULL" if registry.resolve(function.returns).pointers else "UNBOUND"
+    yield f"cdef inline {returns} {_global(function.name)}({params}) noexcept nogil:"
+    yield f"    cdef int kvsig_variant = slots[{slot}].variant"
     fixed = {p.name: p for v in function.variants for p in v.params
              if isinstance(p.value, dict) and p.name not in given}  # fmt: skip
-    for name, param in fixed.items():
-        yield f"    cdef {_cython_type(registry, param.type)} fixed_{name}"
-        yield f"    memset(&fixed_{name}, 0, sizeof(fixed_{name}))"
+    for param in fixed.values():
+        name = _constant(registry, param)
+        yield f"    cdef {_type(registry, param.type)} {name}"
+        yield f"    memset(&{name}, 0, sizeof({name}))"
         assert isinstance(param.value, dict)
         for key, number in param.value.items():
-            yield f"    fixed_{name}.{_safe(key)} = {number}"
+            yield f"    {name}.{_local(key)} = {_number(number)}"
     for index, variant in enumerate(function.variants):
-        arguments = ", ".join(
-            f"<{_cython_type(registry, p.type)}>{_safe(p.name)}"
-            if p.name in given and registry.resolve(p.type).pointers
-            else (_safe(p.name) if p.name in given else _constant(registry, p))
-            for p in variant.params
-        )
+        arguments = ", ".join(_argument(registry, p, given) for p in variant.params)
+        yield f"    if kvsig_variant == {index}:"
+        yield from _write_guards(registry, variant, given, missing)
         pointer = f"(<{_pointer_type(function, index)}>slots[{slot}].address)"
-        yield f"    if bound_variant_ == {index}:"
         yield f"        return {pointer}({arguments})"
-    missing = "NULL" if registry.resolve(function.returns).pointers else "UNBOUND"
     yield f"    return {missing}"
     yield ""
 
@@ -147,14 +253,12 @@ def _write_caller(registry: Registry, function: Function, slot: int) -> Iterator
 def _write_invoker(registry: Registry, function: Function, index: int) -> Iterator[str]:
     """A caller with arguments from a tuple: integers, floats, and bytes for structs."""
     variant = function.variants[index]
-    name = f"invoke_{_pointer_type(function, index)}"
-    returns = _cython_type(registry, function.returns)
-    pointer = registry.resolve(function.returns).pointers
-    yield f"cdef object {name}(void *address, tuple arguments):"
+    pointer_type = _pointer_type(function, index)
+    yield f"cdef object kvsig_invoke_{pointer_type}(void *address, tuple arguments):"
     names = []
     for position, param in enumerate(variant.params):
         ctype = registry.resolve(param.type)
-        spelled = _cython_type(registry, param.type)
+        spelled = _type(registry, param.type)
         item = f"arguments[{position}]"
         names.append(f"p{position}")
         if ctype.pointers:
@@ -164,10 +268,10 @@ def _write_invoker(registry: Registry, function: Function, index: int) -> Iterat
             yield f"    memcpy(&p{position}, <const char *><bytes>{item}, sizeof(p{position}))"
         else:
             yield f"    cdef {spelled} p{position} = {item}"
-    yield f"    cdef {returns} result"
+    yield f"    cdef {_type(registry, function.returns)} result"
     yield "    with nogil:"
-    yield f"        result = (<{_pointer_type(function, index)}>address)({', '.join(names)})"
-    if pointer:
+    yield f"        result = (<{pointer_type}>address)({', '.join(names)})"
+    if registry.resolve(function.returns).pointers:
         yield "    return <bytes>result if result != NULL else None"
     else:
         yield "    return result"
@@ -182,18 +286,18 @@ def _write_invoke(registry: Registry) -> Iterator[str]:
     for slot, function in enumerate(registry.functions.values()):
         for index in range(len(function.variants)):
             yield f"    {word} slot == {slot} and which == {index}:"
-            yield f"        return invoke_{_pointer_type(function, index)}(address, arguments)"
+            name = f"kvsig_invoke_{_pointer_type(function, index)}"
+            yield f"        return {name}(address, arguments)"
             word = "elif"
     yield '    raise SystemError("no invoker for slot %d, variant %d" % (slot, which))'
     yield ""
 
 
 def _write_layout(registry: Registry) -> Iterator[str]:
-    """Sizes as the C compiler sees them, for the check of the registry's own figures."""
     yield "STRUCT_SIZES = {"
     for struct in registry.structs.values():
         if not struct.opaque:
-            yield f'    "{struct.name}": sizeof({struct.name}),'
+            yield f"    {_literal(struct.name)}: sizeof({_global(struct.name)}),"
     yield "}"
     yield ""
 
@@ -217,8 +321,8 @@ def cython_text(registry: Registry) -> str:
         "# cython-lint: disable",
         "from libc.string cimport memcpy, memset",
         "",
-        f'DIGEST = "{registry.digest}"',
-        f"FUNCTIONS = {tuple(registry.functions)!r}",
+        f"DIGEST = {_literal(registry.digest)}",
+        f"FUNCTIONS = ({' '.join(f'{_literal(_global(name))},' for name in registry.functions)})",
         "",
         "cdef struct Slot:",
         "    void *address",
@@ -227,12 +331,11 @@ def cython_text(registry: Registry) -> str:
         f"cdef Slot[{len(registry.functions)}] slots",
         "",
         "cdef enum:",
-        *(f"    SLOT_{name} = {slot}" for slot, name in enumerate(registry.functions)),
+        *(f"    SLOT_{_global(name)} = {slot}" for slot, name in enumerate(registry.functions)),
         "",
         *_write_constants(registry),
     ]
-    for struct in registry.structs.values():
-        lines += _write_struct(registry, struct)
+    lines += _write_structs(registry)
     lines += _write_layout(registry)
     for slot, function in enumerate(registry.functions.values()):
         lines += _write_types(registry, function)
@@ -249,53 +352,32 @@ def cython_text(registry: Registry) -> str:
 
 def emulated_versions(registry: Registry) -> tuple[int, ...]:
     """First version of each ABI: every version at which a prototype of libcudart changes."""
-    return registry.boundaries("cudart")
+    return registry.boundaries(reader.RUNTIME)
 
 
-def _write_c_types(registry: Registry) -> Iterator[str]:
-    for enum in registry.enums.values():
-        constants = [f"{n} = {v}" for n, v in enum.constants.items()] or [f"{enum.name}_zero_"]
-        yield f"enum {enum.name} {{ {', '.join(constants)} }};"
-        yield f"typedef enum {enum.name} {enum.name};"
-    for alias in registry.aliases.values():
-        spelled = str(alias.type)
-        yield f"typedef {spelled}{'' if spelled.endswith('*') else ' '}{alias.name};"
-    for struct in registry.structs.values():
-        yield f"typedef struct {struct.name} {struct.name};"
-    for struct in registry.structs.values():
-        if not struct.opaque:
-            fields = " ".join(f"{field.declaration};" for field in struct.fields)
-            yield f"struct {struct.name} {{ {fields} }};"
-            yield (
-                f"_Static_assert(sizeof(struct {struct.name}) == {struct.size},"
-                f' "size of struct {struct.name}");'
-            )
-    yield ""
-
-
-def _write_exported(function: Function, variant: Variant) -> Iterator[str]:
-    count = len(variant.params)
-    yield f"{function.prototype(variant, variant.symbol)}"
+def _write_exported(registry: Registry, function: Function, variant: Variant) -> Iterator[str]:
+    """A function with its exact prototype; parameters have names that no macro has."""
+    params = [f"{_c_type(registry, p.type)} p{i}" for i, p in enumerate(variant.params)]
+    returns = _c_type(registry, function.returns)
+    yield f"{returns} {_global(variant.symbol)}({', '.join(params) or 'void'})"
     yield "{"
-    array = "NULL"
-    if count:
-        array = "arguments"
+    if params:
         yield "    const struct emu_arg arguments[] = {"
-        for param in variant.params:
-            text = str(param.type)
-            yield f'        {{"{param.name}", "{text}", &{param.name}, sizeof({param.name})}},'
+        for i, param in enumerate(variant.params):
+            texts = f"{_literal(_name(param.name))}, {_literal(str(param.type))}"
+            yield f"        {{{texts}, &p{i}, sizeof(p{i})}},"
         yield "    };"
-    yield (
-        f"    return ({function.returns})emu_dispatch("
-        f'"{function.name}", "{variant.symbol}", "{variant.label}", {array}, {count});'
-    )
+    texts = ", ".join(map(_literal, (function.name, variant.symbol, variant.label)))
+    array = "arguments" if params else "NULL"
+    dispatch = "emu_dispatch_pointer" if "*" in returns else "emu_dispatch"
+    yield f"    return ({returns}){dispatch}({texts}, {array}, {len(params)});"
     yield "}"
     yield ""
 
 
 def _write_trap(symbol: str) -> Iterator[str]:
-    yield f"void {symbol}(void);"
-    yield f'void {symbol}(void) {{ emu_trap("{symbol}"); }}'
+    yield f"void {_global(symbol)}(void);"
+    yield f"void {symbol}(void) {{ emu_trap({_literal(symbol)}); }}"
     yield ""
 
 
@@ -314,7 +396,7 @@ def emulated_glue(registry: Registry, version: int, without: Collection[str] = (
     -------
     str
         Each function with its exact prototype, passing its arguments by name to
-        ``emu_dispatch`` of ``csrc/emulated.h``. A function past its last range is exported
+        ``emu_dispatch`` of ``csrc/emulated/emulated.h``. A function past its last range is exported
         as a trap that aborts: calling it would be calling an unproven prototype.
     """
     bounds = emulated_versions(registry)
@@ -330,24 +412,25 @@ def emulated_glue(registry: Registry, version: int, without: Collection[str] = (
         f"const int emu_abi_since = {since};",
         f"const int emu_abi_before = {'INT_MAX' if before is None else before};",
         "",
-        *_write_c_types(registry),
+        *_write_c_structs(registry),
+        "",
     ]
     exported: set[str] = set(without)
     traps: list[str] = []
     for function in registry.functions.values():
-        if function.library != "cudart":
+        if function.library != reader.RUNTIME:
             # What is the driver's lies in the same file here, in every form: a driver keeps its
             # old entry points, and its version is set apart from the runtime's.
             for form in reversed(function.variants):
                 if form.symbol not in exported:
                     exported.add(form.symbol)
-                    lines += _write_exported(function, form)
+                    lines += _write_exported(registry, function, form)
             continue
         variant = function.select(version)
         if variant is not None:
             if variant.symbol not in exported:
                 exported.add(variant.symbol)
-                lines += _write_exported(function, variant)
+                lines += _write_exported(registry, function, variant)
             if variant.symbol != function.name:
                 traps.append(function.name)
         elif version >= function.variants[-1].since:
@@ -368,9 +451,9 @@ def main(argv: Iterable[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="file to write, only if changed")
     options = parser.parse_args(None if argv is None else list(argv))
     try:
-        registry = _registry.load(options.registry)
+        registry = reader.load(options.registry)
         text = (
-            emulated_glue(registry, _registry.parse_version(options.glue))
+            emulated_glue(registry, reader.parse_version(options.glue))
             if options.glue
             else cython_text(registry)
         )

@@ -1,6 +1,7 @@
-"""The registry of CUDA prototypes: reads and checks ``signatures.toml``.
+"""The registry of CUDA prototypes that ``signatures.toml`` is.
 
-Standard library only, so that the build, the run time and the tests share one reader.
+Standard library only, so that the build, the run time and the tests share one reader, which is
+``registry_reader.py``.
 The format is explained at the top of ``signatures.toml``.
 """
 
@@ -9,12 +10,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
+import stat
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 __all__ = [
     "Alias",
@@ -30,39 +30,24 @@ __all__ = [
     "Variant",
     "format_version",
     "load",
+    "next_major",
     "parse_version",
 ]
 
 PATH = Path(__file__).with_name("signatures.toml")
+MAX_BYTES = 1 << 23
 
-SCALARS = frozenset(
-    {
-        "char",
-        "signed char",
-        "unsigned char",
-        "short",
-        "unsigned short",
-        "int",
-        "unsigned int",
-        "long",
-        "unsigned long",
-        "long long",
-        "unsigned long long",
-        "size_t",
-        "float",
-        "double",
-    }
-)
-_SCALAR_WORDS = frozenset(word for scalar in SCALARS for word in scalar.split()) | {"void"}
-_KEYWORDS = _SCALAR_WORDS | {
-    "auto", "break", "case", "const", "continue", "default", "do", "else", "enum", "extern",
-    "for", "goto", "if", "inline", "register", "restrict", "return", "sizeof", "static",
-    "struct", "switch", "typedef", "union", "volatile", "while",
+RUNTIME = "cudart"
+"""The library whose versions make the ABIs that emulated runtimes stand for."""
+
+INTEGERS = {
+    "char": 8, "signed char": 8, "unsigned char": 8, "short": 16, "unsigned short": 16,
+    "int": 32, "unsigned int": 32, "long": 64, "unsigned long": 64, "long long": 64,
+    "unsigned long long": 64, "size_t": 64,
 }  # fmt: skip
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+"""Bits of C's integer types on Linux, 64-bit."""
+SCALARS = frozenset(INTEGERS) | {"float", "double"}
 _VERSION = re.compile(r"(0|[1-9][0-9]{0,2})\.(0|[1-9][0-9]?)")
-_RELEASE = re.compile(r"[0-9]+\.[0-9]+\.[0-9]+")
-_TOKEN = re.compile(r"\s*([A-Za-z_][A-Za-z0-9_]*|[0-9]+|\*|\[|\]|\S)")
 
 
 class RegistryError(ValueError):
@@ -116,6 +101,11 @@ def format_version(version: int) -> str:
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
+def next_major(version: int) -> int:
+    """The major after a version: 12080 is followed by 13000."""
+    return 1000 * (version // 1000 + 1)
+
+
 @dataclass(frozen=True, slots=True)
 class CType:
     """A C type: a base, and the constness of each level of pointer.
@@ -142,6 +132,16 @@ class CType:
             if self.base.startswith(("struct ", "enum "))
             else (self.base)
         )
+
+    @property
+    def unsigned(self) -> bool:
+        """Whether it is one of C's unsigned integers."""
+        return self.base.startswith("unsigned ") or self.base == "size_t"
+
+    def named(self, name: str) -> str:
+        """C text that declares a name with this type."""
+        text = str(self)
+        return f"{text}{'' if text.endswith('*') else ' '}{name}"
 
     def __str__(self) -> str:
         stars = "".join("*const " if const else "*" for const in self.pointers).rstrip()
@@ -237,25 +237,23 @@ class Function:
         ----------
         version : int
             As CUDA counts: 12080 is 12.8.
+
+        Raises
+        ------
+        TypeError
+            If the version is text, or no integer at all.
         """
+        if isinstance(version, bool) or not isinstance(version, int):
+            raise TypeError(
+                f"version {version!r} is no integer as CUDA counts, such as 12080 for 12.8;"
+                ' for text use kvsig.registry.parse_version("12.8")'
+            )
         return next((v for v in self.variants if v.covers(version)), None)
 
     def prototype(self, variant: Variant, name: str | None = None) -> str:
         """C text of a variant's prototype."""
-        result = str(self.returns)
-        space = "" if result.endswith("*") else " "
-        params = ", ".join(p.declaration for p in variant.params) or "void"
-        return f"{result}{space}{name or self.name}({params})"
-
-    @property
-    def caller_params(self) -> dict[str, CType]:
-        """Parameters that a caller gives, by name: all that some variant has no value for."""
-        found: dict[str, CType] = {}
-        for variant in self.variants:
-            for param in variant.params:
-                if param.value is None:
-                    found.setdefault(param.name, param.type)
-        return found
+        params = ", ".join(p.type.named(p.name) for p in variant.params) or "void"
+        return f"{self.returns.named(name or self.name)}({params})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,13 +305,24 @@ class Alias:
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """A shared library: its header, and the functions that tell its version and addresses."""
+    """A shared library: its header, and the functions that tell its version and addresses.
+
+    ``sonames`` are the names by which the dynamic loader may know it, the one to try first in
+    front. ``optional`` says that kvsig opens it only where it is needed, and that its header
+    comes in a package of its own.
+    """
 
     name: str
     header: str
-    soname: str
+    sonames: tuple[str, ...]
     version: str
     lookup: str | None = None
+    optional: bool = False
+
+    @property
+    def soname(self) -> str:
+        """The name to try first."""
+        return self.sonames[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,6 +336,8 @@ class Registry:
         refuses to load.
     verified : tuple of str
         Releases whose headers and libraries the registry was checked against.
+    sha256 : mapping
+        SHA-256 of the wheels of these releases, in hexadecimal, by file name.
     """
 
     libraries: dict[str, Library]
@@ -335,6 +346,7 @@ class Registry:
     enums: dict[str, Enum]
     aliases: dict[str, Alias]
     verified: tuple[str, ...]
+    sha256: Mapping[str, str] = field(default_factory=dict)
     digest: str = ""
     path: Path = field(default=PATH, compare=False)
 
@@ -351,519 +363,123 @@ class Registry:
 
     def resolve(self, ctype: CType) -> CType:
         """Replace aliases, down to scalars, enums, structs and void."""
-        while ctype.base in self.aliases:
-            inner = self.aliases[ctype.base].type
-            const, pointers = inner.const or ctype.const, inner.pointers
-            if pointers:
-                # The name stands for a pointer: const with it is that pointer's.
-                const, pointers = inner.const, (*pointers[:-1], pointers[-1] or ctype.const)
-            ctype = CType(inner.base, const, pointers + ctype.pointers)
-        return ctype
+        return resolve(ctype, self.aliases)
 
+    def ordered_structs(self, names: Iterable[str] | None = None) -> list[Struct]:
+        """Structs, each after those that it holds by value."""
+        done: dict[str, Struct] = {}
 
-def _tokens(text: str) -> list[str]:
-    return _TOKEN.findall(text)
+        def visit(name: str) -> None:
+            struct = self.structs.get(name)
+            if struct is None or name in done:
+                return
+            for item in struct.fields:
+                held = self.resolve(item.type)
+                if not held.pointers:
+                    visit(held.name)
+            done[name] = struct
 
+        for name in self.structs if names is None else names:
+            visit(name)
+        return list(done.values())
 
-class _Bad(Exception):
-    """What is wrong with one value; the place is added by the reader."""
+    def layout(self, ctype: CType) -> tuple[int, int]:
+        """Size and alignment of a type in bytes, by the rules of C on 64-bit Linux."""
+        ctype = self.resolve(ctype)
+        if ctype.pointers:
+            return 8, 8
+        if ctype.name in self.structs:
+            fields = self.structs[ctype.name].fields
+            align = max((self.layout(f.type)[1] for f in fields), default=1)
+            end = max((at + size for at, size in self.offsets(ctype.name)), default=0)
+            return -(-end // align) * align, align
+        bits = INTEGERS.get(ctype.base, 64 if ctype.base == "double" else 32)
+        return bits // 8, bits // 8
 
+    def offsets(self, struct: str) -> list[tuple[int, int]]:
+        """Offset and size in bytes of each field of a struct."""
+        found = []
+        at = 0
+        for item in self.structs[struct].fields:
+            size, align = self.layout(item.type)
+            at = -(-at // align) * align
+            found.append((at, size * (item.length or 1)))
+            at += size * (item.length or 1)
+        return found
 
-def _parse_type(tokens: list[str]) -> tuple[CType, list[str]]:
-    """Read a type from the front of a token list; return it and what is left."""
-    rest = list(tokens)
-    const = False
-    words: list[str] = []
-    while rest:
-        token = rest[0]
-        if token == "const":
-            const = True
-        elif token in ("struct", "enum") and not words:
-            words.append(token)
-        elif token in _SCALAR_WORDS or token in ("signed", "unsigned"):
-            if words and words[-1] not in _SCALAR_WORDS:
-                break
-            words.append(token)
-        elif _NAME.fullmatch(token) and (not words or words in (["struct"], ["enum"])):
-            words.append(token)
-            rest.pop(0)
-            if rest and rest[0] == "const":
-                const = True
-                rest.pop(0)
-            break
-        else:
-            break
-        rest.pop(0)
-    pointers: list[bool] = []
-    while rest and rest[0] in ("*", "const"):
-        if rest[0] == "*":
-            pointers.append(False)
-        elif pointers:
-            pointers[-1] = True
-        else:
-            const = True
-        rest.pop(0)
-    base = {"unsigned": "unsigned int", "signed": "int"}.get(" ".join(words), " ".join(words))
-    return CType(base, const, tuple(pointers)), rest
-
-
-class _Reader:
-    """Collects every problem of a file, each with its dotted place."""
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-        self.problems: list[str] = []
-        self.where: list[str] = []
-        self.enums: dict[str, Enum] = {}
-        self.structs: dict[str, Struct] = {}
-        self.aliases: dict[str, Alias] = {}
-        self.known: set[str] = set()
-        self.opaque: set[str] = set()
-
-    @contextmanager
-    def at(self, place: str) -> Iterator[None]:
-        self.where.append(place)
-        try:
-            yield
-        except _Bad as error:
-            self.bad(str(error))
-        finally:
-            self.where.pop()
-
-    def bad(self, text: str, key: str = "") -> None:
-        place = ("".join(self.where) + (f".{key}" if key else "")).lstrip(".")
-        self.problems.append(f"{place or 'file'}: {text}")
-
-    def table(
-        self, value: object, allowed: Iterable[str], required: Iterable[str] = ()
-    ) -> dict[str, Any] | None:
-        """Check that a value is a table with the right keys."""
-        if not isinstance(value, dict):
-            self.bad(f"must be a table, not {value!r}")
+    def bounds(self, ctype: CType) -> tuple[int, int] | None:
+        """Least and greatest value of an integer type or an enum; None for any other."""
+        ctype = self.resolve(ctype)
+        if ctype.pointers:
             return None
-        allowed = tuple(allowed)
-        for key in value:
-            if key not in allowed:
-                self.bad(f"unknown key; use one of: {', '.join(allowed)}", key)
-        for key in required:
-            if key not in value:
-                self.bad("missing key; add it", key)
-        return value
-
-    def section(self, data: dict[str, Any], name: str) -> Iterator[tuple[str, Any]]:
-        """Walk the named tables of a section, with the place set to each."""
-        tables = data.get(name, {})
-        if not isinstance(tables, dict):
-            self.bad(f"must be a table, not {tables!r}", name)
-            return
-        for key, value in tables.items():
-            with self.at(f".{name}.{key}"):
-                if not _c_name(key):
-                    self.bad(f"{key!r} is not a C name; use letters, digits and _")
-                yield key, value
-
-    def text(self, table: dict[str, Any], key: str, default: str = "") -> str:
-        value = table.get(key, default)
-        if not isinstance(value, str) or (key in table and not value.strip()):
-            self.bad(f"must be text, not {value!r}", key)
-            return default
-        return value
-
-    def flag(self, table: dict[str, Any], key: str) -> bool:
-        value = table.get(key, False)
-        if not isinstance(value, bool):
-            self.bad(f"must be true or false, not {value!r}", key)
-            return False
-        return value
-
-    def version(self, table: dict[str, Any], key: str) -> int | None:
-        if key not in table:
+        if ctype.name in self.enums:
+            return -(2**31), 2**32 - 1
+        if ctype.base not in INTEGERS:
             return None
-        try:
-            return parse_version(table[key])
-        except ValueError as error:
-            self.bad(str(error), key)
-            return None
+        bits = INTEGERS[ctype.base]
+        return (0, 2**bits - 1) if ctype.unsigned else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
-    def name(self, table: dict[str, Any], key: str, default: str = "") -> str:
-        value = self.text(table, key, default)
-        if key in table and value and not _c_name(value):
-            self.bad(f"{value!r} is not a C name; use letters, digits and _", key)
-        return value
+    def caller_params(self, function: Function) -> dict[str, CType]:
+        """Parameters that a caller gives: all that some variant has no value for.
 
-    def ctype(self, ctype: CType) -> None:
-        """Complain about a type that is not known."""
-        word, _, rest = ctype.base.partition(" ")
-        if ctype.base == "void":
-            if not ctype.pointers:
-                raise _Bad("void is no type for a value; use a pointer")
-        elif word == "enum" and rest:
-            if rest not in self.enums:
-                raise _Bad(f"type {ctype.base!r} is not known; declare [enum.{rest}]")
-        elif word == "struct" and rest:
-            if rest not in self.known:
-                raise _Bad(f"type {ctype.base!r} is not known; declare [struct.{rest}]")
-        elif ctype.base not in SCALARS | self.enums.keys() | self.known | self.aliases.keys():
-            raise _Bad(
-                f"type {ctype.base!r} is not known; use a C type, or declare it under"
-                " [struct], [enum] or [alias]"
-            )
-        if not ctype.pointers and ctype.name in self.opaque:
-            raise _Bad(f"struct {ctype.name} is opaque; use a pointer, or declare its fields")
+        Returns
+        -------
+        dict
+            Type by name: one that holds the values of every variant's.
 
-    def declaration(self, text: object) -> tuple[str, CType, int | None]:
-        """Read ``TYPE NAME`` or, in a struct, ``TYPE NAME[LENGTH]``."""
-        if not isinstance(text, str):
-            raise _Bad(f'must be a C declaration, such as "size_t count", not {text!r}')
-        ctype, rest = _parse_type(_tokens(text))
-        if not ctype.base:
-            raise _Bad(f'{text!r} has no type; write it as in the header, such as "size_t count"')
-        if not rest and not ctype.pointers and _c_name(ctype.base) and (ctype.base not in SCALARS):
-            raise _Bad(f'{text!r} has no type or no name; write both, such as "size_t count"')
-        if not rest:
-            raise _Bad(f'{text!r} has no name; give the header\'s, such as "size_t count"')
-        name, *rest = rest
-        if not _c_name(name):
-            raise _Bad(f"{name!r} in {text!r} is not a C name; use letters, digits and _")
-        length = None
-        if len(rest) == 3 and rest[0] == "[" and rest[1].isdigit() and rest[2] == "]":
-            length, rest = int(rest[1]), []
-        if rest:
-            raise _Bad(
-                f"{text!r} is no plain declaration after {name!r}; give one type and one name"
-            )
-        self.ctype(ctype)
-        return name, ctype, length
+        Raises
+        ------
+        ValueError
+            If there is no such type.
+        """
+        types: dict[str, list[CType]] = {}
+        given = set()
+        for variant in function.variants:
+            for param in variant.params:
+                types.setdefault(param.name, []).append(param.type)
+                if param.value is None:
+                    given.add(param.name)
+        return {name: self._widest(name, found) for name, found in types.items() if name in given}
 
-
-def _c_name(text: str) -> bool:
-    return bool(_NAME.fullmatch(text)) and text not in _KEYWORDS
-
-
-def _read_libraries(read: _Reader, data: dict[str, Any]) -> dict[str, Library]:
-    found = {}
-    for name, value in read.section(data, "library"):
-        keys = ("header", "soname", "version", "lookup")
-        table = read.table(value, keys, keys[:3])
-        if table is not None:
-            found[name] = Library(
-                name,
-                read.text(table, "header"),
-                read.text(table, "soname"),
-                read.name(table, "version"),
-                read.name(table, "lookup") or None,
-            )
-    return found
-
-
-def _library(read: _Reader, table: dict[str, Any], libraries: dict[str, Library]) -> str:
-    name = read.text(table, "library")
-    if name and name not in libraries:
-        read.bad(f"{name!r} is not a library; declare [library.{name}]", "library")
-    return name
-
-
-def _read_enums(read: _Reader, data: dict[str, Any], libraries: dict[str, Library]) -> None:
-    for name, value in read.section(data, "enum"):
-        read.enums[name] = Enum(name, "", 0, {})
-        table = read.table(value, ("library", "since", "constants"), ("library", "constants"))
-        if table is None:
-            continue
-        constants = table.get("constants", {})
-        good: dict[str, int] = {}
-        if not isinstance(constants, dict):
-            read.bad(f"must be a table of numbers, not {constants!r}", "constants")
-            constants = {}
-        for key, number in constants.items():
-            if not _c_name(key):
-                read.bad(f"{key!r} is not a C name; use letters, digits and _", f"constants.{key}")
-            elif (
-                isinstance(number, bool)
-                or not isinstance(number, int)
-                or not (-(2**31) <= number < 2**32)
-            ):
-                read.bad(f"must be an integer of 32 bits, not {number!r}", f"constants.{key}")
-            else:
-                good[key] = number
-        since = read.version(table, "since") or 0
-        read.enums[name] = Enum(name, _library(read, table, libraries), since, good)
-
-
-def _read_aliases(read: _Reader, data: dict[str, Any]) -> None:
-    for name, value in read.section(data, "alias"):
-        if not isinstance(value, str):
-            read.bad(f'must be a C type, such as "void *", not {value!r}')
-            continue
-        ctype, rest = _parse_type(_tokens(value))
-        if rest or not ctype.base:
-            read.bad(f'{value!r} is no plain C type; use one such as "void *"')
-            continue
-        # What the body of a loop raises does not reach the place that the generator has set.
-        with read.at(""):
-            read.ctype(ctype)
-            read.aliases[name] = Alias(name, ctype)
-
-
-def _read_structs(read: _Reader, data: dict[str, Any], libraries: dict[str, Library]) -> None:
-    tables = data.get("struct", {})
-    if isinstance(tables, dict):
-        read.known = set(tables)
-        read.opaque = {
-            name
-            for name, table in tables.items()
-            if isinstance(table, dict) and "fields" not in table
-        }
-    for name, value in read.section(data, "struct"):
-        keys = ("library", "since", "size", "fields", "typedef", "grows")
-        table = read.table(value, keys, ("library",))
-        if table is None:
-            continue
-        size = table.get("size")
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-            read.bad(f"must be a number of bytes, not {size!r}", "size")
-        if "fields" in table and size is None:
-            read.bad("missing key; give the size in bytes", "size")
-        fields = []
-        names: set[str] = set()
-        items = table.get("fields", [])
-        if not isinstance(items, list):
-            read.bad(f"must be a list of C declarations, not {items!r}", "fields")
-            items = []
-        for index, item in enumerate(items):
-            with read.at(f".fields[{index}]"):
-                member = None
-                if isinstance(item, dict):
-                    entry = read.table(item, ("declaration", "member"), ("declaration",)) or {}
-                    member = read.text(entry, "member") or None
-                    item = entry.get("declaration")
-                    if item is None:
-                        continue
-                field_name, ctype, length = read.declaration(item)
-                if field_name in names:
-                    raise _Bad(f"field {field_name!r} is there twice; name each once")
-                names.add(field_name)
-                fields.append(Field(item, field_name, ctype, length, member or field_name))
-        read.structs[name] = Struct(
-            name,
-            _library(read, table, libraries),
-            read.version(table, "since") or 0,
-            size,
-            tuple(fields),
-            read.flag(table, "typedef"),
-            read.text(table, "grows") or None,
-        )
-
-
-def _check_cycles(read: _Reader) -> None:
-    """Complain about structs that hold themselves by value."""
-    for name in read.structs:
-        inside, todo = set(), [name]
-        while todo:
-            struct = read.structs.get(todo.pop())
-            held = [f.type.name for f in struct.fields if not f.type.pointers] if struct else []
-            todo += [other for other in held if other not in inside]
-            inside.update(held)
-        if name in inside:
-            with read.at(f".struct.{name}"):
-                read.bad("holds itself; use a pointer", "fields")
-
-
-def _read_value(read: _Reader, value: object, ctype: CType) -> int | str | dict[str, int]:
-    if isinstance(value, bool):
-        raise _Bad(f"value must be a number, the name of a constant or a table, not {value!r}")
-    inner = ctype
-    while not inner.pointers and inner.base in read.aliases:
-        inner = read.aliases[inner.base].type
-    pointer = bool(inner.pointers)
-    if pointer and isinstance(value, (int, str)) and value != 0:
-        raise _Bad(f"value of a pointer can only be 0, not {value!r}")
-    if not pointer and isinstance(value, (int, str)) and ctype.name in read.structs:
-        raise _Bad(f"value of {ctype} must be a table of its fields, not {value!r}")
-    if isinstance(value, int):
-        return value
-    if isinstance(value, str):
-        names = {name for enum in read.enums.values() for name in enum.constants}
-        if value not in names:
-            raise _Bad(f"value {value!r} is no constant of an [enum]; declare it, or use a number")
-        return value
-    if isinstance(value, dict):
-        struct = read.structs.get(ctype.name)
-        if struct is None or ctype.pointers:
-            raise _Bad(f"value {value!r} is a table, but {ctype} is not a struct")
-        known = {f.name for f in struct.fields}
-        for key, number in value.items():
-            if key not in known:
-                raise _Bad(f"value has a field {key!r}; {ctype} has: {', '.join(sorted(known))}")
-            if isinstance(number, bool) or not isinstance(number, int):
-                raise _Bad(f"value of field {key!r} must be a number, not {number!r}")
-        return value
-    raise _Bad(f"value must be a number, the name of a constant or a table, not {value!r}")
-
-
-def _read_params(read: _Reader, items: object) -> tuple[Param, ...]:
-    if not isinstance(items, list):
-        read.bad(f"must be a list of C declarations, not {items!r}", "params")
-        return ()
-    params: list[Param] = []
-    for index, item in enumerate(items):
-        with read.at(f".params[{index}]"):
-            entry: dict[str, Any] = {}
-            if isinstance(item, dict):
-                keys = ("declaration", "value", "out")
-                entry = read.table(item, keys, ("declaration",)) or {}
-                item = entry.get("declaration")
-                if item is None:
-                    continue
-            name, ctype, length = read.declaration(item)
-            if length is not None:
-                raise _Bad(f"{item!r} is an array; write it as a pointer")
-            if any(name == other.name for other in params):
-                raise _Bad(f"parameter {name!r} is there twice; name each once")
-            value = None
-            if "value" in entry:
-                value = _read_value(read, entry["value"], ctype)
-            out = read.flag(entry, "out")
-            resolved = ctype
-            if out and not resolved.pointers:
-                raise _Bad(f"out goes with a pointer, not with {ctype}")
-            params.append(Param(item, name, ctype, value, out))
-    return tuple(params)
-
-
-def _read_variant(
-    read: _Reader, value: object, name: str, library: Library | None, newest: int
-) -> Variant | None:
-    keys = ("since", "before", "params", "reason", "open", "symbol", "pinned")
-    table = read.table(value, keys, ("since", "params", "reason"))
-    if table is None:
-        return None
-    since, before = read.version(table, "since"), read.version(table, "before")
-    reason, why_open = read.text(table, "reason"), read.text(table, "open") or None
-    if "before" not in table and why_open is None:
-        read.bad(
-            "missing key; close the range at the next major, or give open ="
-            ' "why every release can be trusted to keep it"',
-            "before",
-        )
-    if "before" in table and "open" in table:
-        read.bad("a range with an end is not open; drop one of before and open", "open")
-    if since is not None and before is not None:
-        if since >= before:
-            read.bad(
-                f"range {format_version(since)} to {format_version(before)} is"
-                f" {'empty' if since == before else 'swapped'}; since must be below before"
-            )
-        limit = 1000 * (max(since, newest) // 1000 + 1)
-        if before > limit:
-            read.bad(
-                f"{format_version(before)} is past the next major, {format_version(limit)}:"
-                " no release beyond it has been seen; close the range there",
-                "before",
-            )
-    pinned = read.version(table, "pinned")
-    if pinned is not None and library is not None and library.lookup is None:
-        read.bad(f"library {library.name!r} has no lookup function to pin a version with", "pinned")
-    params = _read_params(read, table.get("params", []))
-    if since is None:
-        return None
-    symbol = read.name(table, "symbol", name)
-    return Variant(since, before, symbol, params, reason, why_open, pinned)
-
-
-def _check_order(read: _Reader, variants: list[tuple[int, Variant]]) -> None:
-    for (_, first), (index, second) in zip(variants, variants[1:], strict=False):
-        with read.at(f".variant[{index}]"):
-            if second.since < first.since:
-                read.bad(
-                    f"variants are not sorted: {second.label} comes after {first.label};"
-                    " put the oldest first"
+    def _widest(self, name: str, types: list[CType]) -> CType:
+        first = types[0]
+        for other in types[1:]:
+            if self._kind(other) != self._kind(first):
+                raise ValueError(
+                    f"parameter {name!r} is {first} in one variant and {other} in another, and no"
+                    " type holds both; give it a value in one of them, or leave one variant out"
                 )
-            elif first.before is None or second.since < first.before:
-                read.bad(
-                    f"range {second.label} overlaps {first.label}; close the older one earlier"
-                )
+        ranges = [self.bounds(t) for t in types]
+        known = [r for r in ranges if r is not None]
+        if not known:
+            # Floats, or alike but for const: a double holds a float, and callers are cast.
+            return next((t for t in types if self.resolve(t).base == "double"), first)
+        low, high = min(r[0] for r in known), max(r[1] for r in known)
+        enough = (t for t, r in zip(types, known, strict=True) if r[0] <= low and high <= r[1])
+        # Where int and size_t meet, what either cannot hold is refused at the call.
+        return next(enough, CType("long long"))
+
+    def _kind(self, ctype: CType) -> str:
+        """What two types have in common of which one can take the place of the other."""
+        ctype = self.resolve(ctype)
+        if self.bounds(ctype) is not None:
+            return "integer"
+        base = "int" if ctype.name in self.enums else ctype.name
+        if ctype.pointers:
+            return f"{base} {'*' * len(ctype.pointers)}"
+        return "float" if ctype.base in SCALARS else f"struct {ctype.name}"
 
 
-def _read_functions(
-    read: _Reader, data: dict[str, Any], libraries: dict[str, Library], newest: int
-) -> dict[str, Function]:
-    found: dict[str, Function] = {}
-    for name, value in read.section(data, "function"):
-        keys = ("library", "returns", "summary", "page", "variant", "stands_in_for", "result")
-        table = read.table(value, keys, ("library", "returns", "summary", "page", "variant"))
-        if table is None:
-            continue
-        library = _library(read, table, libraries)
-        page = read.text(table, "page")
-        if page and not page.startswith("https://"):
-            read.bad(f"must be a link to NVIDIA's page, not {page!r}", "page")
-        returns = CType("int")
-        text = read.text(table, "returns")
-        if text:
-            returns, rest = _parse_type(_tokens(text))
-            if rest or not returns.base:
-                read.bad(f'{text!r} is no plain C type; use one such as "cudaError_t"', "returns")
-            else:
-                with read.at(".returns"):
-                    read.ctype(returns)
-        items = table.get("variant", [])
-        if not isinstance(items, list) or ("variant" in table and not items):
-            read.bad(f"must be one or more [[function.{name}.variant]]", "variant")
-            items = []
-        variants = []
-        for index, item in enumerate(items):
-            with read.at(f".variant[{index}]"):
-                variant = _read_variant(read, item, name, libraries.get(library), newest)
-                if variant is not None:
-                    variants.append((index, variant))
-        _check_order(read, variants)
-        found[name] = Function(
-            name, library, returns, read.text(table, "summary"), page,
-            tuple(v for _, v in variants), read.name(table, "stands_in_for") or None,
-            read.flag(table, "result"),
-        )  # fmt: skip
-    for name, function in found.items():
-        if function.stands_in_for and function.stands_in_for not in found:
-            with read.at(f".function.{name}"):
-                read.bad(
-                    f"{function.stands_in_for!r} is not a function of this file", "stands_in_for"
-                )
-    return found
-
-
-def _read_verified(read: _Reader, data: dict[str, Any]) -> tuple[tuple[str, ...], int]:
-    releases = data.get("verified", [])
-    if not isinstance(releases, list) or not all(
-        isinstance(r, str) and _RELEASE.fullmatch(r) for r in releases
-    ):
-        read.bad(f'must be a list of releases, such as "12.8.90", not {releases!r}', "verified")
-        return (), 0
-    newest = max((1000 * int(r.split(".")[0]) + 10 * int(r.split(".")[1]) for r in releases),
-                 default=0)  # fmt: skip
-    return tuple(releases), newest
-
-
-def _build(read: _Reader, data: dict[str, Any], digest: str, path: Path) -> Registry:
-    sections = ("verified", "library", "alias", "enum", "struct", "function")
-    read.table(data, sections, ("library", "function"))
-    verified, newest = _read_verified(read, data)
-    libraries = _read_libraries(read, data)
-    tables = data.get("struct", {})
-    read.known = set(tables) if isinstance(tables, dict) else set()
-    _read_enums(read, data, libraries)
-    _read_aliases(read, data)
-    _read_structs(read, data, libraries)
-    _check_cycles(read)
-    functions = _read_functions(read, data, libraries, newest)
-    for library in libraries.values():
-        for key in ("version", "lookup"):
-            name = getattr(library, key)
-            if name and name not in functions:
-                with read.at(f".library.{library.name}"):
-                    read.bad(f"{name!r} is not a function of this file; declare it", key)
-    return Registry(
-        libraries, functions, read.structs, read.enums, read.aliases, verified, digest, path
-    )
+def resolve(ctype: CType, aliases: Mapping[str, Alias]) -> CType:
+    """Replace aliases, down to scalars, enums, structs and void."""
+    while ctype.base in aliases:
+        inner = aliases[ctype.base].type
+        const, pointers = inner.const or ctype.const, inner.pointers
+        if pointers:
+            # The name stands for a pointer: const with it is that pointer's.
+            const, pointers = inner.const, (*pointers[:-1], pointers[-1] or ctype.const)
+        ctype = CType(inner.base, const, pointers + ctype.pointers)
+    return ctype
 
 
 def parse(text: bytes | str, source: str = "signatures.toml", path: Path = PATH) -> Registry:
@@ -882,12 +498,22 @@ def parse(text: bytes | str, source: str = "signatures.toml", path: Path = PATH)
         Lists every offender of the file with its place.
     """
     raw = text.encode() if isinstance(text, str) else text
+    if len(raw) > MAX_BYTES:
+        raise RegistryError(source, [f"file: has {len(raw)} bytes; at most {MAX_BYTES} are read"])
+    # It is written in terms of what this module defines.
+    from .registry_reader import Reader, build
+
+    read = Reader()
     try:
         data = tomllib.loads(raw.decode())
+        registry = build(read, data, hashlib.sha256(raw).hexdigest(), path)
+    except RecursionError:
+        raise RegistryError(source, ["file: tables, arrays or structs nest too deeply"]) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RegistryError(source, [f"not TOML: {error}"]) from None
-    read = _Reader(source)
-    registry = _build(read, data, hashlib.sha256(raw).hexdigest(), path)
+    except ValueError as error:
+        # Python's own bound on the digits of an integer, which tomllib passes on.
+        raise RegistryError(source, [f"not TOML: too many digits: {error}"]) from None
     if read.problems:
         raise RegistryError(source, read.problems)
     return registry
@@ -895,7 +521,16 @@ def parse(text: bytes | str, source: str = "signatures.toml", path: Path = PATH)
 
 def digest(path: Path | str | None = None) -> str:
     """SHA-256 of a registry file, in hexadecimal."""
-    return hashlib.sha256(Path(path or PATH).read_bytes()).hexdigest()
+    return hashlib.sha256(_regular(Path(path or PATH)).read_bytes()).hexdigest()
+
+
+def _regular(file: Path) -> Path:
+    """The file, which must be one: reading a FIFO would wait for ever."""
+    mode = file.stat().st_mode
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+        raise RegistryError(str(file), [f"file: is {what}; give a TOML file"])
+    return file
 
 
 @functools.lru_cache(maxsize=8)
@@ -923,5 +558,5 @@ def load(path: Path | str | None = None) -> Registry:
         If the file cannot be read.
     """
     file = Path(path or PATH)
-    stat = file.stat()
-    return _load(file, (stat.st_mtime_ns, stat.st_size))
+    stamp = _regular(file).stat()
+    return _load(file, (stamp.st_mtime_ns, stamp.st_size))

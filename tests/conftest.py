@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from kvsig import _core, _pack, registry
+from kvsig import _core, registry
 from kvsig.emulated import Control
 
 BATCH = "cudaMemcpyBatchAsync"
@@ -25,22 +25,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(skip)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def steady_cpu() -> Iterator[None]:
-    """Plans do not depend on how busy the machine is that runs the tests."""
-    before, _pack.look = _pack.look, lambda: 1.0
-    yield
-    _pack.look = before
-
-
-@pytest.fixture(autouse=True)
-def nothing_measured() -> Iterator[None]:
-    """Plans do not depend on what transfers took, and the CPU looked like, in tests before."""
-    _pack.forget()
-    yield
-    _pack.forget()
 
 
 @pytest.fixture(params=["12.9", "13.0"])

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from kvsig import headers, registry, releases
+from kvsig import registry
+from kvsig.check import headers, releases
 from kvsig.cli import check as command
 
 REGISTRY = registry.load()

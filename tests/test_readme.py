@@ -21,10 +21,14 @@ def test_table_of_prototypes():
     rows = re.findall(
         r"^\| .*?\| `\((.*?)\)` \| batches, (\d) parameters \|$", README, re.MULTILINE
     )
-    variants = registry.load().functions["cudaMemcpyBatchAsync"].variants
+    table = registry.load()
+    variants = table.functions["cudaMemcpyBatchAsync"].variants
+    looked = [registry.parse_version(r.rpartition(".")[0]) for r in table.verified]
     assert rows == [
         (", ".join(param.declaration for param in variant.params), str(len(variant.params)))
         for variant in variants
+        # What is written for a release that nobody has seen has no place in the table yet.
+        if any(variant.covers(version) for version in looked)
     ]
 
 

@@ -2,7 +2,8 @@
 
 A subcommand is a module of this package with a function ``register(subparsers)``, which adds
 its parser and sets ``run``, a function that takes the parsed arguments and returns the exit
-code: 0 for success, 1 for a failure that was reported, 2 (argparse's) for wrong arguments.
+code. Exit codes: 0 for success, 1 for a failure that was reported, 2 for wrong arguments, 130
+where it was interrupted.
 """
 
 from __future__ import annotations
@@ -12,24 +13,26 @@ import importlib
 import os
 import signal
 import sys
-import textwrap
 import warnings
 from collections.abc import Sequence
 from typing import TextIO
 
 import kvsig
+from kvsig.cli.arguments import UsageError
 
 __all__ = ["COMMANDS", "main"]
 
 #: Modules of this package that are subcommands, in the order of the help text. One that is not
 #: part of this installation is left out.
 COMMANDS = ("info", "demo", "check", "bench", "calibrate")
+FAILED, WRONG_ARGUMENTS = 1, 2
 
 EPILOG = """\
 environment:
   KVSIG_CUDART    the CUDA runtime to use: a path to a libcudart, or emulated:12.9
                   (or another version) for the emulated runtime, which needs no GPU;
-                  unset: the libcudart that torch loads
+                  unset: the libcudart that torch loads, or where there is no GPU
+                  the emulated runtime
   KVSIG_ROUTE     where batches go: runtime (libcudart's function), driver (the driver's
                   own) or auto (the default: the driver's where libcudart has none)
 """
@@ -48,12 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         Exit code.
     """
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if args.run is None:
-        parser.print_help()
-        return 0
+    open_closed_streams()
+    args = argparse.Namespace(command=None, traceback=False)
     try:
+        parser = build_parser()
+        args = parser.parse_args(argv)
+        if args.run is None:
+            parser.print_help()
+            return 0
         with warnings.catch_warnings():
             warnings.showwarning = show_warning
             code: int = args.run(args)
@@ -77,10 +82,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         # flushes stdout at exit, so stdout is pointed elsewhere first.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except UsageError as error:
+        return fail(args, error, WRONG_ARGUMENTS)
     except (kvsig.CudaError, kvsig.BindError, ValueError, OSError) as error:
         if args.traceback:
             raise
         return fail(args, error)
+
+
+def open_closed_streams() -> None:
+    """Point stdout and stderr elsewhere where they were closed (``kvsig info >&-``).
+
+    Python has None for them then, and the next file that is opened would get their number.
+    """
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+            setattr(sys, name, os.fdopen(number, "w", encoding="utf-8"))
 
 
 def show_warning(
@@ -95,10 +116,10 @@ def show_warning(
     print(f"kvsig: warning: {message}", file=sys.stderr)
 
 
-def fail(args: argparse.Namespace, what: object) -> int:
+def fail(args: argparse.Namespace, what: object, code: int = FAILED) -> int:
     """Say on stderr why a command failed."""
     print(f"kvsig {args.command}: {what}", file=sys.stderr)
-    return 1
+    return code
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -109,6 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"kvsig {kvsig.__version__}")
     parser.set_defaults(run=None, command=None, traceback=False)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name in COMMANDS:
@@ -125,25 +147,3 @@ def build_parser() -> argparse.ArgumentParser:
             "--traceback", action="store_true", help="show Python's traceback of an error"
         )
     return parser
-
-
-def wrap(text: str, indent: str = "", width: int | None = None) -> str:
-    """Wrap a sentence for the terminal, every line but the first behind `indent`."""
-    if width is None:
-        width = terminal_width()
-    return textwrap.fill(
-        text,
-        width,
-        subsequent_indent=indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-
-
-def terminal_width() -> int:
-    """Columns to write for: those of the terminal, between 60 and 100."""
-    try:
-        columns = os.get_terminal_size(sys.stdout.fileno()).columns
-    except (OSError, ValueError):
-        columns = 100
-    return max(60, min(columns, 100))

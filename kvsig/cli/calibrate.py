@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kvsig.cli.arguments import natural, output, positive
+from kvsig.tools.report import bytes_text, provenance, table, time_text, wrap, write_json
+
 if TYPE_CHECKING:
-    from kvsig.calibration import Measured
-    from kvsig.costs import CostModel
+    from kvsig.planning.costs import CostModel
+    from kvsig.tools.calibration import Compared
 
 __all__ = ["register"]
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the subcommand."""
-    from kvsig.cli.demo import natural, positive
-
     parser = subparsers.add_parser(
         "calibrate",
         help="measure what copies cost on this GPU, and keep it for the planner",
-        description="Measures a few copies of every method in both directions on the current "
-        "GPU, fits the planner's cost model to them, and keeps it in the user's cache folder, "
-        "where every PagedKVCache of this GPU model finds it.",
+        description="Measures a few copies of every path in both directions on the current "
+        "GPU and fits the planner's cost model to them. Says which figures change, and what they "
+        "predict before and after; then keeps them in the user's cache folder, where every "
+        "PagedKVCache of this GPU model finds them.",
     )
     parser.add_argument(
         "--seconds", type=positive, default=12, help="time for measuring (default: 12)"
@@ -34,9 +36,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--dry-run", action="store_true", help="measure and print, but keep nothing"
     )
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="keep it in this file, not in the cache folder"
+        "--output",
+        type=output(),
+        metavar="FILE",
+        help="keep it in this file, not in the cache folder",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write measurements as JSON")
+    parser.add_argument("--json", type=output(), metavar="FILE", help="write measurements as JSON")
     parser.set_defaults(run=run)
 
 
@@ -48,75 +53,54 @@ def run(args: argparse.Namespace) -> int:
     int
         0.
     """
-    from kvsig import bench, calibration, costs
+    from kvsig.planning import costs
+    from kvsig.tools import calibration, fitting
+    from kvsig.tools.measuring import SCHEMA
 
-    for path in (args.json, args.output):
-        if path is not None and not path.resolve().parent.is_dir():
-            raise ValueError(f"{path}: there is no folder {path.resolve().parent}")
-    bar = bench.Bar(calibration.MOST_RUNS, "kvsig calibrate")
-
-    def tell(done: int, total: int) -> None:
-        bar.show(done, f"rounds, at most {total}")
-
-    try:
-        model, measured = calibration.calibrate(args.seconds, args.seed, tell)
-    finally:
-        bar.close()
-    print(text_of(model, measured))
+    name, samples = calibration.measure(args.seconds, args.seed)
+    before, after = costs.load(name), fitting.fit(samples, name)
+    compared = calibration.compare(samples, before, after)
+    print(text_of(before, after, compared), flush=True)
     if args.json is not None:
-        bench.write_json(
-            args.json,
-            {
-                "schema": bench.SCHEMA,
-                "kind": "calibrate",
-                "provenance": bench.provenance(),
-                "model": asdict(model),
-                "cells": [one.as_dict() for one in measured],
-            },
-        )
-    if not args.dry_run:
-        print(f"kept in {costs.save(model, args.output)}")
+        head = {"schema": SCHEMA, "kind": "calibrate", "provenance": provenance()}
+        cells = [one.as_dict() for one in compared]
+        write_json(args.json, head | {"model": asdict(after), "cells": cells})
+    path = args.output or costs.cache_path(name)
+    if args.dry_run:
+        print(wrap(f"nothing was kept; without --dry-run these figures go to {path}"))
+    else:
+        print(f"kept in {costs.save(after, path)}")
     return 0
 
 
-def text_of(model: CostModel, measured: list[Measured]) -> str:
-    """Write measured and predicted times as a table, and how far apart they are."""
-    from kvsig.bench import size_text
-    from kvsig.cli.bench import table
+def text_of(before: CostModel, after: CostModel, compared: Sequence[Compared]) -> str:
+    """Write what would change, and how far predictions are off before and after."""
+    from kvsig.tools.calibration import changes
 
-    rows = []
-    errors: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for one in measured:
+    lines = [f"{after.name}: figures in µs, old ones {before.source}", ""]
+    rows = [["direction", "figure", "old", "new"]]
+    rows += [
+        [direction, figure, f"{old:.4g}", f"{new:.4g}"]
+        for direction, figure, old, new in changes(before, after)
+    ]
+    lines += table(rows, labels=2) if len(rows) > 1 else ["no figure changes"]
+    lines += ["", "times measured, and predicted by the old and the new figures", ""]
+    rows = [["direction", "path", "width", "rows", "copies", "batch", "measured", "old", "new"]]
+    off: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for one in compared:
         cell, us = one.sample.cell, one.sample.seconds * 1e6
-        bytes_moved = cell.copies * cell.rows * cell.width
         rows.append(
-            [
-                cell.direction,
-                cell.method,
-                size_text(cell.width),
-                str(cell.rows) if cell.method == "strided" else "-",
-                f"{cell.copies:,}",
-                str(cell.batch_size) if cell.method == "batch" else "-",
-                f"{us:,.1f}",
-                f"{bytes_moved / us / 1e3:.2f}",
-                f"{one.after_us:,.1f}",
-                f"{one.after_us / us - 1:+.0%}",
-                f"{one.before_us / us - 1:+.0%}",
-            ]
-        )
-        errors.setdefault((cell.direction, cell.method), []).append(
-            (abs(one.after_us / us - 1), abs(one.before_us / us - 1))
-        )
-    head = ["direction", "method", "width", "rows", "copies", "batch", "µs", "GB/s", "predicted"]
-    lines = [f"{model.name}: measured and predicted", ""]
-    lines += table([*head, "off by", "before"], rows)
-    lines += ["", "predicted times are off by (median, most), and were before:"]
-    summary: list[list[str]] = []
-    for (direction, method), found in errors.items():
-        after, before = zip(*found, strict=True)
-        summary.append([direction, method, *(percents(part) for part in (after, before))])
-    lines += table(["direction", "method", "now", "before"], summary)
-    return "\n".join(lines)
+            [cell.direction, cell.method, bytes_text(cell.width), f"{cell.rows}",
+             f"{cell.copies:,}", f"{cell.batch_size}",
+             *(time_text(value) for value in (us, one.before_us, one.after_us))]
+        )  # fmt: skip
+        errors = (abs(one.before_us / us - 1), abs(one.after_us / us - 1))
+        off.setdefault((cell.direction, cell.method), []).append(errors)
+    lines += table(rows, labels=5)
+    lines += ["", "predicted times are off by (median, most)", ""]
+    rows = [["direction", "path", "old", "new"]]
+    rows += [[*key, *map(percents, zip(*errors, strict=True))] for key, errors in off.items()]
+    return "\n".join(lines + table(rows, labels=2))
 
 
 def percents(values: Any) -> str:

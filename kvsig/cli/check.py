@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from kvsig import headers, registry, releases
+from kvsig import registry
+from kvsig.check import headers, releases
 
 __all__ = ["expected", "markdown", "register", "run"]
 
@@ -26,7 +27,8 @@ examples:
   kvsig check --propose include/            the TOML that a new release needs
   kvsig check --propose include/ cudaMemPoolCreate     and a function that is not there yet
 
-Exit code 1 if anything differs. The C compiler is $CC, or cc. Releases are kept in
+Exit code 1 if anything differs, 2 for arguments that name nothing to check. The C compiler is
+$CC, or cc. Releases are kept in
 $KVSIG_RELEASES_CACHE, or kvsig/releases in the user's cache folder.
 """
 
@@ -98,28 +100,49 @@ def _read(folder: Path, table: registry.Registry) -> headers.Header:
     return headers.read(folder, table, [] if own.is_file() else [releases.crt()])
 
 
-def _read_all(
+def _wanted(
     args: argparse.Namespace, table: registry.Registry
-) -> tuple[list[tuple[str, headers.Header]], list[str]]:
-    """Headers by the name of their release, and the names that are left."""
+) -> tuple[list[str], list[str], list[str]]:
+    """Releases, folders and names that the arguments ask for, each looked at before any is read."""
     # argparse gives --releases all that follows; what is no release belongs to the rest.
-    given = args.releases or []
-    what = args.what + [text for text in given if not text[:1].isdigit()]
-    folders = [w for w in what if os.sep in w or Path(w).exists() or not args.propose]
-    names = [w for w in what if w not in folders]
-    chosen = tuple(text for text in given if text[:1].isdigit())
-    wanted = None if args.releases is None else chosen or table.verified
-    if wanted is None and not folders:
+    given: list[str] = args.releases or []
+    chosen = [text for text in given if text[:1].isdigit() and not Path(text).is_dir()]
+    folders, names = [], []
+    for text in [*args.what, *(text for text in given if text not in chosen)]:
+        if os.sep in text or Path(text).exists():
+            folders.append(text)
+        elif args.propose:
+            names.append(text)
+        elif text in given:
+            chosen.append(text)
+        else:
+            folders.append(text)
+    for release in chosen:
+        releases.package(release)
+    for folder in folders:
+        headers.locate(folder)
+    if args.releases is not None:
+        return chosen or list(table.verified), folders, names
+    if not folders:
         roots = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
         folders = [root for root in roots if root and Path(root).is_dir()][:1]
+        for folder in folders:
+            headers.locate(folder)
         if not folders:
-            raise headers.HeaderError(
+            raise headers.NoHeaders(
                 "no headers to check: give a folder of CUDA headers, set CUDA_HOME,"
                 " or use --releases to fetch some"
             )
+    return [], folders, names
+
+
+def _read_all(
+    wanted: Sequence[str], folders: Sequence[str], table: registry.Registry
+) -> list[tuple[str, headers.Header]]:
+    """Headers by the name of their release."""
     if wanted:
         releases.crt()
-    progress = Progress(len(wanted or ()) + len(folders))
+    progress = Progress(len(wanted) + len(folders))
 
     def one(item: tuple[str, bool]) -> tuple[str, headers.Header]:
         text, fetched = item
@@ -128,17 +151,22 @@ def _read_all(
         progress.step(f"read CUDA {text if fetched else f'{version} in {text}'}")
         return (text if fetched else version), header
 
-    items = [(release, True) for release in wanted or ()] + [(path, False) for path in folders]
+    items = [(release, True) for release in wanted] + [(path, False) for path in folders]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(one, items)), names
+        return list(pool.map(one, items))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run ``kvsig check``."""
-    table = registry.load(args.registry)
-    found, names = _read_all(args, table)
+    """Run ``kvsig check``: 2 is answered to arguments that name nothing that can be checked."""
+    try:
+        table = registry.load(args.registry)
+        wanted, folders, names = _wanted(args, table)
+    except (headers.NoHeaders, releases.NotARelease, FileNotFoundError) as error:
+        print(f"kvsig check: {error}", file=sys.stderr)
+        return 2
+    found = _read_all(wanted, folders, table)
     if args.propose:
-        from kvsig import proposals
+        from kvsig.check import proposals
 
         print(proposals.propose(table, [header for _, header in found], names).text, end="")
         return 0
@@ -241,16 +269,19 @@ def expected(table: registry.Registry, release: str) -> list[headers.Result]:
     """
     version = registry.parse_version(release.rpartition(".")[0])
     results = []
+    apart = {library.name for library in table.libraries.values() if library.optional}
     for function in table.functions.values():
         variant = function.select(version)
         status = "agrees" if variant else "absent"
         if (
             variant
             and variant.pinned
-            and not (variant.pinned <= version < headers.next_major(variant.pinned))
+            and not (variant.pinned <= version < registry.next_major(variant.pinned))
         ):
             status = "pinned"
-        since = variant.since if variant else None
+        since: int | None = variant.since if variant else None
+        if function.library in apart:
+            status, since = "unchecked", None
         results.append(
             headers.Result("function", function.name, function.library, version, status, since)
         )
@@ -258,8 +289,10 @@ def expected(table: registry.Registry, release: str) -> list[headers.Result]:
     types = [*table.structs.values(), *table.enums.values()]
     for item in types:
         kind = "struct" if item.name in table.structs else "enum"
-        status = "agrees" if item.since <= version else "absent"
-        results.append(headers.Result(kind, item.name, item.library, version, status, item.since))
+        status, since = "agrees" if item.since <= version else "absent", item.since
+        if item.library in apart:
+            status, since = "unchecked", None
+        results.append(headers.Result(kind, item.name, item.library, version, status, since))
     return results
 
 

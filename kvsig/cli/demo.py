@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from kvsig._commit import commit
-from kvsig.models import MODELS, Model
-
-from . import wrap
+from kvsig.cli.arguments import natural, positive
+from kvsig.tools import runtimes
+from kvsig.tools.cells import CHOICES, PATHS
+from kvsig.tools.models import MODELS, Model
+from kvsig.tools.report import Progress, bytes_text, count_text, provenance, wrap
 
 if TYPE_CHECKING:
-    from kvsig.demo import Cache
+    from kvsig.tools.demo import Cache
 
 __all__ = ["register"]
 
-LAYOUTS = ("page_first_direct", "layer_first")
-PATHS = ("auto", "batch", "strided", "loop")
+LAYOUTS = CHOICES["layout"]
 #: Wrong pages that are listed, as text and in JSON; the others are counted.
 LISTED, LISTED_JSON = 10, 100
 
@@ -79,22 +77,6 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.set_defaults(run=run)
 
 
-def natural(text: str, least: int = 0) -> int:
-    """Read an argument that has to be a whole number, not negative and not huge."""
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-    if not least <= value < 1 << 32:
-        raise argparse.ArgumentTypeError(f"{value} is not from {least} to {(1 << 32) - 1}")
-    return value
-
-
-def positive(text: str) -> int:
-    """Read an argument that has to be a whole number of at least 1."""
-    return natural(text, least=1)
-
-
 def run(args: argparse.Namespace) -> int:
     """Run the demo on each runtime there is to run it on.
 
@@ -103,17 +85,17 @@ def run(args: argparse.Namespace) -> int:
     int
         0 if every byte is right, else 1.
     """
-    from kvsig import _core, demo
+    from kvsig import _core
 
     model = MODELS[args.model]
-    specs, preface = demo.runtimes()
+    specs, preface = runtimes.choose()
 
     def say(text: str = "") -> None:
         if not args.json:
             print(text, flush=True)
 
     if preface:
-        say(wrap(preface))
+        say(wrap(f"{preface} There is one run for each prototype of {runtimes.BATCH}."))
         say()
     results = []
     try:
@@ -127,7 +109,14 @@ def run(args: argparse.Namespace) -> int:
             _core.rebind(None)
     exact = all(result["bit_exact"] for result in results)
     if args.json:
-        print(json.dumps(provenance(args) | {"bit_exact": exact, "runs": results}, indent=2))
+        arguments = provenance(runtime=False) | {
+            "model": args.model,
+            "page_size": args.page_size,
+            "layout": args.layout,
+            "path_asked": args.path or "default",
+            "seed": args.seed,
+        }
+        print(json.dumps(arguments | {"bit_exact": exact, "runs": results}, indent=2))
     elif exact:
         say(f"Every byte is right{f', on each of {len(specs)} ABIs' if len(specs) > 1 else ''}.")
     else:
@@ -139,7 +128,7 @@ def run_one(
     args: argparse.Namespace, model: Model, spec: str | None, say: Callable[[str], None]
 ) -> dict[str, Any]:
     """Run the demo on the runtime that kvsig is bound to, and tell about it."""
-    from kvsig import demo
+    from kvsig.tools import demo
 
     runtime = demo.bound_runtime(spec)
     cache = demo.Cache(
@@ -151,7 +140,7 @@ def run_one(
         emulated=runtime["emulated"],
     )
     say_before(cache, runtime, say)
-    with demo.Progress() as progress:
+    with Progress("kvsig demo") as progress:
         # The prototype is what is shown here, so its function is called where it can be.
         path = args.path or ("batch" if runtime["batches"] else "auto")
         job = demo.Job(cache, path=path, runs=args.runs, progress=progress)
@@ -162,14 +151,14 @@ def run_one(
     for text in wrong[:LISTED]:
         say_field(say, "WRONG", text)
     if len(wrong) > LISTED:
-        say_field(say, "WRONG", f"and {len(wrong) - LISTED:,} more pages")
+        say_field(say, "WRONG", f"and {count_text(len(wrong) - LISTED, 'more page')}")
     if not wrong:
         say_field(
             say,
             "checked",
-            f"{cache.pages:,} pages x {len(cache.planes())} tensors are right on the host and "
-            f"back on the device; {len(cache.host_spare)} host and {cache.device_spare} device "
-            "pages that had no part are untouched",
+            f"{count_text(cache.pages, 'page')} x {len(cache.planes())} tensors are right on the "
+            f"host and back on the device; {count_text(len(cache.host_spare), 'host page')} and "
+            f"{count_text(cache.device_spare, 'device page')} that had no part are untouched",
         )
     return (
         runtime
@@ -181,7 +170,6 @@ def run_one(
 
 def say_before(cache: Cache, runtime: dict[str, Any], say: Callable[[str], None]) -> None:
     """Tell what will run, and on what."""
-    from kvsig import demo
     from kvsig.registry import format_version
 
     text = f"CUDA {format_version(runtime['runtime_version'])}"
@@ -197,8 +185,9 @@ def say_before(cache: Cache, runtime: dict[str, Any], say: Callable[[str], None]
     say_field(
         say,
         "cache",
-        f"{cache.tokens:,} tokens in {cache.pages:,} pages of {cache.page_size}, host pool "
-        f"{cache.layout}: {demo.size_text(cache.bytes)} each way",
+        f"{count_text(cache.tokens, 'token')} in {count_text(cache.pages, 'page')} of "
+        f"{cache.page_size}, host pool "
+        f"{cache.layout}: {bytes_text(cache.bytes)} each way",
     )
 
 
@@ -209,12 +198,11 @@ def say_field(say: Callable[[str], None], label: str, text: str) -> None:
 
 def transfer_text(result: dict[str, Any], direction: str) -> str:
     """Write what a transfer did: path, copies, calls, bytes, and speed on a GPU."""
-    from kvsig import demo
-
     report = result[direction]
     text = (
-        f"{report['path']} path: {report['copies']:,} copies in {report['calls']:,} calls, "
-        f"{demo.size_text(report['bytes'])}"
+        f"{report['path']} path: {count_text(report['copies'], 'copy')} in "
+        f"{count_text(report['calls'], 'call')}, "
+        f"{bytes_text(report['bytes'])}"
     )
     if report["reason"]:
         text += f" ({report['reason']})"
@@ -226,22 +214,3 @@ def transfer_text(result: dict[str, Any], direction: str) -> str:
             f"{report['host_ms']:.2f} ms of the host's time"
         )
     return text
-
-
-def provenance(args: argparse.Namespace) -> dict[str, Any]:
-    """Say what made a result: machine, versions, commit and arguments."""
-    import torch
-
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torch_cuda": torch.version.cuda,
-        "model": args.model,
-        "page_size": args.page_size,
-        "layout": args.layout,
-        "path_asked": args.path or "default",
-        "seed": args.seed,
-    }

@@ -9,8 +9,8 @@ from typing import Any
 
 import kvsig
 from kvsig.registry import format_version
-
-from . import terminal_width, wrap
+from kvsig.tools.report import table, wrap
+from kvsig.tools.runtimes import newest
 
 __all__ = ["register"]
 
@@ -21,7 +21,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "info",
         help="the CUDA runtime, its functions, and the path copies take",
         description="Says which CUDA runtime kvsig uses and how it was found, which prototype "
-        "and address each function has, and which path page copies will take and why.",
+        "and address each function has, and which path page copies will take and why. Without "
+        "a GPU, and with KVSIG_CUDART unset, that is the emulated runtime.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
@@ -38,13 +39,19 @@ def run(args: argparse.Namespace) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they are a part of what is printed
-            info = kvsig.info()
+            with newest() as preface:
+                info = kvsig.info()
     except kvsig.BindError as error:
         if not args.json:
             raise
         print(json.dumps({"library": None, "error": str(error)}, indent=2))
         return 1
-    print(json.dumps(info, indent=2) if args.json else describe(info))
+    if args.json:
+        print(json.dumps(info | {"note": preface or None}, indent=2))
+    else:
+        if preface:
+            print(f"{wrap(preface)}\n")
+        print(describe(info))
     return 0
 
 
@@ -90,25 +97,11 @@ def function_table(functions: list[dict[str, Any]]) -> list[str]:
 
     The symbol is named where it is not the function's own name; "..." stands for that name.
     """
-    head = ("function", "prototype of", "address", "status")
-    rows = [head]
+    rows = [("function", "prototype of", "address", "status")]
     for function in functions:
         status, symbol = function["status"], function["symbol"]
         if symbol and symbol != function["name"]:
             status += f" as {symbol.replace(function['name'], '...')}"
-        address = function["address"]
-        rows.append(
-            (
-                function["name"],
-                function["variant"] or "-",
-                f"{address:#x}" if address else "-",
-                status,
-            )
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = []
-    for name, variant, address, status in rows:
-        line = f"{name:<{widths[0]}}  {variant:<{widths[1]}}  {address:<{widths[2]}}  {status}"
-        lines.append(line.rstrip())
-    lines.insert(1, "-" * min(max(map(len, lines)), terminal_width()))
-    return lines
+        address = f"{function['address']:#x}" if function["address"] else "-"
+        rows.append((function["name"], function["variant"] or "-", address, status))
+    return table(rows, left=True, rule=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from core_help import BATCH, DRIVERS, REGISTRY, Copies, built, last_error, strided
+from future import NEXT_TEXT, last
 
 import kvsig
 from kvsig import _core, registry
@@ -142,16 +143,16 @@ class TestFallbacks:
 
     def test_newer_than_every_range(self, bind, stream):
         with pytest.warns(RuntimeWarning) as seen:
-            bind("14.0")
+            bind(NEXT_TEXT)
             self.falls_back(
-                "libcudart 14.0 is newer than every range; the last is 13.0 to before 14.0",
+                f"libcudart {NEXT_TEXT} is newer than every range; the last is {last(BATCH)}",
                 stream(),
             )
         path = _core.info()["library"]
         text = (
-            f"libcudart 14.0 ({path}) is newer than every prototype of cudaMemcpyBatchAsync that"
-            " kvsig knows, so pages are copied one by one. Add a"
-            ' [[function.cudaMemcpyBatchAsync.variant]] with since = "14.0" to'
+            f"libcudart {NEXT_TEXT} ({path}) is newer than every prototype of cudaMemcpyBatchAsync"
+            " that kvsig knows, so pages are copied one by one. Add a"
+            f' [[function.cudaMemcpyBatchAsync.variant]] with since = "{NEXT_TEXT}" to'
             f" {registry.PATH} and rebuild"
         )
         assert [str(w.message) for w in seen] == [text]
@@ -159,15 +160,15 @@ class TestFallbacks:
 
     def test_newer_than_every_range_strided_goes_row_by_row(self, bind, stream):
         with pytest.warns(RuntimeWarning):
-            bind("14.0")
+            bind(NEXT_TEXT)
         on = stream()
         source, target = np.arange(64, dtype=np.uint8), np.zeros(64, np.uint8)
         ops = strided([[target.ctypes.data, 8, 4, source.ctypes.data, 16, 4, 8, 4, 1]])
         report = _core.copy_strided(ops, on.cuda_stream)
         on.synchronize()
         reason = (
-            "cudaMemcpy3DAsync is not bound: 14.0 is newer than every range; the last is 11.8 to"
-            " before 14.0"
+            f"cudaMemcpy3DAsync is not bound: {NEXT_TEXT} is newer than every range; the last is"
+            f" {last('cudaMemcpy3DAsync')}"
         )
         assert report == _core.Report("loop", reason, 4, 4, 32)
         assert (target[:32].reshape(4, 8) == source.reshape(4, 16)[:, :8]).all()

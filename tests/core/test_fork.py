@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from core_help import python
 
-from kvsig import releases
+from kvsig.check import releases
 
 # What each child tells, or how it ended.
 PRELUDE = """

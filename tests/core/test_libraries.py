@@ -13,7 +13,8 @@ import fake_cuda
 import pytest
 from core_help import PACKAGE
 
-from kvsig import emulated, releases
+from kvsig import emulated
+from kvsig.check import releases
 
 TELL = """
 import ctypes, json, os, sys, warnings

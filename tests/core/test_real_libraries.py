@@ -15,7 +15,8 @@ from pathlib import Path
 import elf
 import pytest
 
-from kvsig import _core, registry, releases
+from kvsig import _core, registry
+from kvsig.check import releases
 
 REGISTRY = registry.load()
 ROOT = Path(_core.__file__).parent.parent

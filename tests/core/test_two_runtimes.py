@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from kvsig import _core, registry, releases
+from kvsig import _core, registry
+from kvsig.check import releases
 
 ROOT = Path(_core.__file__).parent.parent
 OLD, NEW = "12.9.79", "13.0.96"

@@ -1,0 +1,208 @@
+"""Copies between addresses, many at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvsig import _core, streams, tensors
+from kvsig._core import Report
+from kvsig._transfer import none_wrong
+
+__all__ = ["copy_batch"]
+
+_PATHS = ("auto", "batch", "loop")
+_SIGNED_MAX = (1 << 63) - 1
+_WORDS = (np.dtype(np.uint64), np.dtype(np.int64))
+
+U64 = npt.NDArray[np.uint64]
+
+
+def copy_batch(
+    dsts: npt.ArrayLike | torch.Tensor,
+    srcs: npt.ArrayLike | torch.Tensor,
+    sizes: npt.ArrayLike | torch.Tensor | int,
+    stream: streams.Stream = None,
+    path: str = "auto",
+    batch_size: int = 256,
+    check: bool = True,
+) -> Report:
+    """Copy many ranges of memory in stream order.
+
+    The copies are ordered as a whole with the work of the stream. Among themselves they
+    have no order, so no copy may write what another one writes or reads.
+
+    Parameters
+    ----------
+    dsts, srcs : array of int64 or uint64, shape (n,)
+        Addresses, on the GPU or on the host: NumPy arrays, CPU tensors or lists of int.
+    sizes : array of int64 or uint64, shape (n,), or int
+        Bytes of each copy, or of every copy. Entries of size 0 move nothing and are left
+        out, whatever their addresses are.
+    stream : None, int, torch.cuda.Stream or object with ``cuda_stream``, optional
+        The stream to work on; by default torch's current one.
+    path : {"auto", "batch", "loop"}, optional
+        "auto" uses the batch function where it can; "batch" insists on it; "loop" makes
+        one call per copy.
+    batch_size : int, optional
+        Most copies in one call of the batch function.
+    check : bool, optional
+        Look for copies that overlap each other. It takes a sort, a few milliseconds for
+        100,000 copies; a caller that knows its ranges may turn it off.
+
+    Returns
+    -------
+    Report
+        The path taken and why, copies made (without the empty ones), calls and bytes.
+
+    Raises
+    ------
+    TypeError
+        If an array holds anything but 64-bit integers, or ``stream`` is no stream.
+    ValueError
+        If lengths differ, an address is null or negative, a size is negative, copies
+        overlap, or ``path`` or ``batch_size`` is none. Nothing has been moved then.
+    BindError
+        If ``path="batch"`` cannot be, with the reason.
+    CudaError
+        If CUDA refuses a copy.
+
+    Notes
+    -----
+    The call returns when the work is queued. The memory must stay allocated, and sources
+    unchanged, until the stream has come to the end of it. Addresses are not checked
+    against any allocation: one that is not mapped ends the process.
+    """
+    if path not in _PATHS:
+        raise ValueError(f"path must be 'auto', 'batch' or 'loop', not {path!r}")
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(f"batch_size must be an int of at least 1, not {batch_size!r}")
+    to = _addresses(dsts, "dsts")
+    origin = _addresses(srcs, "srcs")
+    if len(to) != len(origin):
+        raise ValueError(
+            f"dsts has {len(to)} addresses and srcs has {len(origin)}: give as many of each"
+        )
+    length: U64 | int
+    keep: npt.NDArray[np.intp] | None  # positions of the entries that move something
+    if isinstance(sizes, (int, np.integer)) and not isinstance(sizes, bool):
+        length = int(sizes)
+        if not 0 <= length <= _SIGNED_MAX:
+            raise ValueError(f"sizes is {length}: a size is at least 0 and below 2**63")
+        keep = None if length else np.empty(0, dtype=np.intp)
+    else:
+        length = _addresses(sizes, "sizes")
+        if len(length) != len(to):
+            raise ValueError(
+                f"sizes has {len(length)} entries and dsts has {len(to)}: "
+                "give as many of each, or one int for all"
+            )
+        keep = None if none_wrong(length, False) else np.flatnonzero(length)
+    if keep is not None:
+        to, origin = to[keep], origin[keep]
+        if not isinstance(length, int):
+            length = length[keep]
+    _no_null(to, "dsts", keep)
+    _no_null(origin, "srcs", keep)
+    if check and len(to):
+        _no_overlap(to, origin, length, keep)
+    handle = streams.stream_handle(stream)
+    if not len(to):
+        return Report()
+    with streams.device_guard(streams.stream_device(stream)):
+        return _core.copy_batch(to, origin, length, handle, path, min(batch_size, len(to)))
+
+
+def _addresses(values: Any, name: str) -> U64:
+    """Return 64-bit integers as contiguous uint64, none above the signed range."""
+    unsigned: U64
+    if type(values) is np.ndarray and values.dtype in _WORDS and values.ndim == 1:
+        # What callers in a hurry give: no more NumPy than needed.
+        unsigned = np.ascontiguousarray(values).view(np.uint64)
+        if none_wrong(unsigned, True):
+            return unsigned
+    if isinstance(values, torch.Tensor):
+        if values.device.type != "cpu":
+            raise TypeError(
+                f"{name} is on {values.device}: addresses are read on the CPU, pass {name}.cpu()"
+            )
+        array = tensors.integers(values, name)
+    else:
+        if isinstance(values, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in values):
+            raise TypeError(f"{name} holds tensors: give their addresses, as t.data_ptr() does")
+        array = np.asarray(values)
+        if array.size == 0:
+            array = array.astype(np.int64)  # no number is of the wrong type
+    if array.dtype.kind not in "iu" or array.dtype.itemsize != 8:
+        raise TypeError(f"{name} must hold int64 or uint64, not {array.dtype}")
+    if array.ndim != 1:
+        raise ValueError(f"{name} must be one-dimensional, not of shape {array.shape}")
+    native = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+    # Read as unsigned, a negative number is above the signed range: one pass finds both.
+    unsigned = native.view(np.uint64)
+    if len(unsigned) and int(unsigned.max()) > _SIGNED_MAX:
+        index = int(np.argmax(unsigned > _SIGNED_MAX))
+        value = int(native[index])
+        what = "is negative" if value < 0 else "is not below 2**63"
+        raise ValueError(f"{name}[{index}] {what}: {value}")
+    return unsigned
+
+
+def _at(place: npt.NDArray[np.intp] | None, index: Any) -> int:
+    """Return the position in the caller's arrays of an entry that was kept."""
+    return int(index if place is None else place[index])
+
+
+def _no_null(addresses: U64, name: str, place: npt.NDArray[np.intp] | None) -> None:
+    if not none_wrong(addresses, False):
+        raise ValueError(f"{name}[{_at(place, np.argmin(addresses))}] is null (address 0)")
+
+
+def _surely_apart(dsts: U64, srcs: U64, widest: int) -> bool:
+    """Whether nothing overlaps even if every copy has the size of the widest one."""
+    width = np.uint64(widest)
+    starts = np.sort(dsts)  # with one size for all no permutation is needed: several times faster
+    if (starts[1:] - starts[:-1] < width).any():
+        return False
+    if srcs.max() + width <= starts[0] or srcs.min() >= starts[-1] + width:
+        return True  # the usual case: the two sides lie apart
+    needles = np.sort(srcs)
+    # The last destination that starts before a source's end is the only one it can overlap.
+    candidate = np.searchsorted(starts, needles + width) - 1
+    return not ((candidate >= 0) & (starts[candidate] + width > needles)).any()
+
+
+def _no_overlap(dsts: U64, srcs: U64, sizes: U64 | int, place: npt.NDArray[np.intp] | None) -> None:
+    """Raise if a destination overlaps another one, or any source."""
+    if _surely_apart(dsts, srcs, sizes if isinstance(sizes, int) else int(sizes.max())):
+        return
+    length = np.full(len(dsts), sizes, dtype=np.uint64) if isinstance(sizes, int) else sizes
+
+    def say(index: Any, other: str, position: Any) -> ValueError:
+        addresses = dsts if other == "dsts" else srcs
+        return ValueError(
+            f"dsts[{_at(place, index)}] ({int(dsts[index]):#x}, {length[index]} bytes) overlaps "
+            f"{other}[{_at(place, position)}] "
+            f"({int(addresses[position]):#x}, {length[position]} bytes): "
+            "copies of one batch have no order among themselves"
+        )
+
+    order = np.argsort(dsts, kind="stable")
+    starts = dsts[order]
+    ends = starts + length[order]
+    clash = ends[:-1] > starts[1:]
+    if clash.any():
+        first = int(np.argmax(clash))
+        one, other = sorted((int(order[first]), int(order[first + 1])))
+        raise say(one, "dsts", other)
+    # Destinations are disjoint from here on, so their ends are sorted too.
+    reading = np.argsort(srcs)  # a search in order is the faster one
+    needles = srcs[reading]
+    candidate = np.searchsorted(starts, needles + length[reading]) - 1
+    clash = (candidate >= 0) & (ends[candidate] > needles)
+    if clash.any():
+        hit = int(np.argmax(clash))
+        raise say(order[candidate[hit]], "srcs", reading[hit])

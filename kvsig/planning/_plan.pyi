@@ -1,0 +1,79 @@
+from enum import IntEnum
+from typing import Any
+
+import numpy.typing as npt
+
+from kvsig.planning.costs import CostModel
+from kvsig.planning.geometry import Planes
+
+METHODS: tuple[str, ...]
+PATHS: tuple[str, ...]
+
+class Direction(IntEnum):
+    LOAD = 0
+    OFFLOAD = 1
+
+class Geometry:
+    def __init__(
+        self,
+        planes: Planes,
+        model: CostModel,
+        host_seams: npt.ArrayLike | None = None,
+        device_seams: npt.ArrayLike | None = None,
+        sms: int = 0,
+        rates: tuple[float, float] = ...,
+    ) -> None: ...
+    @property
+    def sms(self) -> int: ...
+    @property
+    def rates(self) -> tuple[float, float]: ...
+    @property
+    def planes(self) -> Planes: ...
+    @property
+    def model(self) -> CostModel: ...
+    @property
+    def plane_groups(self) -> list[tuple[int, int]]: ...
+    @property
+    def plane_slices(self) -> list[int]: ...
+    def pages(self, device_pages: Any, host_pages: Any, direction: Direction) -> Pages: ...
+    def plan(
+        self,
+        pages: Pages,
+        path: str = "auto",
+        *,
+        batch: bool = True,
+        strided: bool = True,
+        kernel: bool = False,
+    ) -> Plan: ...
+
+class Pages:
+    @property
+    def count(self) -> int: ...
+    @property
+    def direction(self) -> Direction: ...
+
+class Plan:
+    @property
+    def geometry(self) -> Geometry: ...
+    @property
+    def pages(self) -> Pages: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def same_size(self) -> int: ...
+    @property
+    def uses_runs(self) -> bool: ...
+    @property
+    def method(self) -> str: ...
+    @property
+    def copies_in(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def predicted_us(self) -> float: ...
+    @property
+    def submit_us(self) -> float: ...
+    @property
+    def predicted_calls(self) -> int: ...
+    @property
+    def candidates(self) -> dict[str, float]: ...

@@ -1,0 +1,1 @@
+"""What the commands of ``kvsig`` are made of: demo, benchmark, calibration, reporting."""

@@ -1,0 +1,290 @@
+"""Cells of the benchmark: what is transferred, in which shape, order and direction.
+
+Standard library only: the command line reads its choices from here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvsig.tools.models import MODELS, Model
+from kvsig.tools.report import bytes_text, count_text
+
+__all__ = [
+    "CHOICES",
+    "LIMIT",
+    "PATHS",
+    "SECTIONS",
+    "Cell",
+    "describe",
+    "preset",
+    "product",
+    "quick",
+]
+
+#: Field of `Cell` -> the values that it takes.
+Fields = dict[str, Sequence[Any]]
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+#: Values of `path=` that are measured. A new path of kvsig is measured when it stands here.
+PATHS = ("auto", "batch", "strided", "loop")
+#: The method that gives the limit: one big copy.
+LIMIT = "one-copy"
+#: Field of `Cell` -> its values, the first one being the default.
+CHOICES = {
+    "direction": ("offload", "load", "both"),
+    "order": ("random", "runs8", "sorted", "reversed"),
+    "layout": ("page_first_direct", "layer_first"),
+    "scope": ("all", "layer"),
+    "spacing": ("even", "separate"),
+}
+SECTIONS = {
+    "sizes": "page sizes, all layers in one call",
+    "layers": "page sizes, one call per layer",
+    "orders": "orders of pages, in both layouts",
+    "pages": "few pages",
+    "models": "shapes of three models",
+    "spacing": "device layers allocated separately",
+    "both": "both directions at once",
+}
+PAGE_BYTES = tuple(256 << i for i in range(13))
+QUICK_BYTES = (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB)
+MIDDLE_BYTES = (4 * KIB, 16 * KIB, 64 * KIB)
+MODEL_PAGES = (1, 16, 64)
+WAYS = ("offload", "load")
+#: A cell moves no more than this, unless pages are asked for by number.
+MOST_BYTES, MOST_COPIES, EMULATED_BYTES, EMULATED_COPIES = 256 * MIB, 16384, MIB, 2048
+#: Bytes of each side of a cell at most.
+POOL_BYTES = 2 * GIB
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One transfer to be measured.
+
+    Parameters
+    ----------
+    page_bytes : int
+        Bytes of one page of one plane (K or V of one layer): of one copy.
+    pages : int
+        Pages that move, of every plane.
+    layers, kinds : int
+        Layers; 2 for K and V, 1 for a latent.
+    direction : {"offload", "load", "both"}
+        "both" is an offload and a load of as many pages at once, on two streams.
+    order : {"random", "runs8", "sorted", "reversed"}
+        Page numbers: random on both sides; runs of 8 neighbours in random places; ascending or
+        descending neighbours on both sides.
+    layout : {"page_first_direct", "layer_first"}
+        Of the host pool.
+    scope : {"all", "layer"}
+        All layers in one call, or one call per layer.
+    spacing : {"even", "separate"}
+        Device layers as slices of one tensor, or allocated one by one.
+    section : str
+        Group of the preset that the cell belongs to.
+    model : str
+        Name of the model whose shape it is; empty where it is none's.
+    page_size : int
+        Tokens per page, where the cell is a model's; else 0.
+    """
+
+    page_bytes: int
+    pages: int
+    layers: int = 32
+    kinds: int = 2
+    direction: str = "load"
+    order: str = "random"
+    layout: str = "page_first_direct"
+    scope: str = "all"
+    spacing: str = "even"
+    section: str = "chosen"
+    model: str = ""
+    page_size: int = 0
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """Directions of the transfers that the cell is made of."""
+        return WAYS if self.direction == "both" else (self.direction,)
+
+    @property
+    def copies(self) -> int:
+        """Copies asked for: pages of every plane, both ways where it is both."""
+        return self.pages * self.layers * self.kinds * len(self.ways)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that move."""
+        return self.copies * self.page_bytes
+
+    @property
+    def pool_pages(self) -> int:
+        """Pages there are on each side."""
+        return 2 * self.pages
+
+    @property
+    def pool_bytes(self) -> int:
+        """Bytes of each side."""
+        return self.pool_pages * self.layers * self.kinds * self.page_bytes
+
+
+def describe(cell: Cell) -> str:
+    """Write a cell in one line."""
+    words = [f"{count_text(cell.pages, 'page')} of {bytes_text(cell.page_bytes)}"]
+    if cell.model:
+        words.append(f"{cell.model} page_size {cell.page_size}")
+    words += [count_text(cell.layers, "layer"), cell.direction, cell.order]
+    if cell.layout != "page_first_direct":
+        words.append(cell.layout)
+    if cell.scope == "layer":
+        words.append("layer by layer")
+    if cell.spacing == "separate":
+        words.append("separate layers")
+    return ", ".join(words)
+
+
+def auto_pages(page_bytes: int, planes: int, emulated: bool) -> int:
+    """Pages that a cell moves where no number is given."""
+    most_bytes = EMULATED_BYTES if emulated else MOST_BYTES
+    most_copies = EMULATED_COPIES if emulated else MOST_COPIES
+    pages = min(most_bytes // (page_bytes * planes), most_copies // planes)
+    return max(2, pages // 8 * 8 if pages >= 8 else pages)
+
+
+def shape_of(model: Model, page_size: int) -> dict[str, Any]:
+    """Fields of `Cell` that follow from a model."""
+    return {
+        "page_bytes": model.plane_token_bytes * page_size,
+        "layers": model.layers,
+        "kinds": model.tensors,
+        "model": model.name,
+        "page_size": page_size,
+    }
+
+
+def make(emulated: bool, **fields: Any) -> Cell:
+    """Make a cell, with as many pages as are right where the fields do not say it."""
+    if not fields.get("pages"):
+        planes = fields.get("layers", 32) * fields.get("kinds", 2)
+        fields["pages"] = auto_pages(fields["page_bytes"], planes, emulated)
+    return Cell(**fields)
+
+
+def grid(emulated: bool, section: str, fields: Fields) -> list[Cell]:
+    """Every combination of the values of some fields, the last field varying fastest."""
+    return [
+        make(emulated, section=section, **dict(zip(fields, values, strict=True)))
+        for values in itertools.product(*fields.values())
+    ]
+
+
+def preset(emulated: bool, sections: Iterable[str] | None = None) -> list[Cell]:
+    """Cells of the benchmark where no dimension is chosen.
+
+    Parameters
+    ----------
+    emulated : bool
+        Small transfers: larger ones only take time.
+    sections : iterable of str, optional
+        Of `SECTIONS`; by default all.
+
+    Raises
+    ------
+    ValueError
+        If a section is none.
+    """
+    wanted = list(SECTIONS) if sections is None else list(sections)
+    fields: dict[str, Fields] = {
+        "sizes": {"direction": WAYS, "page_bytes": PAGE_BYTES},
+        "layers": {"scope": ("layer",), "direction": WAYS, "page_bytes": PAGE_BYTES},
+        "orders": {"layout": CHOICES["layout"], "order": CHOICES["order"], "direction": WAYS}
+        | {"page_bytes": MIDDLE_BYTES},
+        "pages": {"scope": CHOICES["scope"], "direction": WAYS}
+        | {"page_bytes": (4 * KIB, 32 * KIB), "pages": (1, 4, 16)},
+        "spacing": {"spacing": ("separate",), "direction": WAYS, "page_bytes": MIDDLE_BYTES},
+        "both": {"direction": ("both",), "page_bytes": (16 * KIB, 64 * KIB, 256 * KIB)},
+    }
+    cells: list[Cell] = []
+    for section in wanted:
+        if section == "models":
+            cells += models(emulated)
+        elif section in fields:
+            cells += grid(emulated, section, fields[section])
+        else:
+            raise ValueError(f"section {section!r} is not one of: {', '.join(SECTIONS)}")
+    return [cell for cell in cells if not emulated or cell.bytes <= 32 * MIB]
+
+
+def quick(emulated: bool) -> list[Cell]:
+    """Few page sizes, each way, all layers in one call and layer by layer."""
+    sizes = [size for size in QUICK_BYTES if not emulated or size <= 64 * KIB]
+    scopes = (("sizes", "all"), ("layers", "layer"))
+    return [
+        cell
+        for section, scope in scopes
+        for cell in grid(
+            emulated, section, {"scope": (scope,), "direction": WAYS, "page_bytes": sizes}
+        )
+    ]
+
+
+def models(emulated: bool, names: Sequence[str] = tuple(MODELS)) -> list[Cell]:
+    """Shapes of models: offloads of all layers at once, loads layer by layer and at once."""
+    return [
+        make(
+            emulated, direction=way, scope=scope, section="models",
+            **shape_of(MODELS[name], page_size),
+        )
+        for name in names
+        for page_size in MODEL_PAGES
+        for way, scope in (("offload", "all"), ("load", "all"), ("load", "layer"))
+    ]  # fmt: skip
+
+
+def product(emulated: bool, **values: Sequence[Any]) -> list[Cell]:
+    """Every combination of the values given; a dimension that is not given has its default.
+
+    Parameters
+    ----------
+    emulated : bool
+        Small transfers, where ``pages`` is not given.
+    **values : sequence
+        By fields of `Cell`. ``model`` and ``page_size`` take the place of ``page_bytes``,
+        ``layers`` and ``kinds``.
+
+    Raises
+    ------
+    ValueError
+        If a cell needs more memory than a cell may have.
+    """
+    names, tokens = values.pop("model", ()), values.pop("page_size", (16,))
+    if names:
+        shapes = [shape_of(MODELS[name], size) for name in names for size in tokens]
+    else:
+        shapes = [
+            {"layers": layers, "kinds": kinds, "page_bytes": size}
+            for layers in values.pop("layers", (32,))
+            for kinds in values.pop("kinds", (2,))
+            for size in values.pop("page_bytes", PAGE_BYTES)
+        ]
+    pages = values.pop("pages", (0,))
+    fields = {"direction": WAYS} | values
+    cells = [
+        make(emulated, pages=count, **dict(zip(fields, chosen, strict=True)), **shape)
+        for chosen in itertools.product(*fields.values())
+        for shape in shapes
+        for count in pages
+    ]
+    for cell in cells:
+        if cell.pool_bytes > POOL_BYTES:
+            raise ValueError(
+                f"{count_text(cell.pages, 'page')} of {bytes_text(cell.page_bytes)} in"
+                f" {count_text(cell.layers, 'layer')} need {bytes_text(cell.pool_bytes)} on each"
+                f" side, twice what moves; a cell may have {bytes_text(POOL_BYTES)}: ask for"
+                " fewer --pages or --layers"
+            )
+    return cells

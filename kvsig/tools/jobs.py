@@ -1,0 +1,195 @@
+"""The data of a cell: device and host memory, page numbers, and what must come out."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+import kvsig
+from kvsig.tools.cells import Cell
+
+__all__ = ["Job", "Memory", "page_numbers"]
+
+I64 = npt.NDArray[np.int64]
+#: The one big copy that speeds are compared with moves as much as this.
+LIMIT_BYTES = 256 << 20
+
+
+def page_numbers(cell: Cell, rng: np.random.Generator) -> tuple[I64, I64]:
+    """Distinct page numbers of one side: those that move, and those of the other direction."""
+    total, count = cell.pool_pages, cell.pages
+    if cell.order == "sorted":
+        order = np.arange(total)
+    elif cell.order == "reversed":
+        order = np.arange(total)[::-1]
+        # Descending inside each half as well.
+        return order[count:].copy(), order[:count].copy()
+    elif cell.order == "runs8":
+        run = math.gcd(8, count)  # shorter ones where the pages are not a multiple of 8
+        order = (rng.permutation(total // run)[:, None] * run + np.arange(run)).ravel()
+    else:
+        order = rng.permutation(total)
+    order = order.astype(np.int64)
+    return order[:count].copy(), order[count:].copy()
+
+
+class Memory:
+    """Device and pinned memory that all cells use in turn, so that it is allocated once.
+
+    Parameters
+    ----------
+    device : torch.device
+        A GPU, or the CPU for the emulated runtime.
+    nbytes : int
+        Of each side.
+    seed : int
+        Of the bytes.
+    """
+
+    def __init__(self, device: torch.device, nbytes: int, seed: int) -> None:
+        self.device = device
+        self.real = device.type == "cuda"
+        nbytes = max(nbytes, LIMIT_BYTES if self.real else 1 << 20)
+        self.near = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self.far = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.real)
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def random(self, nbytes: int) -> torch.Tensor:
+        """Random bytes on the device."""
+        words = torch.empty(-(-nbytes // 8), dtype=torch.int64, device=self.device)
+        words.random_(-(2**63), None, generator=self.generator)
+        return words.view(torch.uint8)[:nbytes]
+
+
+class Job:
+    """The data of one cell, and the calls that every method is made of.
+
+    Parameters
+    ----------
+    cell : Cell
+        What is transferred.
+    memory : Memory
+        Where; the job writes over what was there.
+    seed : int
+        Of the page numbers.
+
+    Attributes
+    ----------
+    near : list of list of Tensor
+        Device tensors (pages, bytes), by kind and layer.
+    far : list of Tensor
+        Host pools, by kind.
+    pages : dict
+        Direction -> device pages and host pages; the two directions share none.
+    """
+
+    def __init__(self, cell: Cell, memory: Memory, seed: int) -> None:
+        self.cell = cell
+        self.memory = memory
+        shape = (cell.kinds, cell.layers, cell.pool_pages, cell.page_bytes)
+        self.near = self._device_planes(shape)
+        self.far_bytes = memory.far[: cell.pool_bytes]
+        if cell.layout == "page_first_direct":
+            pools = self.far_bytes.view(
+                cell.kinds, cell.pool_pages, cell.layers, 1, cell.page_bytes
+            )
+        else:
+            pools = self.far_bytes.view(shape)
+        self.far = list(pools.unbind(0))
+        two = cell.kinds == 2
+        self.cache = kvsig.PagedKVCache(
+            device=tuple(self.near) if two else self.near[0],
+            host=tuple(self.far) if two else self.far[0],
+            layout=cell.layout,
+            page_size=1,
+        )
+        rng = np.random.default_rng(seed)
+        near, far = page_numbers(cell, rng), page_numbers(cell, rng)
+        other = 1 if cell.direction == "both" else 0
+        self.pages = {"offload": (near[0], far[0]), "load": (near[other], far[other])}
+        none = torch.empty(0)
+        self.before = self.after = (none, none)
+
+    def _device_planes(self, shape: tuple[int, int, int, int]) -> list[list[torch.Tensor]]:
+        if self.cell.spacing == "separate":
+            return [
+                [
+                    torch.empty(shape[2:], dtype=torch.uint8, device=self.memory.device)
+                    for _ in range(shape[1])
+                ]
+                for _ in range(shape[0])
+            ]
+        whole = self.memory.near[: self.cell.pool_bytes].view(shape)
+        return [list(kind.unbind(0)) for kind in whole.unbind(0)]
+
+    def far_plane(self, kind: int, layer: int) -> torch.Tensor:
+        """Host pages of one plane, (pages, bytes)."""
+        return self.plane_of(self.far[kind], layer)
+
+    def plane_of(self, pool: torch.Tensor, layer: int) -> torch.Tensor:
+        """Pages of one layer in a pool of the layout of the cell."""
+        return pool[:, layer, 0] if self.cell.layout == "page_first_direct" else pool[layer]
+
+    def kvsig(self, direction: str, path: str, stream: Any) -> list[Any]:
+        """Transfer through the cache; reports of the calls."""
+        near, far = self.pages[direction]
+        cache = self.cache
+        layers = [None] if self.cell.scope == "all" else range(self.cell.layers)
+        if direction == "offload":
+            return [cache.offload(near, far, layers=i, stream=stream, path=path) for i in layers]
+        return [cache.load(far, near, layers=i, stream=stream, path=path) for i in layers]
+
+    # Verification: the whole of both sides is compared, also what must stay as it was.
+
+    def near_region(self) -> torch.Tensor:
+        """Copy of the device's side, (kinds, layers, pages, bytes)."""
+        return torch.stack([torch.stack(kind) for kind in self.near])
+
+    def fill(self) -> None:
+        """Put random bytes on both sides, and keep a copy of them and of what must come out."""
+        for tensors in self.near:
+            for tensor in tensors:
+                tensor.copy_(self.memory.random(tensor.numel()).view(tensor.shape))
+        far_before = self.memory.random(self.far_bytes.numel())
+        self.far_bytes.copy_(far_before)
+        self.before = (self.near_region(), far_before)
+        near_after, far_after = self.near_region(), far_before.clone()
+        shape = (self.cell.kinds, *self.far[0].shape)
+        for way in self.cell.ways:
+            near, far = (torch.from_numpy(p).to(self.memory.device) for p in self.pages[way])
+            for kind in range(self.cell.kinds):
+                for layer in range(self.cell.layers):
+                    rows = self.plane_of(far_after.view(shape)[kind], layer)
+                    old = self.plane_of(far_before.view(shape)[kind], layer)
+                    if way == "offload":
+                        rows[far] = self.before[0][kind, layer, near]
+                    else:
+                        near_after[kind, layer, near] = old[far]
+        self.after = (near_after, far_after)
+
+    def restore(self) -> None:
+        """Undo a transfer."""
+        for kind, tensors in enumerate(self.near):
+            for layer, tensor in enumerate(tensors):
+                tensor.copy_(self.before[0][kind, layer])
+        self.far_bytes.copy_(self.before[1])
+
+    def wrong(self) -> str | None:
+        """What is not as a transfer must leave it, or None."""
+        for name, now, wanted in (
+            ("device", self.near_region(), self.after[0]),
+            ("host", self.far_bytes.to(self.memory.device), self.after[1]),
+        ):
+            if not torch.equal(now, wanted):
+                bad = int((now.flatten() != wanted.flatten()).sum())
+                return f"{bad:,} {'byte is' if bad == 1 else 'bytes are'} wrong on the {name}"
+        return None
+
+    def drop(self) -> None:
+        """Free the copies that verification needs."""
+        none = torch.empty(0)
+        self.before = self.after = (none, none)

@@ -1,0 +1,376 @@
+"""Measuring: every method of a cell in turn, compared byte by byte once, then timed.
+
+In a cell all methods do the same job on the same data: page numbers in, bytes moved. They are
+timed in turn, each turn in another order, on a stream that is not the default one, so that a
+machine whose speed drifts does so for all of them. Submission (host time until the call has
+returned) and completion (between two CUDA events around the call) are kept apart; ratios are
+medians over turns, of runs that stood side by side.
+
+On the emulated runtime there are no speeds: only host time, copies and calls.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+import kvsig
+from kvsig.tools.cells import LIMIT, PATHS, Cell, describe
+from kvsig.tools.jobs import Job, Memory
+from kvsig.tools.methods import METHODS, Outcome, Runner, Unavailable
+from kvsig.tools.report import Progress, provenance, spread
+from kvsig.tools.runtimes import real_device
+
+__all__ = ["SCHEMA", "Bench", "Options", "Series", "make_stream", "ratio", "summary", "target"]
+
+#: Of results as JSON.
+SCHEMA = 2
+#: Turns that all methods take part in; later ones are for those less than `CLOSE` times as slow
+#: as the fastest one.
+FEW_RUNS, CLOSE = 3, 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to measure.
+
+    Parameters
+    ----------
+    methods : sequence of str
+        Of `METHODS`.
+    runs : int
+        Timed runs of the fastest methods in a cell; fewer where the time is short, and three of
+        methods that are clearly slower.
+    seconds : float
+        Time for everything. Cells that it does not last for are left out, and named.
+    seed : int
+        Of page numbers and bytes.
+    verify : bool
+        Compare bytes once per cell and method.
+    """
+
+    methods: Sequence[str] = tuple(METHODS)
+    runs: int = 15
+    seconds: float = 300.0
+    seed: int = 0
+    verify: bool = True
+
+
+@dataclass(slots=True)
+class Series:
+    """Timed runs of one method in one cell, a run per turn; `ms` only on a GPU."""
+
+    name: str
+    submit: Callable[[], Outcome]
+    outcome: Outcome = field(default_factory=Outcome)
+    verified: bool | None = None
+    ms: list[float] = field(default_factory=list)
+    host_ms: list[float] = field(default_factory=list)
+
+    @property
+    def ms_per_byte(self) -> float:
+        """Median time of a byte."""
+        return statistics.median(self.ms) / max(self.outcome.bytes, 1)
+
+
+def ratio(mine: Series, other: Series) -> float:
+    """How many times as fast one method was as another: the median over turns of both."""
+    share = mine.outcome.bytes / max(other.outcome.bytes, 1)
+    # Turns are counted from the first one on, and those of slow methods end earlier.
+    return share * statistics.median(b / a for a, b in zip(mine.ms, other.ms, strict=False))
+
+
+def target() -> torch.device:
+    """Return the device to measure on; the CPU stands for the emulated runtime's."""
+    if not real_device():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def make_stream(device: torch.device) -> Any:
+    """Make a stream that is not the default one."""
+    if device.type == "cuda":
+        return torch.cuda.Stream(device)
+    from kvsig import emulated
+
+    return emulated.Stream()
+
+
+class Bench:
+    """Measures cells.
+
+    Parameters
+    ----------
+    cells : sequence of Cell
+        In the order to measure.
+    options : Options
+        How.
+    save : callable, optional
+        Given the whole result after each cell, so that an interrupted run loses nothing.
+
+    Raises
+    ------
+    ValueError
+        If the runtime is a real one and torch sees no GPU.
+    """
+
+    def __init__(
+        self,
+        cells: Sequence[Cell],
+        options: Options,
+        save: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        self.cells = list(cells)
+        self.options = options
+        self.save = save or (lambda result: None)
+        self.device = target()
+        self.real = self.device.type == "cuda"
+        #: One that is timed, and one for each way where both are measured at once.
+        self.streams = [make_stream(self.device) for _ in range(3)]
+        self.shuffled = random.Random(options.seed)
+        self.result: dict[str, Any] = {
+            "schema": SCHEMA,
+            "kind": "bench",
+            "provenance": provenance(),
+            "options": asdict(options) | {"methods": list(options.methods)},
+            "cells": [],
+            "skipped": [],
+        }
+
+    def run(self) -> dict[str, Any]:
+        """Measure every cell that there is time for.
+
+        Returns
+        -------
+        dict
+            The result, as ``--json`` writes it.
+        """
+        begin = time.monotonic()
+        end = begin + self.options.seconds
+        pool = max((cell.pool_bytes for cell in self.cells), default=0)
+        memory = Memory(self.device, pool, self.options.seed)
+        with Progress("kvsig bench") as progress:
+            for done, cell in enumerate(self.cells):
+                progress.show(done, len(self.cells), describe(cell))
+                left = end - time.monotonic()
+                if left <= 0:
+                    self.result["skipped"] = [asdict(cell) for cell in self.cells[done:]]
+                    break
+                deadline = time.monotonic() + left / (len(self.cells) - done)
+                self.result["cells"].append(self.entry(cell, memory, deadline))
+                self.result["seconds"] = round(time.monotonic() - begin, 1)
+                self.save(self.result)
+        self.result["summary"] = summary(self.result)
+        self.save(self.result)
+        return self.result
+
+    def entry(self, cell: Cell, memory: Memory, deadline: float) -> dict[str, Any]:
+        """Measure one cell; an error is a part of what is written down, and loses no other."""
+        place = asdict(cell) | {"copies": cell.copies, "bytes": cell.bytes}
+        try:
+            series, notes = self.measure(cell, memory, deadline)
+            return place | {"methods": self.rows(cell, series), "notes": notes}
+        except Exception as error:
+            self.synchronize()
+            if self.real:
+                torch.cuda.empty_cache()
+            text = f"{type(error).__name__}: {error}"
+            return place | {"methods": {}, "notes": {}, "error": text}
+
+    def measure(
+        self, cell: Cell, memory: Memory, deadline: float
+    ) -> tuple[list[Series], dict[str, str]]:
+        """Verify every method of a cell, then time them in turn; and why some were left out."""
+        job = Job(cell, memory, self.options.seed)
+        job.fill()
+        notes: dict[str, str] = {}
+        ready = []
+        for name in self.options.methods:
+            try:
+                runner = METHODS[name](job)
+                one = Series(name, self.submission(runner, job))
+                self.first(job, one)
+                ready.append(one)
+            except (Unavailable, kvsig.BindError, kvsig.CudaError) as error:
+                notes[name] = str(error)
+            except Exception as error:
+                # Another library's own exceptions; they must not lose the cell.
+                if name in PATHS:
+                    raise
+                notes[name] = f"{type(error).__name__}: {error}"
+        # The copies for verification are not needed any more; sources keep their bytes.
+        job.restore()
+        job.drop()
+        self.time_all(ready, deadline)
+        return ready, notes
+
+    def submission(self, runner: Runner, job: Job) -> Callable[[], Outcome]:
+        """Make a call that submits a whole cell: one way, or both on streams of their own."""
+        stream = self.streams[0]
+        if job.cell.direction != "both":
+            return lambda: runner(job, job.cell.direction, stream)
+
+        def both() -> Outcome:
+            whole = Outcome()
+            for way, own in zip(job.cell.ways, self.streams[1:], strict=True):
+                if self.real:
+                    own.wait_stream(stream)
+                whole.add(runner(job, way, own))
+            for own in self.streams[1:]:
+                if self.real:
+                    stream.wait_stream(own)
+                else:
+                    own.synchronize()
+            return whole
+
+        return both
+
+    def first(self, job: Job, one: Series) -> None:
+        """Run a method once: to warm it up, and to compare every byte."""
+        verify = self.options.verify and one.name != LIMIT
+        if verify:
+            job.restore()
+        self.synchronize()
+        one.outcome = one.submit()
+        self.synchronize()
+        if verify and one.outcome.whole:
+            wrong = job.wrong()
+            one.verified = wrong is None
+            if wrong is not None:
+                raise RuntimeError(f"{one.name}: {wrong}, in {describe(job.cell)}")
+
+    def synchronize(self) -> None:
+        """Wait for all work: memory that it works on must not go before it has ended."""
+        if self.real:
+            torch.cuda.synchronize()
+        else:
+            self.streams[0].synchronize()
+
+    def time_all(self, series: list[Series], deadline: float) -> None:
+        """Time methods in turn, as often as asked for or as there is time."""
+        racing = list(series)
+        gc.collect()
+        gc.disable()
+        try:
+            for turn in range(self.options.runs):
+                if turn >= FEW_RUNS and time.monotonic() > deadline:
+                    break
+                if turn == FEW_RUNS and self.real:
+                    racing = close(series)
+                # In another order each time, then in that backwards, so that each comes as often
+                # before every other one as behind it.
+                if turn % 2 and turn != FEW_RUNS:
+                    racing.reverse()
+                else:
+                    self.shuffled.shuffle(racing)
+                for one in racing:
+                    self.time_one(one)
+        finally:
+            gc.enable()
+
+    def time_one(self, one: Series) -> None:
+        """Time one submission."""
+        self.synchronize()
+        if not self.real:
+            begin = time.perf_counter()
+            one.submit()
+            one.host_ms.append((time.perf_counter() - begin) * 1e3)
+            self.synchronize()
+            return
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
+        start.record(self.streams[0])
+        begin = time.perf_counter()
+        one.submit()
+        one.host_ms.append((time.perf_counter() - begin) * 1e3)
+        end.record(self.streams[0])
+        end.synchronize()
+        one.ms.append(start.elapsed_time(end))
+
+    def rows(self, cell: Cell, series: list[Series]) -> dict[str, Any]:
+        """Write down what each method gave."""
+        by_name = {one.name: one for one in series}
+        found: dict[str, Any] = {}
+        for one in series:
+            outcome = one.outcome
+            copies = cell.copies if outcome.whole else outcome.copies
+            row = {
+                "runs": len(one.host_ms),
+                "path": outcome.path,
+                "reason": outcome.reason,
+                "calls": outcome.calls,
+                "operations": outcome.copies,
+                "bytes": outcome.bytes,
+                "verified": one.verified,
+                "host_ms": spread(one.host_ms),
+                "host_ns_per_copy": round(statistics.median(one.host_ms) * 1e6 / copies, 1),
+            }
+            if self.real:
+                row["ms"] = spread(one.ms)
+                row["gb_s"] = round(1 / one.ms_per_byte / 1e6, 3)
+                if "auto" in by_name and one.name != "auto":
+                    row["auto_ratio"] = round(ratio(by_name["auto"], one), 4)
+                if LIMIT in by_name:
+                    row["share"] = round(ratio(one, by_name[LIMIT]), 4)
+            found[one.name] = row
+        return found
+
+
+def close(series: list[Series]) -> list[Series]:
+    """Choose what is worth another turn: auto, methods that come close, and the limit."""
+    kept = ("auto", LIMIT)
+    best = min((one.ms_per_byte for one in series if one.name != LIMIT), default=0.0)
+    return [one for one in series if one.name in kept or one.ms_per_byte <= CLOSE * best]
+
+
+def summary(result: dict[str, Any]) -> dict[str, Any]:
+    """Compare auto with the fastest other method in every cell.
+
+    Parameters
+    ----------
+    result : dict
+        Of `Bench.run`.
+
+    Returns
+    -------
+    dict
+        ``compared``, the number of cells; ``worst``, the least ratio; ``behind``, the cells in
+        which auto has less than 0.95 of the best other path of kvsig; ``verified``, whether
+        every method that was compared byte by byte was right; ``errors`` of cells that failed.
+    """
+    behind: list[dict[str, Any]] = []
+    ratios = []
+    for cell in result["cells"]:
+        others = {
+            name: float(row["auto_ratio"])
+            for name, row in cell["methods"].items()
+            if name in PATHS and "auto_ratio" in row
+        }
+        if not others:
+            continue
+        best = min(others, key=lambda name: others[name])
+        ratios.append(others[best])
+        if others[best] < 0.95:
+            place = Cell(**{name: cell[name] for name in Cell.__dataclass_fields__})
+            behind.append({"cell": describe(place), "best": best, "ratio": others[best]})
+    checked = [
+        row["verified"]
+        for cell in result["cells"]
+        for row in cell["methods"].values()
+        if row.get("verified") is not None
+    ]
+    return {
+        "compared": len(ratios),
+        "worst": min(ratios, default=None),
+        "behind": sorted(behind, key=lambda item: float(item["ratio"])),
+        "verified": all(checked) if checked else None,
+        "verifications": len(checked),
+        "errors": [cell["error"] for cell in result["cells"] if "error" in cell],
+    }

@@ -1,0 +1,334 @@
+"""What every tool says and writes alike: sizes, times, tables, progress, provenance, files.
+
+Standard library only, so that the command line can print its help without torch.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+__all__ = [
+    "Progress",
+    "bytes_text",
+    "columns",
+    "commit",
+    "count_text",
+    "provenance",
+    "source_text",
+    "spread",
+    "table",
+    "time_text",
+    "wrap",
+    "write_json",
+]
+
+T = TypeVar("T")
+#: Sentences are not written wider than this, however wide the terminal is.
+WIDEST = 100
+
+
+# --- Numbers -----------------------------------------------------------------------------------
+
+
+def bytes_text(count: int) -> str:
+    """Write a number of bytes: ``"512 B"``, ``"1.5 MiB"``."""
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if count >= unit:
+            return f"{count / unit:.4g} {name}"
+    return f"{count} B"
+
+
+def count_text(count: int, noun: str) -> str:
+    """Write a number of things: ``"1 page"``, ``"2,048 pages"``, ``"2 copies"``."""
+    if count != 1:
+        noun = noun.removesuffix("y") + "ies" if noun.endswith("py") else noun + "s"
+    return f"{count:,} {noun}"
+
+
+def time_text(microseconds: float) -> str:
+    """Write a time: ``"3.2 µs"``, ``"1.25 ms"``."""
+    if microseconds < 1000:
+        return f"{microseconds:.3g} µs"
+    return f"{microseconds / 1e3:.4g} ms" if microseconds < 1e6 else f"{microseconds / 1e6:.4g} s"
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, extremes, and 10th and 90th percentile (nearest values that were measured)."""
+    ordered = sorted(values)
+    last = len(ordered) - 1
+    found = {
+        "median": statistics.median(ordered),
+        "min": ordered[0],
+        "p10": ordered[round(0.1 * last)],
+        "p90": ordered[round(0.9 * last)],
+        "max": ordered[last],
+    }
+    return {name: round(value, 5) for name, value in found.items()}
+
+
+# --- Lines -------------------------------------------------------------------------------------
+
+
+def columns(stream: Any = None) -> int | None:
+    """Columns to write for: ``$COLUMNS``, those of the terminal, or None where it is none."""
+    stream = sys.stdout if stream is None else stream
+    said = os.environ.get("COLUMNS", "")
+    if said.isdecimal() and int(said) > 0:
+        return int(said)
+    if stream is not None and stream.isatty():
+        return shutil.get_terminal_size().columns
+    return None
+
+
+def wrap(text: str, indent: str = "", width: int | None = None) -> str:
+    """Wrap a sentence, every line but the first behind `indent`."""
+    if width is None:
+        width = min(columns() or WIDEST, WIDEST)
+    return textwrap.fill(
+        text,
+        max(width, len(indent) + 20),
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def table(
+    rows: Sequence[Sequence[str]],
+    *,
+    labels: int = 1,
+    left: bool = False,
+    rule: bool = False,
+    indent: str = "",
+) -> list[str]:
+    """Write rows in aligned columns, the first row being the heads.
+
+    Parameters
+    ----------
+    rows : sequence of sequence of str
+        All of the same length.
+    labels : int
+        Columns that say what a row is about. Where a table is wider than the terminal, the
+        other columns are written in several blocks, each behind these.
+    left : bool
+        Align to the left, else to the right.
+    rule : bool
+        Draw a line under the heads.
+    indent : str
+        In front of every line.
+
+    Returns
+    -------
+    list of str
+        Lines without spaces at their ends.
+    """
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines: list[str] = []
+    for block in _blocks(widths, labels, (columns() or 1 << 20) - len(indent)):
+        if lines:
+            lines.append("")
+        for number, row in enumerate(rows):
+            cells = [row[i].ljust(widths[i]) if left else row[i].rjust(widths[i]) for i in block]
+            lines.append((indent + "  ".join(cells)).rstrip())
+            if rule and number == 0:
+                lines.append(indent + "-" * (sum(widths[i] + 2 for i in block) - 2))
+    return lines
+
+
+def _blocks(widths: list[int], labels: int, room: int) -> list[list[int]]:
+    """Columns of each block of a table: as many as fit, and one at least."""
+    first = list(range(labels))
+    used = sum(widths[:labels]) + 2 * (labels - 1)
+    blocks, taken = [list(first)], used
+    for i in range(labels, len(widths)):
+        if taken + 2 + widths[i] > room and len(blocks[-1]) > labels:
+            blocks.append(list(first))
+            taken = used
+        blocks[-1].append(i)
+        taken += 2 + widths[i]
+    return blocks
+
+
+class Progress:
+    """Progress on stderr: one line that is rewritten on a terminal, else a line now and then.
+
+    Parameters
+    ----------
+    label : str
+        What is running, in front of the lines that are not rewritten.
+    """
+
+    #: Seconds between two updates, on a terminal and elsewhere.
+    INTERVALS = (0.1, 10.0)
+    BAR = 20
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.terminal = sys.stderr.isatty()
+        self.interval = self.INTERVALS[0 if self.terminal else 1]
+        self.begin = time.monotonic()
+        self.last = self.begin
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.terminal:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def show(self, done: int, total: int, text: str) -> None:
+        """Tell that so many are done, and what is next."""
+        now = time.monotonic()
+        if now - self.last < self.interval:
+            return
+        self.last = now
+        seconds = now - self.begin
+        if self.terminal:
+            # One column is left free: a line that fills the last one would move on.
+            line = self.line(done, total, f"{seconds:.0f} s  {text}")
+            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+        else:
+            line = f"{self.label}: {done} of {total} after {seconds:.0f} s, {text}"
+            print(line, file=sys.stderr, flush=True)
+
+    def line(self, done: int, total: int, text: str) -> str:
+        """Write the line for this terminal, cut where it would not fit."""
+        width = (columns(sys.stderr) or WIDEST) - 1
+        filled = self.BAR * done // max(total, 1)
+        bar = f"[{'#' * filled}{'.' * (self.BAR - filled)}] " if width >= 3 * self.BAR else ""
+        return f"{bar}{done}/{total}  {text}"[:width]
+
+    def through(self, steps: Sequence[T], text: str) -> Iterator[T]:
+        """Iterate over steps and tell how many are done."""
+        for done, step in enumerate(steps):
+            self.show(done, len(steps), text)
+            yield step
+
+
+# --- Where a result is from, and files ---------------------------------------------------------
+
+
+def commit() -> str | None:
+    """Name the commit that kvsig runs from, with ``-dirty`` behind a changed one.
+
+    ``KVSIG_COMMIT`` says it where the code is a copy, and no checkout of its own.
+    """
+    said = os.environ.get("KVSIG_COMMIT")
+    if said:
+        return said
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def provenance(runtime: bool = True) -> dict[str, Any]:
+    """Say where results are from: device, driver, runtime, versions, date and commit.
+
+    Parameters
+    ----------
+    runtime : bool
+        Whether a CUDA runtime took part; without, nothing is said of one and none is bound.
+    """
+    import numpy as np
+    import torch
+
+    import kvsig
+
+    found: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "kvsig": kvsig.__version__,
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "numpy": np.__version__,
+    }
+    if not runtime:
+        return found
+    info = kvsig.info()
+    batch = next(row for row in info["functions"] if row["name"] == "cudaMemcpyBatchAsync")
+    return found | {
+        "emulated": info["emulated"],
+        "device": None if info["emulated"] else torch.cuda.get_device_name(),
+        "library": os.path.basename(info["library"]),
+        "runtime_version": info["runtime_version"],
+        "driver_version": info["driver_version"],
+        "batch_variant": batch["variant"],
+    }
+
+
+def source_text(source: dict[str, Any]) -> list[str]:
+    """Write a `provenance` as two lines."""
+    from kvsig.registry import format_version
+
+    where = "no CUDA runtime"
+    if "emulated" in source:
+        where = f"CUDA {format_version(source['runtime_version'])}"
+        if source["emulated"]:
+            where += ", emulated: no speeds, only host time and operations"
+        else:
+            driver = format_version(source["driver_version"])
+            where = f"{source['device']}, {where}, driver {driver}"
+    words = [source["library"]] if "library" in source else []
+    words += [f"torch {source['torch']}", source["date"]]
+    words += [f"commit {source['commit'][:12]}"] if source["commit"] else []
+    return [wrap(where), wrap(", ".join(words))]
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Replace a file as a whole: a reader never sees half of it."""
+    write_text(path, json_text(data) + "\n")
+
+
+def json_text(data: Any, depth: int = 2, indent: str = "") -> str:
+    """Write JSON, what is nested deeper than `depth` on a line of its own, for small files."""
+    inner = indent + " "
+    if depth and isinstance(data, dict) and data:
+        parts = [f"{json.dumps(k)}: {json_text(v, depth - 1, inner)}" for k, v in data.items()]
+        return "{\n" + ",\n".join(inner + part for part in parts) + f"\n{indent}}}"
+    if depth and isinstance(data, list) and data:
+        parts = [json_text(item, depth - 1, inner) for item in data]
+        return "[\n" + ",\n".join(inner + part for part in parts) + f"\n{indent}]"
+    return json.dumps(data, ensure_ascii=False)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its place, and put it there when it is whole."""
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` make a file of the same suffix, and put it in the place of `path`."""
+    descriptor, name = tempfile.mkstemp(suffix=path.suffix, prefix=path.stem, dir=path.parent)
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+

@@ -1,0 +1,141 @@
+"""Scripts beside the package: those that need no GPU run, the others say that they need one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+
+
+def script(name: str, *args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(BENCHMARKS / f"{name}.py"), *args],
+        capture_output=True,
+        text=True,
+        env={"KVSIG_CUDART": "emulated:13.0", "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+
+
+def test_rivals_need_a_gpu():
+    done = script("rivals")
+    assert done.returncode == 1
+    assert done.stderr == "rivals are compared on a GPU, with a real CUDA runtime\n"
+
+
+@pytest.mark.parametrize("name", ["one_call", "torch_copy", "Select"])
+@pytest.mark.parametrize("layout", ["page_first_direct", "layer_first"])
+@pytest.mark.parametrize("scope", ["all", "layer"])
+def test_rivals_move_the_bytes(name, layout, scope, monkeypatch, emulated_runtime):
+    """Those that need no other library, with host memory as the device's."""
+    from kvsig import emulated
+    from kvsig.tools.cells import Cell
+    from kvsig.tools.jobs import Job, Memory
+
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    import rivals
+
+    emulated_runtime("13.0")
+    for direction in ("offload", "load"):
+        cell = Cell(512, 4, layers=3, direction=direction, layout=layout, scope=scope)
+        job = Job(cell, Memory(torch.device("cpu"), cell.pool_bytes, 0), 0)
+        job.fill()
+        stream = emulated.Stream()
+        outcome = getattr(rivals, name)(job)(job, direction, stream)
+        stream.synchronize()
+        assert (job.wrong(), outcome.bytes, outcome.whole) == (None, cell.bytes, True)
+
+
+def test_overhead(tmp_path):
+    """Whether its limits are met is the machine's; that every figure is there is not."""
+    done = script("overhead", "--json", str(tmp_path / "x.json"))
+    assert done.returncode in (0, 1), done.stderr
+    result = json.loads((tmp_path / "x.json").read_text())
+    assert (len(result["copies"]), len(result["calls"])) == (9, 12)
+    assert done.stdout.endswith(f"{result['missed']} of 21 figures are above the limit\n")
+    assert done.returncode == bool(result["missed"])
+
+
+def test_against_itself(tmp_path):
+    done = script(
+        "against", str(ROOT), "--rounds", "1", "--seconds", "20", "--json", str(tmp_path / "x.json")
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "x.json").read_text())
+    assert result["cells"]
+    assert all(cell["host_ms_ratio"] > 0 for cell in result["cells"])
+    assert not any("ms_ratio" in cell for cell in result["cells"]), "no speeds without a GPU"
+    assert result["verdict"]["small_calls"]["cells"] == 6
+    assert "new over old, above 1 is faster" in done.stdout
+
+
+def test_against_judges_as_it_says(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from dataclasses import asdict
+
+    import against
+
+    from kvsig.tools.cells import Cell
+
+    def row(ratio, page_bytes=65536, scope="all", **values):
+        cell = Cell(page_bytes, 8, scope=scope, **values)
+        return asdict(cell) | {"ms_ratio": ratio, "host_ms_ratio": ratio}
+
+    small = row(0.1, 4096, "layer")
+    for ratios, met in (([0.98, 1.0, 0.93], True), ([0.98, 1.0, 0.91], False),
+                        ([0.96, 0.96, 1.2], False)):  # fmt: skip
+        found = against.verdict([small, *map(row, ratios)])
+        assert found["met"] is met
+        assert found["judged"]["cells"] == 3
+        assert found["reported"]["worst"] == 0.1, "reported, not judged"
+
+
+class TestGpuRun:
+    @pytest.mark.parametrize(
+        ("args", "text"),
+        [
+            (("none",), "no part none; there are: build, machine, tests"),
+            (("host", "--commit", "main"), "--commit 'main' is no commit"),
+            (("host", "--against", "/no"), "--against /no: there is no kvsig in it"),
+        ],
+    )
+    def test_wrong_arguments(self, tmp_path, args, text):
+        done = script("gpu_run", str(tmp_path), *args)
+        assert done.returncode == 2
+        assert text in done.stderr
+
+    def test_a_part_that_fails_loses_no_other(self, tmp_path):
+        done = script("gpu_run", str(tmp_path), "compute,overhead", "--commit", "0123abc")
+        assert done.returncode == 1
+        path = tmp_path / "summary.json"
+        summary = json.loads(path.read_text())
+        assert summary["commit"] == "0123abc"
+        assert summary["parts"]["compute"]["result"] == "exit code 1"
+        assert summary["parts"]["overhead"]["seconds"] > 0
+        assert len(summary["overhead"]["calls"]) == 12
+        assert path.stat().st_size < 300_000
+        assert "computing beside transfers needs a GPU" in (tmp_path / "run.log").read_text()
+
+    def test_results_in_the_tree_are_small(self):
+        kept = [path.stat().st_size for path in (BENCHMARKS / "results").rglob("*.json")]
+        assert kept and sum(kept) < 300_000
+
+    def test_condensed_keeps_what_tables_need(self, monkeypatch):
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+        import gpu_run
+        from tools.invented import gpu_result
+
+        from kvsig.cli.bench import text_of
+
+        result = gpu_result()
+        kept = json.loads(gpu_run.compact(gpu_run.condensed(result)))
+        assert text_of(kept) == text_of(result)
