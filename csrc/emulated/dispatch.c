@@ -25,7 +25,7 @@ static const struct handler {
     {"cuDriverGetVersion", do_driver_get_version, ANY_TIME | ASKS_DRIVER | DRIVER},
     {"cuFuncGetAttribute", do_function_get_attribute, DRIVER},
     {"cuFuncSetAttribute", do_function_set_attribute, DRIVER},
-    {"cuGetProcAddress", do_entry_point, DRIVER},
+    {"cuGetProcAddress", do_entry_point, DRIVER | ANY_TIME},
     {"cuInit", do_initialise, DRIVER},
     {"cuLaunchKernel", do_launch_kernel, DRIVER},
     {"cuLaunchKernelEx", do_launch_kernel_ex, DRIVER},
