@@ -1,7 +1,14 @@
 # make demo      the main job: a KV cache goes to host pages and back, compared bit for bit
+#                (also installs kvsig, editable, into the environment: .venv/bin/kvsig is there then)
 # make test      the test suite
 # make releases  the registry against every release of CUDA (fetches 14 packages of 1 to 3 MB, once)
+# make engines   the released Python of SGLang and vLLM against what kvsig relies on (fetches
+#                wheels of 1.3 GB in all, once, and keeps their Python: 300 MB below build)
 # make lint      ruff, cython-lint and mypy
+# make types     the stubs of the compiled modules against the modules
+# make docs      the pages as a site in build/site, warnings as errors, links checked
+# make sdist     the source distribution, and its own tests from where it is unpacked
+# make wheels    wheels for the interpreters that are found, each tested by itself
 # make build     the extension modules and the emulated CUDA runtimes, in place
 # make clean     removes what was built; make distclean removes the environment too
 #
@@ -47,10 +54,12 @@ py := $(VENV)/bin/python
 pip := $(py) -m pip --disable-pip-version-check --quiet
 packages := $(VENV)/.kvsig-packages
 linters := $(VENV)/.kvsig-linters
+sphinx := $(VENV)/.kvsig-docs
+installed := $(VENV)/.kvsig-installed
 # A build belongs to one interpreter, so each environment has a stamp of its own.
 built := build/stamp$(subst /,-,$(VENV))
 sources := setup.py pyproject.toml kvsig/signatures.toml kvsig/registry.py \
-	kvsig/registry_reader.py kvsig/codegen.py \
+	kvsig/registry_reader.py kvsig/codegen.py kvsig/stubs.py \
 	$(wildcard kvsig/*.pyx kvsig/*.pxd kvsig/*/*.pyx kvsig/*/*.pxd csrc/*.c csrc/*.h csrc/*.cu csrc/*/*.c csrc/*/*.h)
 
 # Requirements are written down once, in pyproject.toml; torch is installed by itself, or not at all.
@@ -58,11 +67,11 @@ define requirements
 import sys, tomllib
 with open("pyproject.toml", "rb") as file:
     project = tomllib.load(file)
-dev = project["project"]["optional-dependencies"]["dev"]
-linters = [r for r in dev if not r.startswith("pytest")]
+extras = project["project"]["optional-dependencies"]
+linters = [r for r in extras["dev"] if not r.startswith("pytest")]
 base = project["build-system"]["requires"] + project["project"]["dependencies"]
-base = [r for r in base + dev if r not in linters and not r.startswith("torch")]
-print(*(linters if sys.argv[1] == "linters" else base), sep="\n")
+base = [r for r in base + extras["dev"] if r not in linters and not r.startswith("torch")]
+print(*{"linters": linters, "base": base, "docs": extras["docs"]}[sys.argv[1]], sep="\n")
 endef
 export requirements
 
@@ -79,9 +88,13 @@ if not os.path.exists(header):
 endef
 export prerequisites
 
-.PHONY: demo test releases lint build clean distclean
-demo: build
+.PHONY: demo test releases engines lint types docs sdist wheels build clean distclean
+demo: $(installed)
 	@$(py) -m kvsig demo $(ARGS)
+	@printf '%s\n' '' 'To go on:' \
+		'  $(VENV)/bin/kvsig info                 # which CUDA runtime is used, which prototypes' \
+		'  $(py) examples/quickstart.py  # the script of README.md, to change' \
+		'  $(VENV)/bin/kvsig demo --help          # other models, layouts and paths'
 
 test: build
 	$(py) -m pytest $(ARGS)
@@ -90,10 +103,25 @@ releases: build
 	$(py) -m kvsig check --releases
 	$(py) -m pytest -m releases
 
-lint: $(linters)
+engines: build
+	$(py) tests/engines/check_engines.py $(ARGS)
+
+lint: $(linters) build
 	$(py) -m ruff check .
 	PATH='$(abspath $(VENV))/bin':"$$PATH" cython-lint $(wildcard kvsig/*.pyx kvsig/*.pxd kvsig/*/*.pyx kvsig/*/*.pxd)
 	$(py) -m mypy
+
+types: $(linters) build
+	$(py) packaging/stubs.py
+
+docs: $(sphinx) build
+	$(py) packaging/site.py
+
+sdist: $(packages)
+	$(py) packaging/wheels.py --sdist
+
+wheels: $(packages)
+	$(py) packaging/wheels.py
 
 build: $(built)
 
@@ -101,6 +129,11 @@ $(built): $(sources) $(packages)
 	@echo 'kvsig: building the extension modules and the emulated CUDA runtimes'
 	$(py) setup.py --quiet build_ext --inplace
 	@mkdir -p build && touch '$@'
+
+# Editable, so that `import kvsig` and $(VENV)/bin/kvsig work from everywhere.
+$(installed): setup.py pyproject.toml kvsig/__init__.py | $(built)
+	@$(pip) install --no-build-isolation --no-deps --editable .
+	@touch '$@'
 
 $(VENV)/bin/python:
 	@if ! $(or $(PYTHON),false) -c '$(modern)' 2>/dev/null; then \
@@ -127,9 +160,14 @@ $(linters): pyproject.toml | $(packages)
 	@$(py) -c "$$requirements" linters | $(pip) install -r /dev/stdin
 	@touch '$@'
 
+$(sphinx): pyproject.toml | $(packages)
+	@echo 'kvsig: installing what the pages are built with'
+	@$(py) -c "$$requirements" docs | $(pip) install -r /dev/stdin
+	@touch '$@'
+
 clean:
 	rm -rf build dist *.egg-info kvsig/_emulated csrc/generated
-	rm -f kvsig/*.so kvsig/*/*.so kvsig/*.c kvsig/*/*.c kvsig/*.pxi
+	rm -f kvsig/*.so kvsig/*/*.so kvsig/*.c kvsig/*/*.c kvsig/_generated.pxi kvsig/_page_copy.pxi kvsig/_calls.pyi
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 distclean: clean

@@ -13,6 +13,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+KERNEL = ROOT / "csrc/page_copy.cu"
 FLAGS = ["-O2", "-g0", "-Wno-unused-function", "-fno-strict-aliasing"]
 
 
@@ -33,7 +34,14 @@ class BuildExt(build_ext):
         codegen = load("codegen")
         registry = codegen.reader.load(ROOT / "kvsig/signatures.toml")
         codegen.write_if_changed(ROOT / "kvsig/_generated.pxi", codegen.cython_text(registry))
+        # The kernel's text travels in the extension, so that what is launched is what was built.
+        text = KERNEL.read_bytes()
+        codegen.write_if_changed(ROOT / "kvsig/_page_copy.pxi", f"PAGE_COPY = {text!r}\n")
+        stub = load("stubs").call_stub(registry)
+        codegen.write_if_changed(ROOT / "kvsig/_calls.pyi", stub)
         super().run()
+        if not self.inplace:
+            codegen.write_if_changed(Path(self.build_lib) / "kvsig/_calls.pyi", stub)
         self.emulated(codegen, registry)
 
     def emulated(self, codegen, registry):
@@ -62,7 +70,7 @@ class BuildExt(build_ext):
             codegen.write_if_changed(glue, codegen.emulated_glue(registry, version))
             library = package / f"libcudart-emulated-{text}.so"
             names.add(library.name)
-            stamps = [file.stat().st_mtime for file in [*sources, *folder.glob("*.h"), glue]]
+            stamps = [file.stat().st_mtime for file in [*sources, *folder.glob("*.h"), KERNEL, glue]]
             if library.exists() and library.stat().st_mtime > max(stamps) and not self.force:
                 continue
             shared = shared or compiled(sources, "shared")
@@ -83,6 +91,7 @@ def extension(name, *depends):
         f"kvsig.{name}",
         [f"kvsig/{name.replace('.', '/')}.pyx"],
         depends=["kvsig/_path.pxd", *(f"kvsig/{file}" for file in depends)],
+        include_dirs=["csrc"] if name == "_core" else [],
         extra_compile_args=FLAGS,
         libraries=["dl"] if name == "_loader" else [],
     )
@@ -91,10 +100,11 @@ def extension(name, *depends):
 PLAN = ("planning/_plan.pxd", "planning/_pack.pxd")
 EXTENSIONS = [
     extension("_loader"),
-    extension("_core", "_core.pxd", "_generated.pxi"),
+    extension("_core", "_core.pxd", "_generated.pxi", "_kernel.pxi", "../csrc/page_copy.cu"),
     extension("planning._plan", *PLAN),
     extension("planning._pack", *PLAN),
     extension("_transfer", "_core.pxd", *PLAN),
+    extension("_counters", "_core.pxd"),
 ]
 
 setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": BuildExt})

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvsig import emulated as emulated
     from kvsig import registry as registry
+    from kvsig._calls import call  # written by the build: its functions and parameters
     from kvsig._core import Report, info
     from kvsig._errors import BindError, CudaError
     from kvsig.cache import PagedKVCache
-    from kvsig.call import call
     from kvsig.copies import copy_batch
     from kvsig.registry import RegistryError
 

@@ -417,12 +417,6 @@ cdef class Report:
         Bytes moved.
     """
 
-    cdef readonly str path
-    cdef readonly object reason
-    cdef readonly size_t copies
-    cdef readonly size_t calls
-    cdef readonly uint64_t bytes
-
     def __init__(self, str path="none", reason=None, copies=0, calls=0, bytes=0):
         self.path, self.reason = path, reason
         self.copies, self.calls, self.bytes = copies, calls, bytes
@@ -1227,3 +1221,6 @@ def invoke_row(row, tuple values):
 def error_of(int code, str function):
     """The exception for what a function answered, with the thread's last error cleared."""
     return _error(code, function)
+
+
+include "_kernel.pxi"

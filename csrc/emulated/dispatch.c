@@ -84,6 +84,7 @@ static const struct handler {
     {"cudaStreamDestroy", do_stream_destroy, 0},
     {"cudaStreamEndCapture", do_stream_end_capture, 0},
     {"cudaStreamGetCaptureInfo", do_stream_is_capturing, 0},
+    {"cudaStreamGetId", do_stream_get_id, 0},
     {"cudaStreamGetPriority", do_stream_get_priority, 0},
     {"cudaStreamIsCapturing", do_stream_is_capturing, 0},
     {"cudaStreamQuery", do_stream_query, 0},

@@ -18,8 +18,16 @@ static void add_double(void **params, const struct launch *shape)
 
 static const size_t add_sizes[] = {8, 4, 8};
 
+void kvsig_double_wide(void **params, const struct launch *shape);
+void kvsig_double_thin(void **params, const struct launch *shape);
+
+/* page_copy.c: one parameter, a struct kvsig_page_copy. */
+static const size_t page_copy_sizes[] = {2152};
+
 static const struct kernel kernels[] = {
     {"kvsig_emulated_add", add_double, COUNT(add_sizes), add_sizes},
+    {"kvsig_copy_wide", kvsig_double_wide, COUNT(page_copy_sizes), page_copy_sizes},
+    {"kvsig_copy_thin", kvsig_double_thin, COUNT(page_copy_sizes), page_copy_sizes},
 };
 
 const struct kernel *kernel_at(size_t index)

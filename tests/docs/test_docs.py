@@ -10,17 +10,13 @@ from pathlib import Path
 
 import pytest
 from cuda_headers import REGISTRY, header
+from pages import DOCS, PAGES, blocks, name
 
 from kvsig import registry
 from kvsig.check import headers, proposals, registry_text
 
-DOCS = Path(__file__).parent.parent / "docs"
 ADD = (DOCS / "add-a-signature.md").read_text()
 REFERENCE = (DOCS / "registry.md").read_text()
-
-
-def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 EXAMPLES = [
@@ -50,8 +46,8 @@ def test_a_toml_example_is_a_part_of_a_registry(example: str) -> None:
     parts = [example, text] if "verified" in data else [text, example]
     whole = registry.parse("\n".join(parts))
     assert set(REGISTRY.functions) <= set(whole.functions)
-    for name, function in data.get("function", {}).items():
-        assert len(whole.functions[name].variants) == len(function["variant"])
+    for key, function in data.get("function", {}).items():
+        assert len(whole.functions[key].variants) == len(function["variant"])
 
 
 def test_examples_of_known_entries_are_the_registry_s_own() -> None:
@@ -83,10 +79,7 @@ def test_the_calls_print_what_the_page_says(
         assert printed[1] == missing
 
 
-PAGES = [DOCS.parent / "README.md", DOCS.parent / "benchmarks" / "README.md", *DOCS.glob("*.md")]
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS.parent)))
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []
@@ -94,8 +87,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_every_page_is_listed_in_the_index_once() -> None:
     index = (DOCS / "index.md").read_text()
-    listed = re.findall(r"^- \[.*?\]\(([a-z-]+\.md)\)", index, re.MULTILINE)
-    assert sorted(listed) == sorted({page.name for page in DOCS.glob("*.md")} - {"index.md"})
+    listed = re.findall(r"^- \[.*?\]\((.+?\.md)\)", index, re.MULTILINE)
+    listed = sorted((DOCS / page).resolve() for page in listed)
+    assert listed == sorted(page for page in PAGES if page != DOCS / "index.md")
 
 
 def test_every_variable_of_the_environment_is_documented() -> None:

@@ -1,0 +1,280 @@
+"""SGLang's direct functions: each pool layout, both directions, compared by every byte."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from standins import filled
+
+from kvsig import _core, interop, observe
+from kvsig.emulated import Control
+from kvsig.integrations import sglang as integration
+from kvsig.integrations.sglang import direct
+
+LAYERS, PAGE, PAGES = 3, 4, 24
+LOAD, OFFLOAD = "transfer_kv_per_layer_direct_pf_lf", "transfer_kv_all_layer_direct_lf_pf"
+
+
+@pytest.fixture
+def served(sglang: SimpleNamespace, control: Control, stream: int) -> SimpleNamespace:
+    """The functions as the engine's own modules see them, with kvsig installed."""
+    integration.install()
+    sglang.control, sglang.stream = control, stream
+    return sglang
+
+
+def run(served: SimpleNamespace, name: str, *args: Any, **kwargs: Any) -> None:
+    getattr(served.pool, name)(*args, **kwargs)
+    served.control.synchronize(served.stream)
+
+
+def tokens(pages: list[int], page: int = PAGE) -> torch.Tensor:
+    return torch.tensor([p * page + i for p in pages for i in range(page)], dtype=torch.int64)
+
+
+def expect(
+    served: SimpleNamespace, name: str, srcs: Any, dsts: Any, *args: Any, **kwargs: Any
+) -> None:
+    """Run a function through kvsig and by the contract: sources stay, destinations are alike."""
+    wanted = [t.clone() for t in dsts]
+    before = [t.clone() for t in srcs]
+    served.functions[name](srcs, wanted, *args, **kwargs)
+    served.calls.clear()
+    run(served, name, srcs, dsts, *args, **kwargs)
+    assert served.calls == [], observe.stats()["passed_on"]
+    for got, want in zip([*dsts, *srcs], [*wanted, *before], strict=True):
+        assert torch.equal(got, want)
+
+
+PAIRS = [([3, 4, 5, 9, 1], [7, 8, 9, 0, 2]), ([5], [6]), (list(range(12)), list(range(2, 14)))]
+
+# The device's rows, the host's pool by (pages, layers): shape of a token, dtype, tokens a page.
+POOLS = {
+    "MHA": ((4, 16), torch.bfloat16, PAGE, 2),
+    "MLA": ((1, 24), torch.bfloat16, PAGE, 1),
+    "asymmetric, K alone": ((2, 24), torch.float16, PAGE, 1),
+    "indexer": ((132,), torch.uint8, 1, 1),
+    "DSv4": ((584,), torch.uint8, 1, 1),
+    "Mamba": ((3, 4), torch.float32, 1, 1),
+}
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize(("host_pages", "device_pages"), PAIRS)
+class TestPageFirstDirect:
+    def sides(self, pool: str) -> tuple[list[torch.Tensor], list[torch.Tensor], int]:
+        row, dtype, page, kinds = POOLS[pool]
+        host = [filled(PAGES, LAYERS, page, *row, dtype=dtype, seed=k) for k in range(kinds)]
+        device = [
+            filled(PAGES * page, *row, dtype=dtype, seed=9 + i) for i in range(LAYERS * kinds)
+        ]
+        return host, device, page
+
+    def test_load(
+        self, served: SimpleNamespace, pool: str, host_pages: list[int], device_pages: list[int]
+    ) -> None:
+        host, device, page = self.sides(pool)
+        src, dst = tokens(host_pages, page), tokens(device_pages, page)
+        for layer in range(LAYERS):
+            expect(
+                served, LOAD, host, tuple(device[layer::LAYERS]),
+                src_indices=src, dst_indices=dst, layer_id=layer, page_size=page,
+            )  # fmt: skip
+
+    def test_several_layers_in_one_call(
+        self, served: SimpleNamespace, pool: str, host_pages: list[int], device_pages: list[int]
+    ) -> None:
+        host, device, page = self.sides(pool)
+        per_pool = len(device) // len(host)
+        chosen = [t for i, t in enumerate(device) if i % per_pool > 0]
+        expect(served, LOAD, host, chosen, tokens(host_pages, page), tokens(device_pages, page),
+               1, page)  # fmt: skip
+
+    def test_offload(
+        self, served: SimpleNamespace, pool: str, host_pages: list[int], device_pages: list[int]
+    ) -> None:
+        host, device, page = self.sides(pool)
+        expect(
+            served, OFFLOAD, tuple(device), host,
+            src_indices=tokens(device_pages, page), dst_indices=tokens(host_pages, page),
+            page_size=page,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("kinds", [1, 2])
+class TestLayerFirst:
+    """(2, layers, tokens, ...) and (layers, tokens, 1, width): tokens by number."""
+
+    def test_load_and_offload(self, served: SimpleNamespace, kinds: int) -> None:
+        host = filled(kinds, LAYERS, 96, 2, 8)
+        device = [filled(120, 2, 8, seed=i) for i in range(kinds * LAYERS)]
+        src, dst = tokens([3, 4, 0, 7]), tokens([9, 10, 11, 1])
+        for layer in range(LAYERS):
+            srcs = [host[k, layer] for k in range(kinds)]
+            dsts = [device[k * LAYERS + layer] for k in range(kinds)]
+            expect(served, "transfer_kv_direct", srcs, dsts, src, dst, PAGE)
+        hosts = [layer for kind in host for layer in kind]
+        expect(served, "transfer_kv_direct", device, hosts, dst, src, page_size=PAGE)
+
+    def test_runs_that_are_not_whole_pages(self, served: SimpleNamespace, kinds: int) -> None:
+        host = [filled(64, 8, seed=k) for k in range(kinds)]
+        device = [filled(64, 8, seed=9 + k) for k in range(kinds)]
+        src = torch.tensor([7, 8, 9, 10, 11, 30, 2, 3])
+        dst = torch.tensor([1, 2, 3, 50, 51, 52, 53, 9])
+        expect(served, "transfer_kv_direct", host, device, src, dst, page_size=PAGE)
+
+
+@pytest.mark.parametrize("side", ["device", "host", "both"])
+def test_rows_with_a_pitch(served: SimpleNamespace, side: str) -> None:
+    """The unified pool's envelope: rows of one layer lie among those of others."""
+    wide = [filled(80, 3, 16, seed=s) for s in range(2)]
+    src = wide[0][:, 1] if side != "device" else filled(80, 16, seed=3)
+    dst = wide[1][:, 2] if side != "host" else filled(80, 16, seed=4)
+    around = wide[1].clone()
+    src_tokens = torch.tensor([*range(10, 30), 3, 40, 41])
+    dst_tokens = torch.tensor([*range(40, 60), 1, 5, 6])
+    expect(served, "transfer_kv_direct", [src], [dst], src_tokens, dst_tokens, page_size=1)
+    assert torch.equal(wide[1][:, :2], around[:, :2])
+    assert observe.stats()["paths"].keys() & {"strided", "strided+batch", "strided+loop", "loop"}
+
+
+@pytest.mark.parametrize("page_first", [True, False])
+def test_device_pages_that_begin_anywhere(served: SimpleNamespace, page_first: bool) -> None:
+    host, device = filled(PAGES, 1, PAGE, 8), filled(PAGES * PAGE, 8, seed=1)
+    src, dst = tokens([2, 3, 4, 9]), torch.cat([torch.arange(s, s + PAGE) for s in (1, 5, 9, 40)])
+    expect(served, LOAD, [host], [device], src, dst, 0, PAGE)
+    expect(served, OFFLOAD, [device], [host], dst, src, PAGE)
+
+
+@pytest.mark.parametrize("to_host", [True, False])
+def test_embedding_ranges(served: SimpleNamespace, to_host: bool) -> None:
+    src, dst = filled(50, 37, dtype=torch.float32), filled(60, 37, dtype=torch.float32, seed=1)
+    args = ([10, 0, 13, 40, 5], [20, 50, 23, 1, 7], [3, 4, 6, 10, 0])
+    wanted = dst.clone()
+    served.functions["transfer_embedding_ranges_direct"](src, wanted, *args)
+    served.calls.clear()
+    run(served, "transfer_embedding_ranges_direct", src, dst, *args)
+    assert served.calls == [] and torch.equal(dst, wanted)
+
+
+def test_an_empty_call_moves_nothing(served: SimpleNamespace) -> None:
+    host, device = filled(2, 1, PAGE, 8), filled(8, 8, seed=1)
+    none = torch.empty(0, dtype=torch.int64)
+    expect(served, LOAD, [host], [device], none, none, 0, PAGE)
+    expect(served, "transfer_kv_direct", [device], [device.clone()], none, none, page_size=4)
+
+
+class TestPageNumbersOfALoad:
+    """Layers of a load bring the same tensors; what was written to since is read again."""
+
+    @pytest.mark.parametrize("inference", [True, False])
+    def test_indices_that_change_in_place(self, served: SimpleNamespace, inference: bool) -> None:
+        host, device = filled(PAGES, 1, PAGE, 8), filled(PAGES * PAGE, 8, seed=1)
+        with torch.inference_mode(inference):
+            src, dst = tokens([1, 2]), tokens([5, 6])
+            expect(served, LOAD, [host], [device], src, dst, 0, PAGE)
+            src += PAGE
+            expect(served, LOAD, [host], [device], src, dst, 0, PAGE)
+            dst.numpy()[:] += 2 * PAGE if inference else 0
+            expect(served, LOAD, [host], [device], src, dst, 0, PAGE)
+
+    def test_they_are_read_once_for_all_layers(
+        self, served: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made = []
+        monkeypatch.setattr(direct, "Pages", _counting(direct.Pages, made))
+        host, device = filled(PAGES, LAYERS, PAGE, 8), filled(PAGES * PAGE, 8, seed=1)
+        src, dst = tokens([1, 2]), tokens([5, 6])
+        for layer in range(LAYERS):
+            run(served, LOAD, [host], [device], src, dst, layer, PAGE)
+        assert len(made) == 1
+
+
+def _counting(kind: Callable[..., Any], made: list[Any]) -> Callable[..., Any]:
+    def make(*args: Any) -> Any:
+        made.append(args)
+        return kind(*args)
+
+    return make
+
+
+def test_a_registered_block_that_ends_within_a_pool(
+    served: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host, device = filled(4, 64, 8), filled(64, 8, seed=1)
+    middle = host[0].data_ptr() + 20 * 16 + 8
+    blocks = [(host.data_ptr() - 4096, middle), (middle, host.data_ptr() + host.nbytes)]
+
+    def memory_range(address: int) -> tuple[int, int] | None:
+        return next(((a, b - a) for a, b in blocks if a <= address < b), None)
+
+    monkeypatch.setattr(_core, "memory_range", memory_range)
+    seen: list[Any] = []
+    submit = interop.submit
+    monkeypatch.setattr(interop, "submit", lambda f, *rest: (seen.append(f), submit(f, *rest))[1])
+    moved = torch.arange(10, 40)
+    expect(served, "transfer_kv_direct", [host[0]], [device], moved, moved, page_size=1)
+    (found,) = seen
+    assert middle in found.srcs.tolist() and len(found.srcs) == 2
+
+
+class TestWhatIsNotServed:
+    """The original gets the call, with the reason counted; it alone raises."""
+
+    def check(self, served: SimpleNamespace, reason: str, name: str) -> None:
+        assert served.calls == [name]
+        assert observe.stats()["passed_on"] == {f"sglang.{name}": {reason: 1}}
+
+    def test_an_unknown_keyword(self, served: SimpleNamespace) -> None:
+        a, b = filled(8, 4), filled(8, 4)
+        with pytest.raises(TypeError):
+            run(served, "transfer_kv_direct", [a], [b], tokens([0]), tokens([1]), 4, fast=True)
+        assert observe.stats()["passed_on"] == {
+            "sglang.transfer_kv_direct": {"an argument that kvsig does not know": 1}
+        }
+
+    def test_what_the_original_raises_for(self, served: SimpleNamespace) -> None:
+        a, b = filled(8, 4), filled(8, 4)
+        with pytest.raises(RuntimeError, match="page size"):
+            run(served, "transfer_kv_direct", [a], [b], tokens([0]), tokens([1]), 3)
+        self.check(served, "indices that are not whole pages", "transfer_kv_direct")
+
+    def test_an_index_outside(self, served: SimpleNamespace) -> None:
+        a, b = filled(8, 4), filled(8, 4)
+        with pytest.raises(IndexError):
+            run(served, "transfer_kv_direct", [a], [b], tokens([0]), tokens([2]), 4)
+        self.check(served, "an index outside of a tensor", "transfer_kv_direct")
+
+    def test_a_negative_index(self, served: SimpleNamespace) -> None:
+        a, b = filled(8, 4), filled(8, 4)
+        run(served, "transfer_kv_direct", [a], [b], torch.tensor([-1]), torch.tensor([0]), 1)
+        self.check(served, "an index outside of a tensor", "transfer_kv_direct")
+
+    def test_dtypes_that_differ(self, served: SimpleNamespace) -> None:
+        a, b = filled(8, 4), filled(8, 4, dtype=torch.float32)
+        run(served, "transfer_kv_direct", [a], [b], tokens([0]), tokens([1]), 4)
+        self.check(served, "tensors of two dtypes or shapes", "transfer_kv_direct")
+
+    def test_device_rows_with_a_pitch_in_page_first(self, served: SimpleNamespace) -> None:
+        host, device = filled(2, 1, PAGE, 4), filled(8, 2, 4)[:, 0]
+        run(served, LOAD, [host], [device], tokens([0]), tokens([1]), 0, PAGE)
+        self.check(served, "device rows that are not packed", LOAD)
+
+
+def test_a_gpus_tensors_on_the_emulated_runtime(control: Control) -> None:
+    gpu = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+    with pytest.raises(direct.Unserved, match="unset KVSIG_CUDART"):
+        direct._device([(gpu, torch.zeros(1))])
+
+
+def test_a_cuda_error_is_the_originals_to_meet(served: SimpleNamespace) -> None:
+    host, device = filled(PAGES, 1, PAGE, 8), filled(PAGES * PAGE, 8, seed=1)
+    served.control.fault("cudaMemcpyBatchAsync", 1)
+    run(served, LOAD, [host], [device], tokens([1, 5]), tokens([5, 2]), 0, PAGE)
+    assert served.calls == [LOAD] and torch.equal(device[20:24], host[1, 0])
+    (cause,) = observe.stats()["fallbacks"]
+    assert cause == "cudaMemcpyBatchAsync answered 1 cudaErrorInvalidValue"

@@ -1,0 +1,294 @@
+"""vLLM's copy function through kvsig: its handlers' tests, and how the spec gets in."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import random
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from standins import Handler, module
+
+from kvsig import observe
+from kvsig.emulated import Control
+from kvsig.integrations import vllm as integration
+
+BLOCKS, CHUNKS = 64, 256
+
+
+class Worker:
+    """Handlers in attributes, among others; which ones there are depends on vLLM's version."""
+
+    def __init__(self, handlers: list[Handler]) -> None:
+        names = ("_store_handler", "_load_handler", "_expedited_load_handler")
+        self._mmap_region = None
+        vars(self).update(zip(names, handlers, strict=False))
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.SimpleNamespace]:
+    """A small vLLM whose spec makes the worker that a test has put into it."""
+    found = types.SimpleNamespace(calls=[], worker=None)
+
+    class CPUOffloadingSpec:
+        def create_worker(self, kv_caches: Any) -> Any:
+            return found.worker
+
+    class TieringOffloadingSpec(CPUOffloadingSpec):
+        def create_worker(self, kv_caches: Any) -> Any:
+            found.calls.append("tiers")
+            return super().create_worker(kv_caches)
+
+    def swap(src: Any, dst: Any, sizes: Any, is_src_access_order_any: bool = False) -> None:
+        found.calls.append("swap_blocks_batch")
+
+    found.swap = swap
+    module(monkeypatch, "vllm", __version__="0.33.0")
+    for name in ("v1", "v1.kv_offload", "v1.kv_offload.cpu", "v1.kv_offload.tiering"):
+        module(monkeypatch, f"vllm.{name}")
+    module(monkeypatch, "vllm.v1.kv_offload.cpu.spec", CPUOffloadingSpec=CPUOffloadingSpec)
+    module(
+        monkeypatch, "vllm.v1.kv_offload.tiering.spec",
+        TieringOffloadingSpec=TieringOffloadingSpec,
+    )  # fmt: skip
+    for name in integration._SPECS:
+        vars(integration).pop(name, None)
+    yield found
+    for name in integration._SPECS:
+        vars(integration).pop(name, None)
+
+
+def tensors(pages: list[int], per_chunk: int, shared: bool) -> tuple[list[Any], list[Any]]:
+    """Make both sides; in a shared region a chunk's row holds other tensors' and ranks' too."""
+    gpu = [torch.randint(-99, 99, (BLOCKS, page), dtype=torch.int8) for page in pages]
+    if not shared:
+        cpu = [torch.randint(-99, 99, (CHUNKS, p * per_chunk), dtype=torch.int8) for p in pages]
+        return gpu, cpu
+    slot = sum(pages) * per_chunk
+    region = torch.randint(-99, 99, (CHUNKS, 2 * slot + 64), dtype=torch.int8)
+    cpu, start = [], slot  # the second rank's slot
+    for page in pages:
+        cpu.append(region[:, start : start + page * per_chunk])
+        start += page * per_chunk
+    return gpu, cpu
+
+
+def check(
+    handler: Handler, blocks: Any, chunks: Any, skips: Any, control: Control, stream: int
+) -> None:
+    """Transfer, and compare every byte of both sides, those that stay included."""
+    gpu, cpu = handler.src_tensors, handler.dst_tensors
+    if not handler.gpu_to_cpu:
+        gpu, cpu = cpu, gpu
+    wanted_gpu, wanted_cpu = [t.clone() for t in gpu], [t.clone() for t in cpu]
+    moved = handler.transfer(blocks, chunks, skips)
+    control.synchronize(stream)
+    for tensor, block, chunk, at, size in moved:
+        page = gpu[tensor].shape[1]
+        near = wanted_gpu[tensor][block, :size]
+        far = wanted_cpu[tensor][chunk, at * page : at * page + size]
+        (far if handler.gpu_to_cpu else near).copy_(near if handler.gpu_to_cpu else far)
+    for got, want in zip([*gpu, *cpu], [*wanted_gpu, *wanted_cpu], strict=True):
+        assert torch.equal(got, want)
+    report = observe.stats()["integrations"]["vllm"]
+    assert report["bytes"] == sum(size for *_, size in moved)
+
+
+def numbers(kind: str, count: int, below: int) -> list[int]:
+    if kind == "runs":
+        return list(range(3, 3 + count))
+    if kind == "descending":
+        return list(range(count + 2, 2, -1))
+    return random.Random(count).sample(range(below), count)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("gpu_to_cpu", [True, False])
+@pytest.mark.parametrize("kind", ["random", "runs", "descending"])
+@pytest.mark.parametrize(("per_chunk", "skip"), [(1, 0), (3, 0), (3, 2)])
+def test_blocks_of_four_tensors(
+    vllm: types.SimpleNamespace, control: Control, stream: int,
+    shared: bool, gpu_to_cpu: bool, kind: str, per_chunk: int, skip: int,
+) -> None:  # fmt: skip
+    gpu, cpu = tensors([512, 1024, 512, 1024], per_chunk, shared)
+    references = [[(t, gpu[t].shape[1]) for t in range(4)]]
+    handler = Handler(gpu, cpu, per_chunk, references, gpu_to_cpu, vllm.swap)
+    assert integration.exchange(Worker([handler])) == 1
+    count = 25
+    chunks = -(-(count + skip) // per_chunk)
+    check(handler, [numbers(kind, count, BLOCKS)], [numbers(kind, chunks, CHUNKS)], [skip],
+          control, stream)  # fmt: skip
+    assert vllm.calls == []
+
+
+@pytest.mark.parametrize("gpu_to_cpu", [True, False])
+def test_three_groups_one_empty_one_unaligned_with_pages_that_count_in_part(
+    vllm: types.SimpleNamespace, control: Control, stream: int, gpu_to_cpu: bool
+) -> None:
+    gpu, cpu = tensors([512, 1024, 256], 3, True)
+    references = [[(0, 512)], [(1, 1000)], [(1, 1024), (2, 256)]]
+    handler = Handler(gpu, cpu, 3, references, gpu_to_cpu, vllm.swap)
+    integration.exchange(Worker([handler]))
+    blocks = [numbers("runs", 9, BLOCKS), [], [40, 41, 42, 50, 63]]
+    check(handler, blocks, [[7, 8, 9], [], [100, 101]], [0, 0, 1], control, stream)
+
+
+def test_nothing_to_copy(vllm: types.SimpleNamespace, control: Control) -> None:
+    gpu, cpu = tensors([512], 1, False)
+    handler = Handler(gpu, cpu, 1, [[(0, 512)]], True, vllm.swap)
+    integration.exchange(Worker([handler]))
+    assert handler.transfer([[]], [[]], [0]) == []
+
+
+def test_runs_are_merged_and_even_spacing_is_strided(
+    vllm: types.SimpleNamespace, control: Control
+) -> None:
+    gpu, cpu = tensors([512, 512], 1, False)
+    handler = Handler(gpu, cpu, 1, [[(0, 512)], [(1, 512)]], True, vllm.swap)
+    integration.exchange(Worker([handler]))
+    one = [numbers("runs", 30, 64), []]
+    handler.transfer(one, one, [0, 0], control.synchronize)
+    assert observe.stats()["integrations"]["vllm"]["copies"] == 1
+    observe.clear()
+    gpu, cpu = tensors([512, 512], 1, True)
+    handler = Handler(gpu, cpu, 1, [[(0, 512)], [(1, 512)]], True, vllm.swap)
+    integration.exchange(Worker([handler]))
+    both = numbers("runs", 30, 64)
+    handler.transfer([both, both], [both, both], [0, 0], control.synchronize)
+    assert observe.stats()["paths"]["strided"]["cuda_calls"] == 2
+
+
+@pytest.mark.parametrize(("cap", "calls"), [("7", 3), ("0", 1), ("", 1), ("many", 1)])
+def test_the_cap_on_descriptors(
+    vllm: types.SimpleNamespace, control: Control, monkeypatch: pytest.MonkeyPatch, cap: str,
+    calls: int,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("VLLM_KV_OFFLOAD_MAX_BATCH_DESCRIPTORS", cap)
+    gpu, cpu = tensors([512], 1, False)
+    handler = Handler(gpu, cpu, 1, [[(0, 512)]], True, vllm.swap)
+    integration.exchange(Worker([handler]))
+    handler.transfer([numbers("random", 20, 64)], [list(range(0, 40, 2))], [0], control.synchronize)
+    assert observe.stats()["integrations"]["vllm"]["cuda_calls"] == calls
+
+
+class TestWhatIsNotServed:
+    def swapped(self, vllm: types.SimpleNamespace) -> Handler:
+        gpu, cpu = tensors([512], 1, False)
+        handler = Handler(gpu, cpu, 1, [[(0, 512)]], True, vllm.swap)
+        integration.exchange(Worker([handler]))
+        return handler
+
+    def test_an_unknown_keyword_goes_on_with_the_whole_call(
+        self, vllm: types.SimpleNamespace, control: Control
+    ) -> None:
+        seen = []
+        gpu, cpu = tensors([512], 1, False)
+        handler = Handler(gpu, cpu, 1, [], True, lambda *a, **k: seen.append((a, k)))
+        integration.exchange(Worker([handler]))
+        words = torch.zeros(0, dtype=torch.int64)
+        handler._swap_blocks_batch(words, words, words, use_batch_api=True)
+        ((arguments, keywords),) = seen
+        assert all(given is words for given in arguments)
+        assert keywords == {"is_src_access_order_any": False, "use_batch_api": True}
+        assert "vllm.offload" in observe.stats()["passed_on"]
+
+    def test_a_failing_kvsig_is_logged_once(
+        self, vllm: types.SimpleNamespace, control: Control, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        handler = self.swapped(vllm)
+        for _ in range(3):
+            control.fault("cudaMemcpyBatchAsync", 1)
+            handler.transfer([[1, 5, 9]], [[7, 5, 3]], [0])
+        assert vllm.calls == ["swap_blocks_batch"] * 3
+        warnings = [r for r in caplog.records if r.levelno == logging.WARNING]
+        assert len(warnings) == 1 and "cudaMemcpyBatchAsync answered 1" in warnings[0].message
+        (count,) = observe.stats()["fallbacks"].values()
+        assert count == 3
+
+    def test_descriptors_of_another_kind(
+        self, vllm: types.SimpleNamespace, control: Control
+    ) -> None:
+        handler = self.swapped(vllm)
+        words = torch.zeros(2, dtype=torch.int32)
+        handler._swap_blocks_batch(words, words, words)
+        assert vllm.calls == ["swap_blocks_batch"]
+
+    def test_small_pages_stay_with_the_triton_kernel(
+        self, vllm: types.SimpleNamespace, control: Control, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        gpu, cpu = tensors([512], 1, False)
+        original = functools.partial(vllm.swap)
+        handler = Handler(gpu, cpu, 1, [[(0, 512)]], False, original)
+        assert integration.exchange(Worker([handler])) == 0
+        assert handler._swap_blocks_batch is original
+        assert "nothing is served" in caplog.text and "Triton" in caplog.text
+
+    def test_a_gpus_tensors_on_the_emulated_runtime(
+        self, vllm: types.SimpleNamespace, control: Control, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        gpu = types.SimpleNamespace(is_cuda=True)
+        handler = Handler([gpu], [torch.zeros(1)], 1, [], True, vllm.swap)
+        assert integration.exchange(Worker([handler])) == 0
+        assert "unset KVSIG_CUDART" in caplog.text
+
+    def test_a_worker_without_handlers(
+        self, vllm: types.SimpleNamespace, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        assert integration.exchange(Worker([])) == 0
+        assert "no handler of Worker is one that kvsig knows" in caplog.text
+
+    def test_twice_is_once(self, vllm: types.SimpleNamespace, control: Control) -> None:
+        handler = self.swapped(vllm)
+        exchanged = handler._swap_blocks_batch
+        assert integration.exchange(Worker([handler])) == 0
+        assert handler._swap_blocks_batch is exchanged
+
+    def test_the_switch(
+        self, vllm: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("KVSIG_DISABLE", "1")
+        assert self.swapped(vllm)._swap_blocks_batch is vllm.swap
+
+
+class TestSpecs:
+    @pytest.mark.parametrize("name", ["KvsigOffloadingSpec", "KvsigTieringOffloadingSpec"])
+    def test_a_spec_is_vllms_with_the_copy_exchanged(
+        self, vllm: types.SimpleNamespace, control: Control, caplog: pytest.LogCaptureFixture,
+        name: str,
+    ) -> None:  # fmt: skip
+        gpu, cpu = tensors([512], 1, False)
+        store, load, fast = (
+            Handler(gpu, cpu, 1, [[(0, 512)]], to_cpu, vllm.swap) for to_cpu in (True, False, False)
+        )
+        vllm.worker = Worker([store, load, fast])
+        spec = getattr(integration, name)
+        assert spec.__module__ == integration.__name__ and spec.__name__ == name
+        with caplog.at_level(logging.INFO, "kvsig"):
+            assert spec().create_worker(None) is vllm.worker
+        for handler in (store, load, fast):
+            assert handler._swap_blocks_batch.original is vllm.swap
+        assert "vLLM 0.33.0" in caplog.text and "serves offload, load" in caplog.text
+        assert getattr(integration, name) is spec
+
+    def test_without_vllm(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import sys
+
+        monkeypatch.setitem(sys.modules, "vllm", None)
+        vars(integration).pop("KvsigOffloadingSpec", None)
+        with pytest.raises(ImportError, match=r"needs vLLM 0\.25 or later"):
+            _ = integration.KvsigOffloadingSpec
+
+    def test_a_vllm_that_is_too_old(self, vllm: types.SimpleNamespace) -> None:
+        import sys
+
+        sys.modules["vllm.v1.kv_offload.cpu.spec"].CPUOffloadingSpec = type("Old", (), {})
+        with pytest.raises(ImportError, match="has no create_worker"):
+            _ = integration.KvsigOffloadingSpec
+
+    def test_another_name(self) -> None:
+        with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+            _ = integration.Nothing
