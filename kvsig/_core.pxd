@@ -68,6 +68,7 @@ cdef class KernelLane:
     cdef readonly uint64_t stream
     cdef readonly object lock
     cdef reserve(self, size_t count)
+    cdef zero(self, size_t size)
     cpdef object take_wrong(self)
     cpdef object wait(self, unsigned int layer, unsigned int value, uint64_t stream)
 

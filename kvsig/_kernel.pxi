@@ -186,12 +186,20 @@ cdef class KernelLane:
         self.device_wrong = mapped
         self.counts = <unsigned int *>_device_memory(8 * <size_t>layers)
         self.flags = self.counts + layers
-        _check(
-            cudaMemsetAsync(
-                devPtr=self.counts, value=0, count=8 * <size_t>layers, stream=<void *>stream
-            ),
-            "cudaMemsetAsync",
-        )
+        self.zero(8 * <size_t>layers)
+
+    cdef zero(self, size_t size):
+        # Waited for: other streams look at flags before this lane's stream comes to its first launch.
+        cdef void *stream = NULL
+        _check(cudaStreamCreateWithFlags(pStream=&stream, flags=1), "cudaStreamCreateWithFlags")
+        try:
+            _check(
+                cudaMemsetAsync(devPtr=self.counts, value=0, count=size, stream=stream),
+                "cudaMemsetAsync",
+            )
+            _check(cudaStreamSynchronize(stream=stream), "cudaStreamSynchronize")
+        finally:
+            cudaStreamDestroy(stream=stream)
 
     def __dealloc__(self):
         if _forked_away():
