@@ -103,9 +103,9 @@ def _is_number(value: object) -> bool:
 def _handle_of(stream: Any) -> int | None:
     """Return the handle that a stream object has, in any library's way; None for other things."""
     for name in ("cuda_stream", "ptr"):
-        handle = getattr(stream, name, None)
-        if _is_number(handle):
-            return int(handle)
+        found: Any = getattr(stream, name, None)
+        if _is_number(found):
+            return int(found)
     protocol = getattr(stream, "__cuda_stream__", None)
     if protocol is None:
         return None

@@ -421,6 +421,19 @@ class TestLayeredLoads:
         assert order == [NAME, 0, NAME, 1, NAME, 2]
         assert observe.stats()["passed_on"][layered.WHAT]
 
+    def test_a_launch_that_fails_is_done_by_the_originals(
+        self, served: SimpleNamespace, engine: Any
+    ) -> None:
+        pools, order = Pools(served.control, "pf"), served.calls
+        served.control.fault("cuLaunchKernelEx", 1)
+        transfers = [self.transfer(served, pools)]
+        engine.submit_host_to_device(
+            transfers, transfer_layer_id_max=LAYERS, on_layer_done=order.append
+        )
+        assert order == [NAME, 0, NAME, 1, NAME, 2]
+        (cause,) = observe.stats()["fallbacks"]
+        assert cause.startswith("cuLaunchKernelEx answered 1")
+
     def test_without_events_calls_are_served_one_by_one(
         self, served: SimpleNamespace, engine: Any
     ) -> None:

@@ -166,7 +166,8 @@ def _numbers(request: Request, side: int, handle: int) -> Numbers:
         return there[0]
     if indices.dtype is not torch.int64 or indices.ndim != 1 or indices.is_cuda:
         raise Unserved("indices that are not a list of int32 or int64")
-    return np.ascontiguousarray(indices.numpy())
+    listed: npt.NDArray[np.int64] = np.ascontiguousarray(indices.numpy())
+    return listed
 
 
 def _by_head(indices: torch.Tensor, heads: int, page: int, handle: int) -> torch.Tensor:
@@ -203,7 +204,7 @@ def _place_key(place: Place) -> tuple[int, ...]:
     if isinstance(base, torch.Tensor):
         version = -1 if base.is_inference() else base._version
         return (id(base), base.data_ptr(), version, *place[1:])
-    return place  # type: ignore[return-value]
+    return base, *place[1:]
 
 
 def _known_again(key: tuple[Any, ...]) -> Known | None:
@@ -233,9 +234,10 @@ def _found(
     many = layers[0][0].layers if len(layers) == 1 else len(layers)
     source = _source(planes)
     requests = [request for layer in layers for request in layer]
-    limits = [
-        min(_rows(place) for request in requests for place in request[side]) for side in (0, 1)
-    ]
+    limits = (
+        min(_rows(place) for request in requests for place in request.src),
+        min(_rows(place) for request in requests for place in request.dst),
+    )
     near, far = (1, 0) if source else (0, 1)
     unit = kernel.unit_of(planes)
     table = kernel.table(

@@ -10,12 +10,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from kvsig import observe, streams
-from kvsig._core import CudaError, Report
+from kvsig._core import BindError, CudaError, Report
 from kvsig._counters import now, since
 from kvsig.integrations.sglang import launches
 from kvsig.integrations.sglang.kernel import Request
@@ -29,6 +29,10 @@ OWNER, METHOD = "sglang.srt.mem_cache.l2_transfer.L2TransferEngine", "submit_hos
 WHAT = "sglang.load_in_layers"
 #: How the number of layers is called, by versions.
 _LAYERS = ("transfer_layer_id_max", "layer_num")
+
+#: Requests, each with the call that makes it SGLang's way; and those of each layer.
+Calls: TypeAlias = list[tuple[Request, Callable[[], Any]]]
+Held: TypeAlias = list[tuple[int, Calls]]
 
 _running = threading.local()
 # Streams on which events are recorded: by device and transfer stream, kept like SGLang's own.
@@ -70,8 +74,8 @@ class Load:
 
     def __init__(self, done: Callable[[int], Any], layers: int) -> None:
         self.done, self.layers, self.start = done, layers, 0
-        self.open: list[tuple[Request, Callable[[], Any]]] = []
-        self.held: list[tuple[int, list[tuple[Request, Callable[[], Any]]]]] = []
+        self.open: Calls = []
+        self.held: Held = []
 
     def takes(self, request: Request, original: Callable[[], Any]) -> bool:
         """Keep a call for the launch; False for one that has to be made at once."""
@@ -93,22 +97,22 @@ class Load:
         held, self.held = self.held, []
         try:
             report = self._launched(held)
-        except (Unserved, CudaError) as error:
-            if isinstance(error, Unserved):
-                observe.passed_on(WHAT, str(error))
-            else:
-                observe.fell_back(WHAT, error)
+        except Unserved as unserved:
+            observe.passed_on(WHAT, str(unserved))
             self._one_by_one(held)
-            return
-        since(WHAT, report, self.start)
+        except (BindError, CudaError) as error:
+            observe.fell_back(WHAT, error)
+            self._one_by_one(held)
+        else:
+            since(WHAT, report, self.start)
 
-    def _one_by_one(self, held: list[tuple[int, list[tuple[Request, Callable[[], Any]]]]]) -> None:
+    def _one_by_one(self, held: Held) -> None:
         for layer, calls in held:
             for _, original in calls:
                 original()
             self.done(layer)
 
-    def _launched(self, held: list[tuple[int, list[tuple[Request, Callable[[], Any]]]]]) -> Report:
+    def _launched(self, held: Held) -> Report:
         first = next(calls for _, calls in held if calls)[0][0]
         device = first.src_indices.device
         handle = streams.current_handle(device)

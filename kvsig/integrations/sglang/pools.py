@@ -125,6 +125,7 @@ def device_of(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.devic
 
 
 def memory_blocks(tensors: Tensors) -> Blocks:
+    """Where distinct tensors begin and end, and the block that each begins in."""
     found = {}
     for tensor in tensors:
         start, end = tensor.data_ptr(), tensor.data_ptr() + reach(tensor)
@@ -170,6 +171,7 @@ def _packed_row(tensor: torch.Tensor) -> int:
 def token_planes(
     srcs: Tensors, dsts: Tensors, page_size: int, layer: int
 ) -> tuple[list[Planes], int, int]:
+    """Each tensor a plane of tokens: for `transfer_kv_direct`."""
     if len(srcs) != len(dsts) or not srcs:
         raise Unserved("as many destinations as sources are needed")
     groups: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
@@ -185,6 +187,7 @@ def token_planes(
 def load_planes(
     srcs: Tensors, dsts: Tensors, page_size: int, layer: int
 ) -> tuple[list[Planes], int, int]:
+    """Host pages to layers on the device, from layer `layer` on."""
     groups, pages, device_pages = _pool_planes(srcs, dsts, page_size, layer)
     return _grouped(groups), device_pages, pages
 
@@ -192,6 +195,7 @@ def load_planes(
 def offload_planes(
     srcs: Tensors, dsts: Tensors, page_size: int, layer: int
 ) -> tuple[list[Planes], int, int]:
+    """Layers on the device to host pages."""
     groups, pages, device_pages = _pool_planes(dsts, srcs, page_size, layer)
     turned = {
         (far, near, width): [(host, at) for at, host in pairs]
