@@ -40,6 +40,7 @@ PARTS = {
     "grid": (330, "kvsig bench: the whole preset"),
     "rivals": (120, "other projects' ways beside kvsig's"),
     "compute": (80, "a matrix product beside transfers"),
+    "kernel": (270, "what the page-copy kernel is asked for"),
     "overhead": (60, "kvsig's own time per call, with CUDA's functions stubbed"),
     "host": (40, "planning and packing, no CUDA"),
     "calibrate": (45, "kvsig calibrate --dry-run"),
@@ -247,6 +248,10 @@ class Run:
     def rivals(self, seconds: float) -> int:
         command = [str(HERE / "rivals.py"), "--seconds", str(max(10, int(seconds - 25)))]
         return self.measured("rivals", command, seconds, 40)
+
+    def kernel(self, seconds: float) -> int:
+        command = [str(HERE / "kernel.py"), "--seconds", str(max(10, int(seconds - 40)))]
+        return self.measured("kernel", command, seconds, 130)
 
     def overhead(self, seconds: float) -> int:
         return self.measured("overhead", [str(HERE / "overhead.py")], seconds, 20)
