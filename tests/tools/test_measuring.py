@@ -37,12 +37,14 @@ class TestEmulated:
         )
         result = run(cell)
         methods = result["cells"][0]["methods"]
-        assert set(methods) == set(PATHS)
+        # Memory that the bench makes without a GPU is pageable.
+        assert set(methods) == set(PATHS) - {"kernel"}
+        assert "the host pool is pageable" in result["cells"][0]["notes"]["kernel"]
         assert all(row["verified"] for row in methods.values())
         assert all(row["bytes"] == cell.bytes for row in methods.values())
         assert methods["loop"]["calls"] == cell.copies
         assert result["summary"]["errors"] == []
-        assert result["summary"]["verifications"] == len(PATHS)
+        assert result["summary"]["verifications"] == len(PATHS) - 1
 
     def spoil(self, monkeypatch, spoil):
         real = Job.kvsig
@@ -83,7 +85,7 @@ class TestEmulated:
 
     def test_the_limit_needs_a_gpu(self):
         notes = run(Cell(512, 8, layers=2))["cells"][0]["notes"]
-        assert notes == {"one-copy": "means nothing on the emulated runtime"}
+        assert notes["one-copy"] == "means nothing on the emulated runtime"
 
     def test_a_method_is_added_by_an_entry(self, monkeypatch):
         """Also one that fails in its own way, and one that cannot be had here."""
