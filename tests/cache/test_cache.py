@@ -5,8 +5,6 @@ import itertools
 import mmap
 import re
 import threading
-import time
-from dataclasses import replace
 
 import numpy as np
 import pytest

@@ -9,8 +9,8 @@ import sys
 
 import numpy as np
 import pytest
-from future import NEXT_TEXT, last
 import torch
+from future import NEXT_TEXT, last
 
 import kvsig
 from kvsig import _core, emulated, registry
