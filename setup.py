@@ -94,7 +94,7 @@ def extension(name, *depends):
         depends=["kvsig/_path.pxd", *(f"kvsig/{file}" for file in depends)],
         include_dirs=["csrc"] if name == "_core" else [],
         extra_compile_args=FLAGS,
-        libraries=["dl"],
+        libraries=["dl"] if name == "_loader" else [],
     )
 
 

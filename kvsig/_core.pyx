@@ -417,12 +417,6 @@ cdef class Report:
         Bytes moved.
     """
 
-    cdef readonly str path
-    cdef readonly object reason
-    cdef readonly size_t copies
-    cdef readonly size_t calls
-    cdef readonly uint64_t bytes
-
     def __init__(self, str path="none", reason=None, copies=0, calls=0, bytes=0):
         self.path, self.reason = path, reason
         self.copies, self.calls, self.bytes = copies, calls, bytes

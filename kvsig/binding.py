@@ -7,7 +7,6 @@ them are the core's.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -76,10 +75,6 @@ def _no_variant(function: Function, version: int) -> Row:
         why = f"{shown} is newer than every range; the last is {last.label}"
         return Row(function, "too new", why)
     return Row(function, "absent", f"no range covers {shown}")
-
-
-def _sonames(library: _registry.Library) -> Sequence[str]:
-    return getattr(library, "sonames", None) or (library.soname,)
 
 
 class Binding:
@@ -176,7 +171,7 @@ class Binding:
         if self.emulated:
             return Library(cudart.handle, cudart.path, "emulated as well")
         entry = self.registry.libraries["cuda"]
-        return _runtime.driver(_sonames(entry), entry.version, cudart.handle)
+        return _runtime.driver(entry.sonames, entry.version, cudart.handle)
 
     def add(self, name: str, library: Library) -> None:
         """Take a library in: its version first, then all of its functions."""
@@ -342,7 +337,7 @@ class Binding:
 
     def look_again(self) -> bool:
         """Take in a driver that was not there before; libcudart may have loaded it meanwhile."""
-        names = _sonames(self.registry.libraries["cuda"])
+        names = self.registry.libraries["cuda"].sonames
         if self.libraries["cuda"].handle or not any(
             _loader.open_library(name, only_loaded=True) for name in names
         ):
@@ -360,7 +355,6 @@ class Binding:
                 own = self.libraries["cudart"]
                 library = Library(own.handle, own.path, "emulated as well")
             else:
-                sonames = _sonames(entry)
-                library = _runtime.nvrtc(sonames, entry.version, self.path)
+                library = _runtime.nvrtc(entry.sonames, entry.version, self.path)
             self.add(name, library)
         return self.rows[function]
