@@ -105,8 +105,8 @@ class TestGpuRun:
         ("args", "text"),
         [
             (("none",), "no part none; there are: build, machine, tests"),
-            (("host", "--commit", "main"), "--commit 'main' is no commit"),
-            (("host", "--against", "/no"), "--against /no: there is no kvsig in it"),
+            (("quick", "--commit", "main"), "--commit 'main' is no commit"),
+            (("quick", "--against", "/no"), "--against /no: there is no kvsig in it"),
         ],
     )
     def test_wrong_arguments(self, tmp_path, args, text):
