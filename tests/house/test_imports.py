@@ -18,7 +18,7 @@ ROOMS = {
     "kernel": ("kernel",),
     "emulated": ("emulated", "emulated.*"),
     "tensors": ("streams", "tensors"),
-    "transfer": ("_transfer",),
+    "transfer": ("layouts", "_transfer", "launching"),
     "cache": ("cache", "copies"),
     "kvsig": ("",),
     "engines": ("observe", "ops", "interop", "integrations", "integrations.*"),
