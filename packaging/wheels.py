@@ -26,6 +26,8 @@ WORK = ROOT / "build" / "wheels"
 DIST = ROOT / "dist"
 TORCH = os.environ.get("TORCH", "torch==2.13.0")
 OLDEST, NEWEST = (3, 11), (3, 14)
+#: Rooms whose tests need no torch, for interpreters that torch has no wheel for.
+WITHOUT_TORCH = ["registry", "core", "emulated", "planning"]
 #: Most bytes of the emulated runtimes of a wheel, as files; above it they would have to be built
 #: on demand.
 EMULATED_MOST = 1_000_000
@@ -106,15 +108,29 @@ def check_quiet(output: str) -> None:
         sys.exit("the build is not quiet:\n" + "\n".join(noise[:20]))
 
 
-def run_tests(python: Path, tests: Path, cwd: Path) -> None:
+def run_tests(python: Path, tests: Path, cwd: Path, torch: bool = True) -> None:
     """Run tests with what is installed, and make sure that it is what was meant."""
     where = run(python, "-c", "import kvsig; print(kvsig.__file__)", cwd=cwd, quiet=True)
     if not Path(where.strip()).is_relative_to(python.parent.parent.resolve()):
         sys.exit(f"kvsig was imported from {where.strip()}")
-    run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests, cwd=cwd)
+    wanted = [tests] if torch else [tests / room for room in WITHOUT_TORCH]
+    config = ["-c", tests.parent / "pyproject.toml", "--rootdir", tests.parent]
+    run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *config, *wanted, cwd=cwd)
 
 
-def wheel(python: Path, version: tuple[int, int], tests: bool) -> Path:
+def test_wheel(python: Path, tag: str, built: Path, torch: bool) -> None:
+    """Install a wheel into an empty environment, and run the tests far from the checkout."""
+    # "empty": nothing but the wheel and what it asks for, and what runs tests.
+    needs = [TORCH] if torch else ["--no-deps", "numpy", "iniconfig", "packaging", "pluggy", "pygments"]
+    runner = environment(python, f"{tag}-empty", *needs, "pytest>=8", str(built))
+    outside = WORK / f"{tag}-outside"
+    shutil.rmtree(outside, ignore_errors=True)
+    shutil.copytree(ROOT / "tests", outside / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", outside)
+    run_tests(runner, outside / "tests", outside, torch)
+
+
+def wheel(python: Path, version: tuple[int, int], tests: bool, torch: bool) -> Path:
     """Build, repair and test the wheel of one interpreter."""
     tag = f"cp{version[0]}{version[1]}"
     raw = WORK / f"{tag}-raw"
@@ -138,12 +154,7 @@ def wheel(python: Path, version: tuple[int, int], tests: bool) -> Path:
     final = Path(shutil.copy(repaired, DIST))
     check_contents(final)
     if tests:
-        # "empty": nothing but the wheel and what it asks for, and what runs tests.
-        runner = environment(python, f"{tag}-empty", str(final), TORCH, "pytest>=8")
-        outside = WORK / f"{tag}-outside"
-        shutil.rmtree(outside, ignore_errors=True)
-        outside.mkdir()
-        run_tests(runner, ROOT / "tests", outside)
+        test_wheel(python, tag, final, torch)
     return final
 
 
@@ -190,6 +201,9 @@ def main() -> None:
     parser.add_argument("--sdist", action="store_true", help="the source distribution only")
     parser.add_argument("--python", type=Path, help="this interpreter only")
     parser.add_argument("--no-tests", action="store_true", help="build and repair only")
+    parser.add_argument(
+        "--no-torch", action="store_true", help="install no torch, and run the tests that need none"
+    )
     arguments = parser.parse_args()
     shutil.rmtree(WORK / "sdist", ignore_errors=True)
     if arguments.sdist:
@@ -206,7 +220,8 @@ def main() -> None:
         found = {version: python}
     missing = [f"3.{m}" for m in range(OLDEST[1], NEWEST[1] + 1) if (3, m) not in found]
     print(*(f"{python}: {v[0]}.{v[1]}" for v, python in found.items()), sep="\n")
-    done = [wheel(python, version, not arguments.no_tests) for version, python in found.items()]
+    how = not arguments.no_tests, not arguments.no_torch
+    done = [wheel(python, version, *how) for version, python in found.items()]
     print(*(f"{path.name}" for path in done), sep="\n")
     if missing and not arguments.python:
         print(f"no interpreter found for {', '.join(missing)}")
