@@ -32,8 +32,8 @@ WITHOUT_TORCH = ["registry", "core", "emulated", "planning"]
 #: on demand.
 EMULATED_MOST = 1_000_000
 NOISE = re.compile(r"\b(warning|hint)\b", re.IGNORECASE)
-#: What pip and setuptools say about themselves.
-HARMLESS = re.compile(r"^\s*WARNING: |\[notice\]|byte-compiling is disabled")
+#: What pip and setuptools say about themselves, and about patterns that match no file.
+HARMLESS = re.compile(r"^\s*WARNING: |\[notice\]|byte-compiling is disabled|warning: no .*files")
 
 
 def run(*command: str | Path, cwd: Path = ROOT, quiet: bool = False, **variables: str) -> str:
@@ -121,7 +121,8 @@ def run_tests(python: Path, tests: Path, cwd: Path, torch: bool = True) -> None:
 def test_wheel(python: Path, tag: str, built: Path, torch: bool) -> None:
     """Install a wheel into an empty environment, and run the tests far from the checkout."""
     # "empty": nothing but the wheel and what it asks for, and what runs tests.
-    needs = [TORCH] if torch else ["--no-deps", "numpy", "iniconfig", "packaging", "pluggy", "pygments"]
+    alone = ["--no-deps", "numpy", "iniconfig", "packaging", "pluggy", "pygments"]
+    needs = [TORCH] if torch else alone
     runner = environment(python, f"{tag}-empty", *needs, "pytest>=8", str(built))
     outside = WORK / f"{tag}-outside"
     shutil.rmtree(outside, ignore_errors=True)
