@@ -273,8 +273,8 @@ cdef object _child_refusal():
     """Why this process cannot use CUDA for being a child of one that has, or None."""
     if _parent_used or (_parent_devices and not _bound.emulated):
         return (
-            f"process {os.getpid()} was forked from process {_parent}, which had used CUDA: CUDA does"
-            " not work in such a child. Start it by the method 'spawn', or fork before CUDA is"
+            f"process {os.getpid()} was forked from process {_parent}, which had used CUDA: CUDA"
+            " does not work in such a child. Start it by the method 'spawn', or fork before CUDA is"
             " first used"
         )
     return None
@@ -663,17 +663,15 @@ cdef class _Fork:
 
     def __init__(self):
         cdef void *handle = NULL
-        self._created(
-            cudaStreamCreateWithFlags(pStream=&handle, flags=STREAM_NON_BLOCKING), "cudaStreamCreateWithFlags"
-        )
+        cdef int code
+        code = cudaStreamCreateWithFlags(pStream=&handle, flags=STREAM_NON_BLOCKING)
+        self._created(code, "cudaStreamCreateWithFlags")
         self.stream = <uint64_t>handle
-        self._created(
-            cudaEventCreateWithFlags(event=&handle, flags=EVENT_DISABLE_TIMING), "cudaEventCreateWithFlags"
-        )
+        code = cudaEventCreateWithFlags(event=&handle, flags=EVENT_DISABLE_TIMING)
+        self._created(code, "cudaEventCreateWithFlags")
         self.before = <uint64_t>handle
-        self._created(
-            cudaEventCreateWithFlags(event=&handle, flags=EVENT_DISABLE_TIMING), "cudaEventCreateWithFlags"
-        )
+        code = cudaEventCreateWithFlags(event=&handle, flags=EVENT_DISABLE_TIMING)
+        self._created(code, "cudaEventCreateWithFlags")
         self.after = <uint64_t>handle
 
     cdef _created(self, int code, str function):

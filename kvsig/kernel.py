@@ -90,19 +90,17 @@ def unit_of(*arrays: npt.ArrayLike) -> int:
 
 
 def refusal() -> str | None:
-    """Say why the kernel cannot be built here, or None; nothing is compiled or initialised.
+    """Say why the kernel cannot be built here, or None; NVRTC is opened, and nothing is compiled.
 
     Returns
     -------
     str or None
         One sentence, for ``info``.
     """
-    rows = {row["name"]: row for row in _core.info()["functions"]}
     for name in NEEDED:
-        row = rows.get(name)
-        if row is None or row["status"] != "bound":
-            why = row["why"] if row else "it is not in the registry"
-            return f"{name} is not bound: {why}"
+        row = _core.row_of(name)
+        if row.status != "bound":
+            return f"{name} is not bound: {row.why}"
     return None
 
 
