@@ -31,6 +31,8 @@ WITHOUT_TORCH = ["registry", "core", "emulated", "planning"]
 #: Most bytes of the emulated runtimes of a wheel, as files; above it they would have to be built
 #: on demand.
 EMULATED_MOST = 1_000_000
+#: What the build makes, and a source distribution must not have.
+MADE = re.compile(r"\.(so|o|c\.\w+)$|/_(generated|page_copy)\.pxi$|/_calls\.pyi$")
 NOISE = re.compile(r"\b(warning|hint)\b", re.IGNORECASE)
 #: What pip and setuptools say about themselves, and about patterns that match no file.
 HARMLESS = re.compile(r"^\s*WARNING: |\[notice\]|byte-compiling is disabled|warning: no .*files")
@@ -178,6 +180,10 @@ def sdist() -> Path:
         run(builder, "-m", "build", "--sdist", "--outdir", WORK / "sdist", ROOT, quiet=True)
         archives = list((WORK / "sdist").glob("*.tar.gz"))
     (archive,) = archives
+    with tarfile.open(archive) as files:
+        built = [name for name in files.getnames() if MADE.search(name)]
+    if built:
+        sys.exit(f"{archive.name} has what a build has made: {built}")
     DIST.mkdir(exist_ok=True)
     shutil.copy(archive, DIST)
     return archive
