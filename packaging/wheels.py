@@ -32,7 +32,7 @@ WITHOUT_TORCH = ["registry", "core", "emulated", "planning"]
 #: on demand.
 EMULATED_MOST = 1_000_000
 #: What the build makes, and a source distribution must not have.
-MADE = re.compile(r"\.(so|o|c\.\w+)$|/_(generated|page_copy)\.pxi$|/_calls\.pyi$")
+MADE = re.compile(r"\.(so|o)$|/kvsig/.*\.c$|/_(generated|page_copy)\.pxi$|/_calls\.pyi$")
 NOISE = re.compile(r"\b(warning|hint)\b", re.IGNORECASE)
 #: What pip and setuptools say about themselves, and about patterns that match no file.
 HARMLESS = re.compile(r"^\s*WARNING: |\[notice\]|byte-compiling is disabled|warning: no .*files")
