@@ -218,6 +218,13 @@ cdef object _look_again():
             _route = ROUTES.index(_bound.route)
 
 
+def kernel_refusal():
+    """Why the page-copy kernel cannot be built here, or None; NVRTC is opened for it."""
+    _ensure()
+    with _lock:
+        return _bound.no_kernel()
+
+
 def row_of(str function):
     """What a function of the registry is bound to; a library that is optional is opened for it."""
     _ensure()
@@ -330,7 +337,8 @@ def info():
         ``library`` (path), ``found`` (how), ``emulated``, ``runtime_version``,
         ``driver_version``, ``driver_library``, ``driver_found`` (how, or why not), ``route``,
         ``batch`` (``path`` that copies take on an ordinary stream: batch, loop, or none where
-        every copy would fail; and ``why``), ``functions`` (a list: name, library, symbol,
+        every copy would fail; and ``why``), ``kernel`` (``available``: whether the page-copy
+        kernel can be built; and ``why`` not), ``functions`` (a list: name, library, symbol,
         variant, pinned, address, status, why), ``libraries`` (every libcudart of the process),
         ``warnings``.
     """
@@ -339,6 +347,8 @@ def info():
     bound = _bound
     no_copies = _child_refusal() or bound.no_copies(refusal)
     cuda = bound.libraries["cuda"]
+    with _lock:
+        no_kernel = no_copies or bound.no_kernel()
     return {
         "library": bound.path or None,
         "found": bound.found,
@@ -352,6 +362,7 @@ def info():
             "path": "none" if no_copies else "loop" if refusal else "batch",
             "why": no_copies or refusal or bound.why,
         },
+        "kernel": {"available": not no_kernel, "why": no_kernel},
         "functions": [bound.rows[name].as_dict() for name in bound.registry.functions],
         "libraries": _runtime.loaded_cudarts(),
         "warnings": bound.warnings_now(),
