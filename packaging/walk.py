@@ -77,13 +77,14 @@ class Walk:
 def walk(place: Path, tests: bool) -> str:
     """Walk from a clone to a signature of one's own."""
     way = Walk()
-    way.step("clone", "git", "clone", "--quiet", ROOT, place / "kvsig", cwd=place, shown="git clone")
     tree = place / "kvsig"
+    way.step("clone", "git", "clone", "--quiet", ROOT, tree, cwd=place, shown="git clone")
     way.step("first command", "make", "demo", cwd=tree)
     if tests:
         way.step("second command", "make", "test", cwd=tree)
     own = tree / ".venv" / "bin"
-    for line in (["kvsig", "info"], ["python", "examples/quickstart.py"], ["kvsig", "demo", "--help"]):
+    quick = ["python", "examples/quickstart.py"]
+    for line in (["kvsig", "info"], quick, ["kvsig", "demo", "--help"]):
         shown = " ".join([".venv/bin/" + line[0], *line[1:]])
         way.step("line of make demo", own / line[0], *line[1:], cwd=tree, shown=shown)
 
