@@ -1116,7 +1116,7 @@ cdef object _run_rows(const uint64_t *ops, size_t count, uint64_t stream):
         if error.index is None:
             raise
         fields = error.code, error.name, error.text, error.function, error.variant, error.library
-        raise CudaError(*fields, rows[3, error.index]) from None
+        raise CudaError(*fields, rows[3, <Py_ssize_t>error.index]) from None
 
 
 cdef object run_strided(const uint64_t *ops, size_t count, uint64_t stream):
