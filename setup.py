@@ -51,7 +51,7 @@ class BuildExt(build_ext):
         temp = Path(self.build_temp) / "emulated"
         folder = ROOT / "csrc/emulated"
         sources = sorted(folder.glob("*.c"))
-        flags = ["-std=gnu11", "-O2", "-pthread", "-Wall", "-Wextra", "-fvisibility=hidden"]
+        flags = ["-std=gnu11", "-O2", "-g0", "-pthread", "-Wall", "-Wextra", "-fvisibility=hidden"]
 
         def compiled(files, into):
             # Relative names keep the build folder out of the objects' paths below build_temp.
@@ -70,14 +70,15 @@ class BuildExt(build_ext):
             codegen.write_if_changed(glue, codegen.emulated_glue(registry, version))
             library = package / f"libcudart-emulated-{text}.so"
             names.add(library.name)
-            stamps = [file.stat().st_mtime for file in [*sources, *folder.glob("*.h"), KERNEL, glue]]
+            inputs = [*sources, *folder.glob("*.h"), KERNEL, glue]
+            stamps = [file.stat().st_mtime for file in inputs]
             if library.exists() and library.stat().st_mtime > max(stamps) and not self.force:
                 continue
             shared = shared or compiled(sources, "shared")
             self.compiler.link_shared_object(
                 shared + compiled([glue], text),
                 str(library),
-                extra_postargs=["-pthread"],
+                extra_postargs=["-pthread", "-s"],
                 libraries=["dl"],
             )
         for stale in package.glob("libcudart-emulated-*.so"):
@@ -93,6 +94,7 @@ def extension(name, *depends):
         depends=["kvsig/_path.pxd", *(f"kvsig/{file}" for file in depends)],
         include_dirs=["csrc"] if name == "_core" else [],
         extra_compile_args=FLAGS,
+        extra_link_args=["-s"],
         libraries=["dl"] if name == "_loader" else [],
     )
 

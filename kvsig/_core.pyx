@@ -218,6 +218,13 @@ cdef object _look_again():
             _route = ROUTES.index(_bound.route)
 
 
+def kernel_refusal():
+    """Why the page-copy kernel cannot be built here, or None; NVRTC is opened for it."""
+    _ensure()
+    with _lock:
+        return _bound.no_kernel()
+
+
 def row_of(str function):
     """What a function of the registry is bound to; a library that is optional is opened for it."""
     _ensure()
@@ -330,7 +337,8 @@ def info():
         ``library`` (path), ``found`` (how), ``emulated``, ``runtime_version``,
         ``driver_version``, ``driver_library``, ``driver_found`` (how, or why not), ``route``,
         ``batch`` (``path`` that copies take on an ordinary stream: batch, loop, or none where
-        every copy would fail; and ``why``), ``functions`` (a list: name, library, symbol,
+        every copy would fail; and ``why``), ``kernel`` (``available``: whether the page-copy
+        kernel can be built; and ``why`` not), ``functions`` (a list: name, library, symbol,
         variant, pinned, address, status, why), ``libraries`` (every libcudart of the process),
         ``warnings``.
     """
@@ -339,6 +347,8 @@ def info():
     bound = _bound
     no_copies = _child_refusal() or bound.no_copies(refusal)
     cuda = bound.libraries["cuda"]
+    with _lock:
+        no_kernel = no_copies or bound.no_kernel()
     return {
         "library": bound.path or None,
         "found": bound.found,
@@ -352,6 +362,7 @@ def info():
             "path": "none" if no_copies else "loop" if refusal else "batch",
             "why": no_copies or refusal or bound.why,
         },
+        "kernel": {"available": not no_kernel, "why": no_kernel},
         "functions": [bound.rows[name].as_dict() for name in bound.registry.functions],
         "libraries": _runtime.loaded_cudarts(),
         "warnings": bound.warnings_now(),
@@ -373,13 +384,18 @@ cdef str _text_of(const char *text):
 def _error(int code, name, index=None):
     """The exception for an error code, with the thread's last error cleared."""
     cdef str label = "", text = ""
-    if slots[SLOT_cudaGetLastError].variant >= 0:
-        cudaGetLastError()
-    if slots[SLOT_cudaGetErrorName].variant >= 0:
-        label = _text_of(cudaGetErrorName(error=code))
-    if slots[SLOT_cudaGetErrorString].variant >= 0:
-        text = _text_of(cudaGetErrorString(error=code))
     row = _bound.rows[name]
+    if row.function.library == "nvrtc":
+        # Codes of its own, which CUDA's functions would take for theirs.
+        if slots[SLOT_nvrtcGetErrorString].variant >= 0:
+            label = _text_of(nvrtcGetErrorString(result_=code))
+    else:
+        if slots[SLOT_cudaGetLastError].variant >= 0:
+            cudaGetLastError()
+        if slots[SLOT_cudaGetErrorName].variant >= 0:
+            label = _text_of(cudaGetErrorName(error=code))
+        if slots[SLOT_cudaGetErrorString].variant >= 0:
+            text = _text_of(cudaGetErrorString(error=code))
     if not label:
         # Without libcudart: by the registry, as far as it has the constant.
         codes = _bound.registry.enums[row.function.returns.name].constants
@@ -1100,7 +1116,7 @@ cdef object _run_rows(const uint64_t *ops, size_t count, uint64_t stream):
         if error.index is None:
             raise
         fields = error.code, error.name, error.text, error.function, error.variant, error.library
-        raise CudaError(*fields, rows[3, error.index]) from None
+        raise CudaError(*fields, rows[3, <Py_ssize_t>error.index]) from None
 
 
 cdef object run_strided(const uint64_t *ops, size_t count, uint64_t stream):

@@ -421,8 +421,11 @@ cdef class KernelCode:
         cdef size_t calls = 1
         cdef int code = 0, sent = 0
         cdef bint far = not (request.number[0] and request.number[1])
+        global _used
+        _ensure()
         if planes.unit != self.kernel.unit:
             raise ValueError("the table's unit is not the kernel's")
+        _used = True
         _describe(&given, planes, lane, request)
         if request.window_pitch and not (request.number[0] or request.number[1]):
             order = _ordered(request)

@@ -20,6 +20,13 @@ from .runtime import Library
 __all__ = ["Binding", "Core", "Row"]
 
 # What any libcudart must have: with these, pages can be copied one by one.
+# What the page-copy kernel cannot do without, apart from libcudart's own functions.
+KERNEL_NEEDS = (
+    "cuModuleLoadData", "cuModuleGetFunction", "cuFuncGetAttribute", "cuLaunchKernelEx",
+    "nvrtcGetNumSupportedArchs", "nvrtcGetSupportedArchs", "nvrtcCreateProgram",
+    "nvrtcCompileProgram", "nvrtcGetCUBINSize", "nvrtcGetCUBIN", "nvrtcGetPTXSize", "nvrtcGetPTX",
+    "nvrtcGetProgramLogSize", "nvrtcGetProgramLog", "nvrtcDestroyProgram",
+)  # fmt: skip
 CUDART_NEEDS = ("cudaRuntimeGetVersion", "cudaMemcpyAsync")
 BATCH, DRIVERS_BATCH = "cudaMemcpyBatchAsync", "cuMemcpyBatchAsync"
 
@@ -299,6 +306,14 @@ class Binding:
         if self.wanted_route == "driver":
             return text
         return f"{text}: libcudart {format_version(self.runtime)} has no batch function"
+
+    def no_kernel(self) -> str | None:
+        """Why the page-copy kernel cannot be built here, or None; NVRTC is opened for it."""
+        for name in KERNEL_NEEDS:
+            row = self.row(name)
+            if row.status != "bound":
+                return f"{name} is not bound: {row.why}"
+        return None
 
     def no_copies(self, refusal: str | None) -> str | None:
         """Why every copy would fail, or None where nothing says so.

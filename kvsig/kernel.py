@@ -23,14 +23,6 @@ __all__ = ["UNITS", "Kernel", "build", "compile_source", "refusal", "table", "un
 #: Bytes that one thread may move at a time, widest first.
 UNITS = (16, 8, 4, 2, 1)
 
-#: What the kernel cannot do without, apart from libcudart's own functions.
-NEEDED = (
-    "cuModuleLoadData", "cuModuleGetFunction", "cuFuncGetAttribute", "cuLaunchKernelEx",
-    "nvrtcGetNumSupportedArchs", "nvrtcGetSupportedArchs", "nvrtcCreateProgram",
-    "nvrtcCompileProgram", "nvrtcGetCUBINSize", "nvrtcGetCUBIN", "nvrtcGetPTXSize", "nvrtcGetPTX",
-    "nvrtcGetProgramLogSize", "nvrtcGetProgramLog", "nvrtcDestroyProgram",
-)  # fmt: skip
-
 #: The driver's form of the wait that works everywhere came with this version.
 WAITS_SINCE = 12000
 
@@ -97,11 +89,7 @@ def refusal() -> str | None:
     str or None
         One sentence, for ``info``.
     """
-    for name in NEEDED:
-        row = _core.row_of(name)
-        if row.status != "bound":
-            return f"{name} is not bound: {row.why}"
-    return None
+    return _core.kernel_refusal()
 
 
 def build(unit: int) -> Kernel:
