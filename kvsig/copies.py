@@ -90,35 +90,7 @@ def copy_batch(
     against any allocation: one that is not mapped ends the process.
     """
     start = now()
-    if path not in _PATHS:
-        raise ValueError(f"path must be 'auto', 'batch' or 'loop', not {path!r}")
-    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-        raise ValueError(f"batch_size must be an int of at least 1, not {batch_size!r}")
-    to = _addresses(dsts, "dsts")
-    origin = _addresses(srcs, "srcs")
-    if len(to) != len(origin):
-        raise ValueError(
-            f"dsts has {len(to)} addresses and srcs has {len(origin)}: give as many of each"
-        )
-    length: U64 | int
-    keep: npt.NDArray[np.intp] | None  # positions of the entries that move something
-    if isinstance(sizes, (int, np.integer)) and not isinstance(sizes, bool):
-        length = int(sizes)
-        if not 0 <= length <= _SIGNED_MAX:
-            raise ValueError(f"sizes is {length}: a size is at least 0 and below 2**63")
-        keep = None if length else np.empty(0, dtype=np.intp)
-    else:
-        length = _addresses(sizes, "sizes")
-        if len(length) != len(to):
-            raise ValueError(
-                f"sizes has {len(length)} entries and dsts has {len(to)}: "
-                "give as many of each, or one int for all"
-            )
-        keep = None if none_wrong(length, False) else np.flatnonzero(length)
-    if keep is not None:
-        to, origin = to[keep], origin[keep]
-        if not isinstance(length, int):
-            length = length[keep]
+    to, origin, length, keep = _request(dsts, srcs, sizes, path, batch_size)
     _no_null(to, "dsts", keep)
     _no_null(origin, "srcs", keep)
     if check and len(to):
@@ -215,6 +187,42 @@ def _submit_merged(found: Descriptors, stream: int, path: str, batch_size: int) 
     except CudaError as error:
         error.add_note("neighbouring copies had been merged: merge=False tells which one it is")
         raise
+
+
+def _request(
+    dsts: Any, srcs: Any, sizes: Any, path: str, batch_size: int
+) -> tuple[U64, U64, U64 | int, npt.NDArray[np.intp] | None]:
+    """Read a request: destinations, sources, sizes, and the positions of those that move bytes."""
+    if path not in _PATHS:
+        raise ValueError(f"path must be 'auto', 'batch' or 'loop', not {path!r}")
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(f"batch_size must be an int of at least 1, not {batch_size!r}")
+    to = _addresses(dsts, "dsts")
+    origin = _addresses(srcs, "srcs")
+    if len(to) != len(origin):
+        raise ValueError(
+            f"dsts has {len(to)} addresses and srcs has {len(origin)}: give as many of each"
+        )
+    length: U64 | int
+    keep: npt.NDArray[np.intp] | None  # positions of the entries that move something
+    if isinstance(sizes, (int, np.integer)) and not isinstance(sizes, bool):
+        length = int(sizes)
+        if not 0 <= length <= _SIGNED_MAX:
+            raise ValueError(f"sizes is {length}: a size is at least 0 and below 2**63")
+        keep = None if length else np.empty(0, dtype=np.intp)
+    else:
+        length = _addresses(sizes, "sizes")
+        if len(length) != len(to):
+            raise ValueError(
+                f"sizes has {len(length)} entries and dsts has {len(to)}: "
+                "give as many of each, or one int for all"
+            )
+        keep = None if none_wrong(length, False) else np.flatnonzero(length)
+    if keep is not None:
+        to, origin = to[keep], origin[keep]
+        if not isinstance(length, int):
+            length = length[keep]
+    return to, origin, length, keep
 
 
 def _addresses(values: Any, name: str) -> U64:

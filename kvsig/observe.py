@@ -9,13 +9,13 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
-import kvsig
-from kvsig import _counters
+from kvsig import _core, _counters
 from kvsig._counters import record
 
 __all__ = [
@@ -173,10 +173,10 @@ def announce(integration: str, engine: str, served: str, not_served: str) -> Non
     served, not_served : str
         What kvsig does, and what it leaves alone, for a person to read.
     """
-    found = kvsig.info()
+    found = _core.info()
     logger.info(
         "kvsig %s for %s (%s): CUDA runtime %s, %s; serves %s; leaves alone %s",
-        kvsig.__version__,
+        sys.modules["kvsig"].__version__,
         integration,
         engine,
         found.get("runtime_version", found.get("version", "unknown")),

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvsig import _core, kernel, streams, tensors
+from kvsig import _core, kernel, streams
 from kvsig._core import KernelCode, KernelLane, KernelPlanes, Report
 from kvsig._errors import CudaError
 from kvsig.call import call
@@ -161,11 +161,11 @@ def _numbers(request: Request, side: int, handle: int) -> Numbers:
     heads = (request.src, request.dst)[side][0].head
     if heads > 1:
         indices = _by_head(indices, heads, request.page_size, handle)
-    there = tensors.device_numbers(indices, indices)
-    if there is not None:
-        return there[0]
-    if indices.dtype is not torch.int64 or indices.ndim != 1 or indices.is_cuda:
+    known = (torch.int32, torch.int64) if indices.is_cuda else (torch.int64,)
+    if indices.dtype not in known or indices.ndim != 1 or not indices.is_contiguous():
         raise Unserved("indices that are not a list of int32 or int64")
+    if indices.is_cuda:
+        return indices.data_ptr(), indices.numel(), indices.element_size()
     listed: npt.NDArray[np.int64] = np.ascontiguousarray(indices.numpy())
     return listed
 
