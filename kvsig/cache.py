@@ -163,8 +163,10 @@ class PagedKVCache:
         ----------
         device_pages, host_pages : sequence of int, array or tensor, shape (n,)
             Page ``device_pages[i]`` goes to page ``host_pages[i]``. Lists, ranges, NumPy
-            arrays and tensors of any integer type. A CUDA tensor is copied to the CPU
-            first, which waits for the work that makes it. No host page may be given twice.
+            arrays and tensors of any integer type. A CUDA tensor of int32 or int64 is read by
+            the kernel on the GPU, which checks its numbers: nobody waits, and a wrong number moves
+            nothing and is told by the next call or by `check`. Where the kernel is not used, it is
+            copied to the CPU first, which waits for the work that makes it. No host page may be given twice.
         layers : int or sequence of int, optional
             Layers to copy; by default all.
         stream : None, int, torch.cuda.Stream or object with ``cuda_stream``, optional
@@ -192,7 +194,9 @@ class PagedKVCache:
         Notes
         -----
         The call returns when the work is queued: read the host pool only after the stream
-        has been waited for. Page numbers are read before the call returns.
+        has been waited for. Page numbers in host memory are read before the call returns; CUDA
+        tensors that the kernel reads must stay as they are until the stream has come to the end
+        of it, as the tensors of any work that is queued.
         """
         return self._move(device_pages, host_pages, layers, stream, path, OFFLOAD)
 
@@ -362,6 +366,10 @@ class PagedKVCache:
         if helper is None:
             helper = self._helpers.setdefault(lane, streams.new_stream(self.device))
         number = streams.stream_handle(helper, self.device)
+        handles = streams.event_handles(events)
+        if handles is not None:
+            lane.tell(handles, value, number)
+            return report
         for layer, event in enumerate(events):
             lane.wait(layer, value, number)
             event.record(helper)
