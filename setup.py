@@ -70,8 +70,8 @@ class BuildExt(build_ext):
             codegen.write_if_changed(glue, codegen.emulated_glue(registry, version))
             library = package / f"libcudart-emulated-{text}.so"
             names.add(library.name)
-            made_of = [*sources, *folder.glob("*.h"), KERNEL, glue]
-            stamps = [file.stat().st_mtime for file in made_of]
+            inputs = [*sources, *folder.glob("*.h"), KERNEL, glue]
+            stamps = [file.stat().st_mtime for file in inputs]
             if library.exists() and library.stat().st_mtime > max(stamps) and not self.force:
                 continue
             shared = shared or compiled(sources, "shared")

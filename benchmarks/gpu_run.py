@@ -46,7 +46,6 @@ PARTS = {
     "sanitizer": (300, "compute-sanitizer: memcheck and racecheck of the page-copy kernel"),
     "random": (300, "50,000 random transfers by the kernel's double, no GPU"),
     "overhead": (60, "kvsig's own time per call, with CUDA's functions stubbed"),
-    "host": (40, "planning and packing, no CUDA"),
     "calibrate": (45, "kvsig calibrate --dry-run"),
     "against": (330, "another checkout and this one, in turn: give --against"),
 }
@@ -256,9 +255,6 @@ class Run:
     def compute(self, seconds: float) -> int:
         command = [str(HERE / "beside.py"), "--seconds", str(max(10, int(seconds - 25)))]
         return self.measured("compute", command, seconds, 40)
-
-    def host(self, seconds: float) -> int:
-        return self.bench("host", seconds, "--host")
 
     def rivals(self, seconds: float) -> int:
         command = [str(HERE / "rivals.py"), "--seconds", str(max(10, int(seconds - 25)))]

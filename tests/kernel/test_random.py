@@ -17,7 +17,7 @@ from kvsig._core import KernelCode, KernelLane, KernelPlanes
 CASES = int(os.environ.get("KVSIG_KERNEL_CASES", "1000"))
 PARTS = 20
 #: Bytes of a side, about; and of all memory.
-MOST, ROOM = 1 << 18, 1 << 24
+MOST, ROOM = 1 << 18, 1 << 25
 
 
 class Numbers:
