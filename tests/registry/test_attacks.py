@@ -306,6 +306,7 @@ params = [PARAMS, { declaration = "struct Odd how", value = { class = 3, NULL = 
 '''
 
 
+@pytest.mark.checkout
 def test_odd_names_and_texts_are_inert(tmp_path: Path) -> None:
     """What the reader lets pass is generated, compiled, imported and called."""
     words = [w for w in WORDS if w not in ("int", "size_t")] + ["from_", "f_0", "p0", "result"]
