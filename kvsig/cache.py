@@ -133,6 +133,10 @@ class PagedKVCache:
         self.host_pages = host_side.pages
         self.page_bytes = int(device_side.width.sum())
         self._near, self._far = near, far
+        self._owners = tensors.owners(host, far)
+        self._places = {
+            id(item.tensor): item.tensor.data_ptr() for item in near + far + self._owners
+        }
         self._planes = geometry.join(device_side, host_side, layers)
         self._given_seams = [] if host_seams is None else tensors.addresses(
             host_seams, "host_seams"
@@ -329,7 +333,9 @@ class PagedKVCache:
             pages = chosen.begin(device_pages, host_pages, LOAD)
             with streams.device_guard(self.device):
                 for layer, event in zip(chosen.layers, events, strict=True):
-                    report += self._selection(layer).run(pages, handle, path)
+                    single = self._selection(layer)
+                    single.check_places()  # the event before may have moved them
+                    report += single.run(pages, handle, path)
                     event.record(recorder)
         except (CudaError, TensorMoved) as error:
             raise self._explained(error, chosen) from None
@@ -356,9 +362,9 @@ class PagedKVCache:
     def _explained(self, error: Exception, chosen: Selection) -> Exception:
         """Say what an error is about: a page, a tensor that moved, or memory that has changed."""
         if isinstance(error, TensorMoved):
-            number, before, now = error.args
-            tensor = chosen.tensors[number]
-            name = next(name for name, other in self._near + self._far if other is tensor)
+            tensor, before, now = error.args
+            known = self._near + self._far + self._owners
+            name = next(name for name, other in known if other is tensor)
             return ValueError(
                 f"{name} was at {before:#x} when the cache was made, and is at {now:#x} now: "
                 "a cache's tensors must stay where they are; make the cache anew"
@@ -398,8 +404,9 @@ class PagedKVCache:
             far_used = [self._far[g * self.num_layers + i] for g in range(groups) for i in layers]
         else:
             far_used = self._far
-        used += [item.tensor for item in far_used]
-        return Selection(layers, ready, tuple(used), self.device)
+        used += [item.tensor for item in far_used + self._owners]
+        places = [self._places[id(tensor)] for tensor in used]
+        return Selection(layers, ready, tuple(used), places, self.device)
 
     def _selection(self, layers: int | Sequence[int]) -> Selection:
         """Return the planes of the layers asked for, made once for each choice of layers."""
