@@ -5,6 +5,8 @@
 # make engines   the released Python of SGLang and vLLM against what kvsig relies on (fetches
 #                wheels of 1.3 GB in all, once, and keeps their Python: 300 MB below build)
 # make fuzz      random requests, copies, calls, registries and files of costs against models
+# make sanitize  the compiled parts and their tests under AddressSanitizer and UBSan
+# make coverage  lines of Python and Cython that the tests run, in a build of its own
 # make lint      ruff, cython-lint and mypy
 # make types     the stubs of the compiled modules against the modules
 # make docs      the pages as a site in build/site, warnings as errors, links checked
@@ -91,7 +93,7 @@ if not os.path.exists(header):
 endef
 export prerequisites
 
-.PHONY: demo test releases engines fuzz lint types docs sdist wheels build clean distclean
+.PHONY: demo test releases engines fuzz sanitize coverage lint types docs sdist wheels build clean distclean
 demo: $(installed)
 	@$(py) -m kvsig demo $(ARGS)
 	@printf '%s\n' '' 'To go on:' \
@@ -111,6 +113,12 @@ engines: build
 
 fuzz: build
 	PYTHONPATH='$(CURDIR)' $(py) tests/fuzz/fuzz_run.py --seconds $(SECONDS_OF_FUZZ) $(ARGS)
+
+sanitize: $(packages)
+	$(py) packaging/sanitize.py $(ARGS)
+
+coverage: $(packages)
+	$(py) packaging/covered.py $(ARGS)
 
 lint: $(linters) build
 	$(py) -m ruff check .

