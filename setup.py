@@ -96,7 +96,7 @@ def extension(name, *depends):
         include_dirs=["csrc"] if name == "_core" else [],
         extra_compile_args=FLAGS,
         define_macros=[("CYTHON_TRACE_NOGIL", "1")] if COVERAGE else [],
-        libraries=["dl"],
+        libraries=["dl"] if name == "_loader" else [],
     )
     made.cython_directives = {"linetrace": True} if COVERAGE else {}
     return made

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from kvsig._core import Report, info
     from kvsig._errors import BindError, CudaError
     from kvsig.cache import PagedKVCache
-    from kvsig.registry import RegistryError
     from kvsig.copies import copy_batch
+    from kvsig.registry import RegistryError
 
 __version__ = "0.1.0"
 

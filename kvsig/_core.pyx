@@ -218,6 +218,13 @@ cdef object _look_again():
             _route = ROUTES.index(_bound.route)
 
 
+def kernel_refusal():
+    """Why the page-copy kernel cannot be built here, or None; NVRTC is opened for it."""
+    _ensure()
+    with _lock:
+        return _bound.no_kernel()
+
+
 def row_of(str function):
     """What a function of the registry is bound to; a library that is optional is opened for it."""
     _ensure()
@@ -273,8 +280,8 @@ cdef object _child_refusal():
     """Why this process cannot use CUDA for being a child of one that has, or None."""
     if _parent_used or (_parent_devices and not _bound.emulated):
         return (
-            f"process {os.getpid()} was forked from process {_parent}, which had used CUDA: CUDA does"
-            " not work in such a child. Start it by the method 'spawn', or fork before CUDA is"
+            f"process {os.getpid()} was forked from process {_parent}, which had used CUDA: CUDA"
+            " does not work in such a child. Start it by the method 'spawn', or fork before CUDA is"
             " first used"
         )
     return None
@@ -330,7 +337,8 @@ def info():
         ``library`` (path), ``found`` (how), ``emulated``, ``runtime_version``,
         ``driver_version``, ``driver_library``, ``driver_found`` (how, or why not), ``route``,
         ``batch`` (``path`` that copies take on an ordinary stream: batch, loop, or none where
-        every copy would fail; and ``why``), ``functions`` (a list: name, library, symbol,
+        every copy would fail; and ``why``), ``kernel`` (``available``: whether the page-copy
+        kernel can be built; and ``why`` not), ``functions`` (a list: name, library, symbol,
         variant, pinned, address, status, why), ``libraries`` (every libcudart of the process),
         ``warnings``.
     """
@@ -339,6 +347,8 @@ def info():
     bound = _bound
     no_copies = _child_refusal() or bound.no_copies(refusal)
     cuda = bound.libraries["cuda"]
+    with _lock:
+        no_kernel = no_copies or bound.no_kernel()
     return {
         "library": bound.path or None,
         "found": bound.found,
@@ -352,6 +362,7 @@ def info():
             "path": "none" if no_copies else "loop" if refusal else "batch",
             "why": no_copies or refusal or bound.why,
         },
+        "kernel": {"available": not no_kernel, "why": no_kernel},
         "functions": [bound.rows[name].as_dict() for name in bound.registry.functions],
         "libraries": _runtime.loaded_cudarts(),
         "warnings": bound.warnings_now(),
@@ -416,12 +427,6 @@ cdef class Report:
     bytes : int
         Bytes moved.
     """
-
-    cdef readonly str path
-    cdef readonly object reason
-    cdef readonly size_t copies
-    cdef readonly size_t calls
-    cdef readonly uint64_t bytes
 
     def __init__(self, str path="none", reason=None, copies=0, calls=0, bytes=0):
         self.path, self.reason = path, reason
@@ -669,17 +674,15 @@ cdef class _Fork:
 
     def __init__(self):
         cdef void *handle = NULL
-        self._created(
-            cudaStreamCreateWithFlags(pStream=&handle, flags=STREAM_NON_BLOCKING), "cudaStreamCreateWithFlags"
-        )
+        cdef int code
+        code = cudaStreamCreateWithFlags(pStream=&handle, flags=STREAM_NON_BLOCKING)
+        self._created(code, "cudaStreamCreateWithFlags")
         self.stream = <uint64_t>handle
-        self._created(
-            cudaEventCreateWithFlags(event=&handle, flags=EVENT_DISABLE_TIMING), "cudaEventCreateWithFlags"
-        )
+        code = cudaEventCreateWithFlags(event=&handle, flags=EVENT_DISABLE_TIMING)
+        self._created(code, "cudaEventCreateWithFlags")
         self.before = <uint64_t>handle
-        self._created(
-            cudaEventCreateWithFlags(event=&handle, flags=EVENT_DISABLE_TIMING), "cudaEventCreateWithFlags"
-        )
+        code = cudaEventCreateWithFlags(event=&handle, flags=EVENT_DISABLE_TIMING)
+        self._created(code, "cudaEventCreateWithFlags")
         self.after = <uint64_t>handle
 
     cdef _created(self, int code, str function):

@@ -58,20 +58,25 @@ cdef enum:
     # Host pages in any order within such windows are found as fast as neighbours.
     WINDOW_SHIFT = 27
 
-# What is asked of one launch. A list of page numbers is the caller's int64 array (`number` 0), or
-# in device memory, 4 or 8 bytes a number.
-cdef struct KernelRequest:
-    const void *pages[2]
-    unsigned int number[2]
-    uint64_t limit[2]       # pages of each side
-    size_t count            # pages
-    unsigned int first_layer, layers
-    unsigned int source     # the side to read
-    uint64_t window_pitch   # host bytes from page to page to order pages by; 0: as they come
-    unsigned int sms        # of long transfers
-    double rate             # bytes a nanosecond at most; 0: unpaced
-    bint flags              # whether each layer raises its flag
-    bint recorded           # the stream is being captured
+cdef bint recorded_now(uint64_t stream):
+    cdef int status = 0
+    if stream <= 1 or slots[SLOT_cudaStreamIsCapturing].variant < 0:
+        return False
+    if cudaStreamIsCapturing(stream=<void *>stream, pCaptureStatus=<int *>&status) != 0:
+        _clear()
+        return False
+    return status != cudaStreamCaptureStatusNone
+
+
+cdef uint64_t stream_number(uint64_t stream):
+    # Handles come again once a stream has been destroyed; numbers do not.
+    cdef unsigned long long number = 0
+    if slots[SLOT_cudaStreamGetId].variant < 0:
+        return stream
+    if cudaStreamGetId(hStream=<void *>stream, streamId=&number) != 0:
+        _clear()
+        return stream
+    return number
 
 
 cdef _check(int code, name):
@@ -98,11 +103,6 @@ cdef class KernelPlanes:
         Bytes of a unit of the table.
     """
 
-    cdef void *device
-    cdef kvsig_plane *host
-    cdef readonly unsigned int planes, layer_planes, unit
-    cdef readonly bint regular
-
     def __cinit__(
         self, const unsigned char[:, ::1] table not None, unsigned int layer_planes,
         unsigned int unit,
@@ -111,25 +111,26 @@ cdef class KernelPlanes:
         if table.shape[1] != sizeof(kvsig_plane) or not size or table.shape[0] % layer_planes:
             raise ValueError("a table of planes is a number of whole layers, 64 bytes a plane")
         self.planes, self.layer_planes, self.unit = table.shape[0], layer_planes, unit
-        self.host = <kvsig_plane *>malloc(size)
+        self.host = malloc(size)
         if self.host == NULL:
             raise MemoryError()
         memcpy(self.host, &table[0, 0], size)
-        self.regular = self._regular()
+        self.regular = self.find_regular()
         self.device = _device_memory(size)
-        self._upload(size)
+        self.upload(size)
 
-    cdef bint _regular(self):
+    cdef bint find_regular(self):
         cdef unsigned int i
+        cdef kvsig_plane *host = <kvsig_plane *>self.host
         cdef kvsig_plane *one
         cdef kvsig_plane *same
         for i in range(self.layer_planes, self.planes):
-            one, same = &self.host[i], &self.host[i % self.layer_planes]
+            one, same = &host[i], &host[i % self.layer_planes]
             if one.units != same.units or one.rows != same.rows:
                 return False
         return True
 
-    cdef _upload(self, size_t size):
+    cdef upload(self, size_t size):
         # On a stream of its own: it is waited for, and nothing else must be.
         cdef void *stream = NULL
         _check(cudaStreamCreateWithFlags(pStream=&stream, flags=1), "cudaStreamCreateWithFlags")
@@ -151,10 +152,11 @@ cdef class KernelPlanes:
 
     cdef uint64_t page_bytes(self, unsigned int first, unsigned int layers) noexcept nogil:
         """Bytes of one page over some layers."""
+        cdef const kvsig_plane *host = <const kvsig_plane *>self.host
         cdef uint64_t total = 0
         cdef unsigned int i
         for i in range(first * self.layer_planes, (first + layers) * self.layer_planes):
-            total += <uint64_t>self.host[i].units * self.host[i].rows
+            total += <uint64_t>host[i].units * host[i].rows
         return total * self.unit
 
 
@@ -169,30 +171,19 @@ cdef class KernelLane:
         Handle of the stream.
     """
 
-    cdef unsigned int *counts
-    cdef unsigned int *flags
-    cdef kvsig_wrong *wrong             # pinned, and the same memory as the device has it
-    cdef kvsig_wrong *device_wrong
-    cdef int *numbers
-    cdef size_t room
-    cdef list outgrown
-    cdef readonly unsigned int layers, value
-    cdef readonly uint64_t stream
-    cdef readonly object lock
-
     def __cinit__(self, unsigned int layers, uint64_t stream):
         cdef void *found = NULL
         cdef void *mapped = NULL
         self.layers, self.stream = layers, stream
         self.outgrown, self.lock = [], threading.Lock()
         _check(cudaHostAlloc(pHost=&found, size=sizeof(kvsig_wrong)), "cudaHostAlloc")
-        self.wrong = <kvsig_wrong *>found
+        self.wrong = found
         memset(self.wrong, 0, sizeof(kvsig_wrong))
         _check(
             cudaHostGetDevicePointer(pDevice=&mapped, pHost=found),
             "cudaHostGetDevicePointer",
         )
-        self.device_wrong = <kvsig_wrong *>mapped
+        self.device_wrong = mapped
         self.counts = <unsigned int *>_device_memory(8 * <size_t>layers)
         self.flags = self.counts + layers
         _check(
@@ -214,7 +205,7 @@ cdef class KernelLane:
         if self.wrong != NULL:
             cudaFreeHost(ptr=self.wrong)
 
-    cdef _reserve(self, size_t count):
+    cdef reserve(self, size_t count):
         # What is outgrown may still be read by launches in flight; freeing it would wait for them.
         if count <= self.room:
             return
@@ -224,7 +215,7 @@ cdef class KernelLane:
             self.outgrown.append(<size_t>self.numbers)
         self.numbers, self.room = numbers, room
 
-    def take_wrong(self):
+    cpdef object take_wrong(self):
         """What a launch found wrong since the last time.
 
         Returns
@@ -232,13 +223,14 @@ cdef class KernelLane:
         (side, position, value) or None
             0 for a device page number or 1 for a host one, its place in the list, and what it is.
         """
-        if not (<volatile unsigned int *>&self.wrong.state)[0]:
+        cdef kvsig_wrong *wrong = <kvsig_wrong *>self.wrong
+        if not (<volatile unsigned int *>&wrong.state)[0]:
             return None
-        found = self.wrong.side, self.wrong.position, self.wrong.value
-        self.wrong.state = 0
+        found = wrong.side, wrong.position, wrong.value
+        wrong.state = 0
         return found
 
-    def wait(self, unsigned int layer, unsigned int value, uint64_t stream):
+    cpdef object wait(self, unsigned int layer, unsigned int value, uint64_t stream):
         """Make a stream wait until a layer of a launch is there.
 
         Parameters
@@ -327,59 +319,86 @@ cdef inline unsigned int _cluster_of(unsigned int blocks) noexcept nogil:
     return size
 
 
+cdef int _launch(
+    KernelCode code, kvsig_page_copy *given, const kvsig_plane *planes, uint64_t size, unsigned int sms,
+    double rate, void *stream,
+) noexcept nogil:
+    """Choose the shape and launch; a code."""
+    cdef CUlaunchConfig config
+    cdef CUlaunchAttribute attribute
+    cdef void *params[1]
+    cdef unsigned int blocks, threads, i
+    cdef uint64_t tiles = 0
+    cdef void *function = code.thin
+    cdef bint cluster = False
+    if size <= THIN_BYTES:
+        for i in range(given.plane_count):
+            tiles += kvsig_tiles(&planes[i], given.page_count, KVSIG_THIN_CHUNKS)
+            if tiles >= code.multiprocessors:
+                break
+        blocks, threads = <unsigned int>min(tiles, <uint64_t>code.multiprocessors), KVSIG_LANES
+    else:
+        function, blocks = code.wide, sms
+        threads = TO_DEVICE_THREADS if given.source == KVSIG_HOST else TO_HOST_THREADS
+        cluster = code.clusters and sms > 1
+        if rate > 0:
+            given.pace = <unsigned int>(
+                blocks * threads * KVSIG_CHUNKS * given.unit / rate
+            )
+    memset(&config, 0, sizeof(config))
+    config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.hStream = stream
+    if cluster:
+        memset(&attribute, 0, sizeof(attribute))
+        attribute.id_ = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        (<unsigned int *>attribute.value)[0] = _cluster_of(blocks)
+        (<unsigned int *>attribute.value)[1] = 1
+        (<unsigned int *>attribute.value)[2] = 1
+        config.attrs, config.numAttrs = &attribute, 1
+    params[0] = given
+    return cuLaunchKernelEx(config=&config, f=function, kernelParams=params)
+
+
+cdef int _launch_parts(
+    KernelCode code, kvsig_page_copy *given, KernelPlanes planes, KernelLane lane,
+    const KernelRequest *request, const unsigned int *order,
+) noexcept:
+    """A launch for every 256 pages, whose numbers travel in its parameters."""
+    cdef size_t first, i
+    cdef int side, answer = 0
+    cdef uint64_t page = planes.page_bytes(request.first_layer, request.layers)
+    cdef const int64_t *numbers
+    for first in range(0, request.count, KVSIG_FEW):
+        given.page_count = <unsigned int>min(<size_t>KVSIG_FEW, request.count - first)
+        for side in range(2):
+            if request.number[side]:
+                given.pages[side] = (
+                    <const char *>request.pages[side] + first * request.number[side]
+                )
+                continue
+            numbers = <const int64_t *>request.pages[side]
+            for i in range(given.page_count):
+                given.few[side][i] = <int>numbers[
+                    first + i if order == NULL else order[first + i]
+                ]
+        with nogil:
+            answer = _launch(
+                code, given, <const kvsig_plane *>planes.host + request.first_layer * planes.layer_planes,
+                request.count * page, request.sms, request.rate, <void *>lane.stream,
+            )
+        if answer != 0:
+            break
+    return answer
+
+
 cdef class KernelCode:
     """The compiled kernel as launches need it; `kernel` is a `kvsig.kernel.Kernel`."""
-
-    cdef void *wide
-    cdef void *thin
-    cdef unsigned int multiprocessors
-    cdef bint clusters
-    cdef readonly object kernel
 
     def __cinit__(self, kernel):
         self.kernel = kernel
         self.wide, self.thin = <void *><size_t>kernel.wide, <void *><size_t>kernel.thin
         self.multiprocessors, self.clusters = kernel.multiprocessors, kernel.clusters
-
-    cdef int _launch(
-        self, kvsig_page_copy *given, const kvsig_plane *planes, uint64_t size, unsigned int sms,
-        double rate, void *stream,
-    ) noexcept nogil:
-        """Choose the shape and launch; a code."""
-        cdef CUlaunchConfig config
-        cdef CUlaunchAttribute attribute
-        cdef void *params[1]
-        cdef unsigned int blocks, threads, i
-        cdef uint64_t tiles = 0
-        cdef void *function = self.thin
-        cdef bint cluster = False
-        if size <= THIN_BYTES:
-            for i in range(given.plane_count):
-                tiles += kvsig_tiles(&planes[i], given.page_count, KVSIG_THIN_CHUNKS)
-                if tiles >= self.multiprocessors:
-                    break
-            blocks, threads = <unsigned int>min(tiles, <uint64_t>self.multiprocessors), KVSIG_LANES
-        else:
-            function, blocks = self.wide, sms
-            threads = TO_DEVICE_THREADS if given.source == KVSIG_HOST else TO_HOST_THREADS
-            cluster = self.clusters and sms > 1
-            if rate > 0:
-                given.pace = <unsigned int>(
-                    blocks * threads * KVSIG_CHUNKS * given.unit / rate
-                )
-        memset(&config, 0, sizeof(config))
-        config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
-        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-        config.hStream = stream
-        if cluster:
-            memset(&attribute, 0, sizeof(attribute))
-            attribute.id_ = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-            (<unsigned int *>attribute.value)[0] = _cluster_of(blocks)
-            (<unsigned int *>attribute.value)[1] = 1
-            (<unsigned int *>attribute.value)[2] = 1
-            config.attrs, config.numAttrs = &attribute, 1
-        params[0] = given
-        return cuLaunchKernelEx(config=&config, f=function, kernelParams=params)
 
     cdef Report launch(self, KernelPlanes planes, KernelLane lane, const KernelRequest *request):
         """Queue one request whose arguments are known to be good; at least one page.
@@ -394,8 +413,11 @@ cdef class KernelCode:
         cdef size_t calls = 1
         cdef int code = 0, sent = 0
         cdef bint far = not (request.number[0] and request.number[1])
+        global _used
+        _ensure()
         if planes.unit != self.kernel.unit:
             raise ValueError("the table's unit is not the kernel's")
+        _used = True
         _describe(&given, planes, lane, request)
         if request.window_pitch and not (request.number[0] or request.number[1]):
             order = _ordered(request)
@@ -406,15 +428,15 @@ cdef class KernelCode:
                     given.value = lane.value
                 if far and request.count > KVSIG_FEW and request.recorded:
                     calls = (request.count + KVSIG_FEW - 1) // KVSIG_FEW
-                    code = self._launch_parts(&given, planes, lane, request, order)
+                    code = _launch_parts(self, &given, planes, lane, request, order)
                 else:
                     if far and request.count > KVSIG_FEW:
-                        lane._reserve(2 * request.count)
+                        lane.reserve(2 * request.count)
                     with nogil:
                         sent = _place_numbers(&given, lane.numbers, request, order, lane.stream)
                         if sent == 0:
-                            code = self._launch(
-                                &given, planes.host + request.first_layer * planes.layer_planes,
+                            code = _launch(
+                                self, &given, <const kvsig_plane *>planes.host + request.first_layer * planes.layer_planes,
                                 request.count * planes.page_bytes(
                                     request.first_layer, request.layers
                                 ),
@@ -430,37 +452,6 @@ cdef class KernelCode:
             "kernel", None, request.count * given.plane_count, calls,
             request.count * planes.page_bytes(request.first_layer, request.layers),
         )
-
-    cdef int _launch_parts(
-        self, kvsig_page_copy *given, KernelPlanes planes, KernelLane lane,
-        const KernelRequest *request, const unsigned int *order,
-    ) noexcept:
-        """A launch for every 256 pages, whose numbers travel in its parameters."""
-        cdef size_t first, i
-        cdef int side, code = 0
-        cdef uint64_t page = planes.page_bytes(request.first_layer, request.layers)
-        cdef const int64_t *numbers
-        for first in range(0, request.count, KVSIG_FEW):
-            given.page_count = <unsigned int>min(<size_t>KVSIG_FEW, request.count - first)
-            for side in range(2):
-                if request.number[side]:
-                    given.pages[side] = (
-                        <const char *>request.pages[side] + first * request.number[side]
-                    )
-                    continue
-                numbers = <const int64_t *>request.pages[side]
-                for i in range(given.page_count):
-                    given.few[side][i] = <int>numbers[
-                        first + i if order == NULL else order[first + i]
-                    ]
-            with nogil:
-                code = self._launch(
-                    given, planes.host + request.first_layer * planes.layer_planes,
-                    request.count * page, request.sms, request.rate, <void *>lane.stream,
-                )
-            if code != 0:
-                break
-        return code
 
 
 cdef void _describe(
@@ -482,7 +473,8 @@ cdef void _describe(
         given.limit[side] = request.limit[side]
         given.number[side] = request.number[side] or 4
         if request.number[side]:
-            given.pages[side], given.wrong = request.pages[side], lane.device_wrong
+            given.pages[side] = request.pages[side]
+            given.wrong = <kvsig_wrong *>lane.device_wrong
 
 
 cdef int _place_numbers(

@@ -7,6 +7,7 @@ tenth otherwise, so there is none here that the usual request needs.
 """
 
 from cpython.exc cimport PyErr_CheckSignals
+from libc.string cimport memset
 from libc.stdint cimport int64_t, uint64_t
 
 import numpy as np
@@ -14,18 +15,21 @@ import torch
 
 from kvsig import _core, streams, tensors
 
-from kvsig._core cimport batch_refusal_of, no_batch, run_copies, run_strided
+from kvsig._core cimport (
+    KernelCode, KernelLane, KernelPlanes, KernelRequest, Report, batch_refusal_of, no_batch,
+    recorded_now, run_copies, run_strided, stream_number
+)
 from kvsig._path cimport PATH_STRIDED
 from kvsig.planning._pack cimport Packer, Piece
-from kvsig.planning._plan cimport Direction, Geometry, Pages, Plan
+from kvsig.planning._plan cimport KERNEL, LOAD, Direction, Geometry, Pages, Plan
 
 cdef object ndarray = np.ndarray
 cdef object Tensor = torch.Tensor
 cdef object int64 = torch.int64
 cdef object CudaStream = torch.cuda.Stream
 cdef object HANDLES = 1 << 64
-cdef object Report = _core.Report
 cdef object CudaError = _core.CudaError
+cdef object BindError = _core.BindError
 cdef object data_ptr = torch.Tensor.data_ptr
 
 
@@ -48,6 +52,115 @@ cdef object simple(object values):
     return None
 
 
+class WrongPage(ValueError):
+    """A launch found a page number in device memory that there is not: side, position, value."""
+
+
+cdef class DevicePages:
+    """Page numbers of a request of which some are in device memory; the kernel checks those.
+
+    Parameters
+    ----------
+    device_pages, host_pages : (int, int, int) or ndarray of int64
+        Address, count and bytes of a number, in device memory; or numbers that have been checked.
+    direction : Direction
+    """
+
+    cdef const void *lists[2]
+    cdef unsigned int number[2]
+    cdef readonly Py_ssize_t count
+    cdef readonly int direction
+    cdef object alive
+
+    def __cinit__(self, device_pages, host_pages, Direction direction):
+        cdef const int64_t[::1] near
+        cdef Py_ssize_t counts[2]
+        cdef int side
+        self.direction = direction
+        self.alive = device_pages, host_pages
+        for side, pages in enumerate(self.alive):
+            if type(pages) is tuple:
+                self.lists[side] = <const void *><size_t>pages[0]
+                counts[side], self.number[side] = pages[1], pages[2]
+            else:
+                near = pages
+                self.lists[side] = &near[0] if near.shape[0] else NULL
+                counts[side] = near.shape[0]
+        if counts[0] != counts[1]:
+            raise ValueError(
+                f"device_pages has {counts[0]} page numbers and host_pages has {counts[1]}: "
+                "give as many of each"
+            )
+        self.count = counts[0]
+
+
+cdef class Launches:
+    """What the launches of one cache have in common.
+
+    Parameters
+    ----------
+    code : KernelCode
+    planes : KernelPlanes
+        All planes of the cache.
+    layers : int
+        Layers of it.
+    limits : (int, int)
+        Pages on the device and on the host.
+    sms : int
+        Multiprocessors of a long transfer.
+    rates : (float, float)
+        Bytes a microsecond that long loads and offloads are held to; 0: not held.
+    window_pitch : int
+        Host bytes from page to page to order pages by; 0: as they come.
+    """
+
+    cdef readonly KernelCode code
+    cdef readonly KernelPlanes planes
+    cdef readonly unsigned int layers, sms
+    cdef uint64_t limits[2]
+    cdef double rates[2]
+    cdef uint64_t window_pitch
+    cdef dict lanes
+
+    def __init__(self, KernelCode code not None, KernelPlanes planes not None, layers, limits,
+                 sms, rates, window_pitch):
+        self.code, self.planes, self.layers, self.sms = code, planes, layers, sms
+        self.limits[0], self.limits[1] = limits
+        self.rates[0], self.rates[1] = rates
+        self.window_pitch = window_pitch
+        self.lanes = {}
+
+    cpdef KernelLane lane_of(self, uint64_t stream):
+        """Return what the launches on a stream share, made at its first one."""
+        cdef object key = stream_number(stream)
+        cdef KernelLane lane = self.lanes.get(key)
+        if lane is None:
+            lane = self.lanes.setdefault(key, KernelLane(self.layers, stream))
+        return lane
+
+    def check(self):
+        """Raise `WrongPage` for what a launch has found wrong since the last time."""
+        self.check_now()
+
+    cdef int check_now(self) except -1:
+        cdef KernelLane lane
+        for lane in self.lanes.values():
+            found = lane.take_wrong()
+            if found is not None:
+                raise WrongPage(*found)
+        return 0
+
+    cdef void describe(self, KernelRequest *request, int direction, Py_ssize_t count,
+                       bint listed) noexcept:
+        memset(request, 0, sizeof(request[0]))
+        request.limit[0], request.limit[1] = self.limits[0], self.limits[1]
+        request.count = count
+        request.source = 1 if direction == LOAD else 0
+        request.sms = self.sms
+        request.rate = self.rates[direction] / 1e3
+        request.window_pitch = self.window_pitch if listed else 0
+
+
 cdef class Selection:
     """Some layers of a cache, ready to be moved.
 
@@ -63,6 +176,14 @@ cdef class Selection:
         Where each of them was when `geometry` was worked out.
     device : torch.device
         Where the layers are.
+    launches : Launches or None
+        Of the cache, where the kernel can be used.
+    planes : KernelPlanes or None
+        In which these layers are side by side.
+    first_layer : int
+        Which of its layers is the first of these.
+    why_not : str
+        Why the kernel cannot be used, where it cannot.
 
     Notes
     -----
@@ -73,13 +194,20 @@ cdef class Selection:
     cdef readonly list addresses
     cdef readonly Geometry geometry
     cdef readonly object device
+    cdef readonly Launches launches
+    cdef readonly str why_not
+    cdef KernelPlanes planes
+    cdef unsigned int first_layer
     cdef object index
     cdef bint one_device, strided
 
     def __init__(
-        self, tuple layers, Geometry geometry not None, tuple tensors, list addresses, device
+        self, tuple layers, Geometry geometry not None, tuple tensors, list addresses,
+        device, Launches launches=None, KernelPlanes planes=None, first_layer=0, str why_not="",
     ):
         self.layers, self.geometry, self.tensors = layers, geometry, tensors
+        self.launches, self.planes, self.first_layer = launches, planes, first_layer
+        self.why_not = why_not
         self.addresses = addresses
         self.device = device
         self.index = device.index if device.type == "cuda" else None
@@ -115,11 +243,41 @@ cdef class Selection:
             is about one copy.
         """
         cdef uint64_t handle = self.handle_of(stream)
-        cdef Pages pages = self.begin(device_pages, host_pages, direction)
+        cdef object pages = self.read(device_pages, host_pages, path, direction)
         if self.one_device:
             return self.run(pages, handle, path)
         with streams.device_guard(self.device):
             return self.run(pages, handle, path)
+
+    cpdef object read(self, device_pages, host_pages, path, Direction direction):
+        """Read page numbers: as `begin`, or where they are, if that is on the GPU.
+
+        Returns
+        -------
+        Pages or DevicePages
+        """
+        if self.launches is not None:
+            self.launches.check_now()
+            if path == "auto" or path == "kernel":
+                lists = tensors.device_numbers(device_pages, host_pages)
+                if lists is not None:
+                    pages = self.device_pages(lists, direction)
+                    self.check_places()
+                    return pages
+        return self.begin(device_pages, host_pages, direction)
+
+    def device_pages(self, tuple lists, Direction direction):
+        """Check the list that is in host memory, if one is; see `tensors.device_numbers`."""
+        cdef Geometry g = self.geometry
+        near, far = (
+            pages if type(pages) is tuple
+            else tensors.checked_numbers(pages, name, limit, (direction == LOAD) == (side == 0))
+            for side, (pages, name, limit) in enumerate((
+                (lists[0], "device_pages", g.layout.device_pages),
+                (lists[1], "host_pages", g.layout.host_pages),
+            ))
+        )
+        return DevicePages(near, far, direction)
 
     cpdef uint64_t handle_of(self, stream) except? 0:
         """Handle of a stream that the caller gave."""
@@ -164,18 +322,78 @@ cdef class Selection:
     def plan(self, Pages pages not None, uint64_t handle, path):
         """Plan what `run` would do; nothing is queued. Returns the `Plan`."""
         refusal = batch_refusal_of(handle) if path == "auto" else None
-        return self.geometry.plan_pages(pages, path, refusal is None, self.strided, False)
+        return self.geometry.plan_pages(
+            pages, path, refusal is None, self.strided, self.launches is not None
+        )
 
-    cpdef object run(self, Pages pages, uint64_t handle, path):
+    def layered(self, pages, uint64_t handle, path):
+        """Whether all layers are to be loaded by one launch that tells of each layer."""
+        cdef Plan plan
+        if self.launches is None or not self.launches.code.kernel.waits or recorded_now(handle):
+            return False
+        if path != "auto" and path != "kernel":
+            return False
+        if type(pages) is DevicePages:
+            return True
+        plan = self.plan(pages, handle, path)
+        return plan.mode == KERNEL
+
+    cpdef object run(self, pages, uint64_t handle, path):
         """Plan a request and queue its copies on a stream. Returns the `Report`."""
         cdef object refusal = None
         cdef Plan plan
+        if type(pages) is DevicePages:
+            return self.launch(pages, handle, False)[0] if pages.count else Report()
+        if path == "kernel" and self.launches is None:
+            raise BindError(
+                f"path='kernel' is not possible: {self.why_not}. Use path='auto', or another one"
+            )
         if path == "auto" or path == "batch":
             refusal = batch_refusal_of(handle)
             if refusal is not None and path == "batch" and pages.count:
                 raise no_batch(refusal, handle)
-        plan = self.geometry.plan_pages(pages, path, refusal is None, self.strided, False)
+        plan = self.geometry.plan_pages(
+            pages, path, refusal is None, self.strided, self.launches is not None
+        )
+        if plan.mode == KERNEL:
+            return self.launch(pages, handle, False)[0] if pages.count else Report()
         return submit(plan, handle, path == "batch", refusal)
+
+    def launch(self, pages, uint64_t handle, bint flags):
+        """Move pages by one launch of the kernel.
+
+        Parameters
+        ----------
+        pages : Pages or DevicePages
+            At least one.
+        handle : int
+            Of the stream.
+        flags : bool
+            Whether each layer is to raise its flag.
+
+        Returns
+        -------
+        (Report, KernelLane, int)
+            And what a stream waits for, layer by layer: `KernelLane.wait`.
+        """
+        cdef KernelLane lane = self.launches.lane_of(handle)
+        cdef KernelRequest request
+        cdef Pages listed
+        cdef DevicePages there
+        cdef Report report
+        if type(pages) is Pages:
+            listed = pages
+            self.launches.describe(&request, listed.direction, listed.count, True)
+            request.pages[0], request.pages[1] = listed.device, listed.host
+        else:
+            there = pages
+            self.launches.describe(&request, there.direction, there.count, False)
+            request.pages[0], request.pages[1] = there.lists[0], there.lists[1]
+            request.number[0], request.number[1] = there.number[0], there.number[1]
+        request.first_layer, request.layers = self.first_layer, <unsigned int>len(self.layers)
+        request.flags, request.recorded = flags, recorded_now(handle)
+        report = self.launches.code.launch(self.planes, lane, &request)
+        return report, lane, lane.value
 
 
 cdef object submit(Plan plan, uint64_t stream, bint strict, object refusal):

@@ -7,7 +7,6 @@ them are the core's.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +20,13 @@ from .runtime import Library
 __all__ = ["Binding", "Core", "Row"]
 
 # What any libcudart must have: with these, pages can be copied one by one.
+# What the page-copy kernel cannot do without, apart from libcudart's own functions.
+KERNEL_NEEDS = (
+    "cuModuleLoadData", "cuModuleGetFunction", "cuFuncGetAttribute", "cuLaunchKernelEx",
+    "nvrtcGetNumSupportedArchs", "nvrtcGetSupportedArchs", "nvrtcCreateProgram",
+    "nvrtcCompileProgram", "nvrtcGetCUBINSize", "nvrtcGetCUBIN", "nvrtcGetPTXSize", "nvrtcGetPTX",
+    "nvrtcGetProgramLogSize", "nvrtcGetProgramLog", "nvrtcDestroyProgram",
+)  # fmt: skip
 CUDART_NEEDS = ("cudaRuntimeGetVersion", "cudaMemcpyAsync")
 BATCH, DRIVERS_BATCH = "cudaMemcpyBatchAsync", "cuMemcpyBatchAsync"
 
@@ -76,10 +82,6 @@ def _no_variant(function: Function, version: int) -> Row:
         why = f"{shown} is newer than every range; the last is {last.label}"
         return Row(function, "too new", why)
     return Row(function, "absent", f"no range covers {shown}")
-
-
-def _sonames(library: _registry.Library) -> Sequence[str]:
-    return getattr(library, "sonames", None) or (library.soname,)
 
 
 class Binding:
@@ -176,7 +178,7 @@ class Binding:
         if self.emulated:
             return Library(cudart.handle, cudart.path, "emulated as well")
         entry = self.registry.libraries["cuda"]
-        return _runtime.driver(_sonames(entry), entry.version, cudart.handle)
+        return _runtime.driver(entry.sonames, entry.version, cudart.handle)
 
     def add(self, name: str, library: Library) -> None:
         """Take a library in: its version first, then all of its functions."""
@@ -305,6 +307,14 @@ class Binding:
             return text
         return f"{text}: libcudart {format_version(self.runtime)} has no batch function"
 
+    def no_kernel(self) -> str | None:
+        """Why the page-copy kernel cannot be built here, or None; NVRTC is opened for it."""
+        for name in KERNEL_NEEDS:
+            row = self.row(name)
+            if row.status != "bound":
+                return f"{name} is not bound: {row.why}"
+        return None
+
     def no_copies(self, refusal: str | None) -> str | None:
         """Why every copy would fail, or None where nothing says so.
 
@@ -342,7 +352,7 @@ class Binding:
 
     def look_again(self) -> bool:
         """Take in a driver that was not there before; libcudart may have loaded it meanwhile."""
-        names = _sonames(self.registry.libraries["cuda"])
+        names = self.registry.libraries["cuda"].sonames
         if self.libraries["cuda"].handle or not any(
             _loader.open_library(name, only_loaded=True) for name in names
         ):
@@ -360,7 +370,6 @@ class Binding:
                 own = self.libraries["cudart"]
                 library = Library(own.handle, own.path, "emulated as well")
             else:
-                sonames = _sonames(entry)
-                library = _runtime.nvrtc(sonames, entry.version, self.path)
+                library = _runtime.nvrtc(entry.sonames, entry.version, self.path)
             self.add(name, library)
         return self.rows[function]

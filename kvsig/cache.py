@@ -10,17 +10,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvsig import planning, streams, tensors
-from kvsig._core import Report
-from kvsig._errors import CudaError
-from kvsig._transfer import Selection, TensorMoved
-from kvsig.planning import Direction, Plan, costs, geometry
+from kvsig import launching, layouts, planning, streams, tensors
+from kvsig._core import KernelLane, Report
+from kvsig._errors import CudaError, page_out_of_range
+from kvsig._transfer import Selection, TensorMoved, WrongPage
+from kvsig.layouts import LAYOUTS
+from kvsig.planning import Direction, Plan, costs
 from kvsig.planning.costs import CostModel
 
 __all__ = ["PagedKVCache"]
 
-LAYOUTS = ("layer_first", "page_first_direct")
-PATHS = ("auto", "batch", "strided", "loop")
+PATHS = ("auto", "batch", "strided", "loop", "kernel")
 # Looked up once: an attribute of an enumeration costs more than the rest of a call.
 LOAD, OFFLOAD = Direction.LOAD, Direction.OFFLOAD
 
@@ -44,10 +44,11 @@ class PagedKVCache:
         differ. The number of tokens is a multiple of `page_size`.
     host : Tensor, list of Tensor, or pair of these
         The pool in host memory, for each list in `device`: in "page_first_direct" a tensor
-        (pages, layers, page_size, ...); in "layer_first" a tensor (layers, tokens, ...) or
-        a list of one (tokens, ...) per layer. For K and V a pair ``(k_pool, v_pool)``, or
+        (pages, layers, page_size, ...); in "page_first" (tokens, layers, ...); in "page_head"
+        (pages, heads, page_size, layers, ...); in "layer_first" (layers, tokens, ...) or a list
+        of one (tokens, ...) per layer. For K and V a pair ``(k_pool, v_pool)``, or
         one tensor that has both along a first dimension of 2.
-    layout : {"page_first_direct", "layer_first"}, optional
+    layout : {"page_first_direct", "layer_first", "page_first", "page_head"}, optional
         Layout of the host pool.
     page_size : int, optional
         Tokens per page.
@@ -58,6 +59,14 @@ class PagedKVCache:
         More addresses where separately registered blocks of the host pool meet. CUDA refuses
         a copy that has rows on both sides of one, so copies are split there. Where the driver
         can be asked for the allocations and blocks that the tensors lie in, it has been.
+
+    sms : int, optional
+        Multiprocessors that the page-copy kernel may take of a long transfer, 0 to 32; 0: the copy
+        engine only. The kernel moves small pages of page-locked pools.
+    rate : float, optional
+        GB/s that long transfers of the kernel are held to, so that a model that computes
+        meanwhile is not held up; 0: not held. By default as `model` has it: loads are not held,
+        offloads to 45 on an H100.
 
     Attributes
     ----------
@@ -97,59 +106,47 @@ class PagedKVCache:
         *,
         model: CostModel | None = None,
         host_seams: Sequence[int] | npt.NDArray[Any] | None = None,
+        sms: int = 4,
+        rate: float | None = None,
     ) -> None:
         if layout not in LAYOUTS:
-            raise ValueError(f"layout must be 'layer_first' or 'page_first_direct', not {layout!r}")
+            raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, not {layout!r}")
         page_size = _checked_page_size(page_size)
-        near, labels = tensors.device_layers(device)
-        layers = len(near) // len(labels)
-        near_places = tensors.layer_places(near, page_size)
-        device_side = geometry.layer_first(*near_places)
-        if layout == "layer_first":
-            far = tensors.host_layers(host, labels, layers)
-            places = tensors.layer_places(far, page_size)
-            host_side, planes_of = geometry.layer_first(*places), 1
-        else:
-            far = tensors.host_pools(host, labels)
-            places = tensors.pool_places(far, layers, page_size)
-            host_side = geometry.page_first_direct(
-                places.bases, places.page_bytes, layers, places.pages
-            )
-            planes_of = layers
-        tensors.check_alike(
-            near,
-            [item for item in far for _ in range(planes_of)],
-            near_places.page_bytes,
-            [size for size in places.page_bytes for _ in range(planes_of)],
-            page_size,
-        )
-        tensors.check_apart(near + far)
-
+        sms, rate = _checked_sms(sms), _checked_rate(rate)
+        self._near, self._far, self._planes = layouts.read(device, host, layout, page_size)
+        groups = 2 if len(self._near) > 1 and self._near[-1].name.startswith("device V") else 1
         self.layout = layout
         self.page_size = page_size
-        self.num_layers = layers
-        self.device = near[0].tensor.device
-        self.device_pages = device_side.pages
-        self.host_pages = host_side.pages
-        self.page_bytes = int(device_side.width.sum())
-        self._near, self._far = near, far
-        self._owners = tensors.owners(host, far)
+        self.num_layers = len(self._near) // groups
+        self.device = self._near[0].tensor.device
+        self.device_pages = self._planes.device_pages
+        self.host_pages = self._planes.host_pages
+        self.page_bytes = self._planes.page_bytes
+        self.sms = sms
+        self._owners = tensors.owners(host, self._far)
         self._places = {
-            id(item.tensor): item.tensor.data_ptr() for item in near + far + self._owners
+            id(item.tensor): item.tensor.data_ptr()
+            for item in self._near + self._far + self._owners
         }
-        self._planes = geometry.join(device_side, host_side, layers)
         self._given_seams = [] if host_seams is None else tensors.addresses(
             host_seams, "host_seams"
         ).tolist()
-        with streams.device_guard(self.device):
-            self.pinned = all(tensors.page_locked(item.tensor) for item in far)
-            self._seams = self._look_for_seams()
         self.model = costs.load(streams.device_name(self.device)) if model is None else model
+        rates = self.model.load.kernel_rate, self.model.offload.kernel_rate
+        self._rates = rates if rate is None else (rate * 1e3, rate * 1e3)
+        host_tensors = [item.tensor for item in self._far]
+        with streams.device_guard(self.device):
+            self.pinned = all(tensors.page_locked(tensor) for tensor in host_tensors)
+            self._seams = self._look_for_seams()
+            self._launches, self._why_no_kernel = launching.launches_of(
+                self._planes, host_tensors, self.pinned, sms, self._rates
+            )
         self._selections: dict[Any, Selection] = {}
-        self._all = self._select(tuple(range(layers)))
+        self._helpers: dict[KernelLane, Any] = {}
+        self._all = self._select(tuple(range(self.num_layers)))
 
     def __repr__(self) -> str:
-        kind = "K and V" if len(self._planes) == 2 * self.num_layers else "one latent"
+        kind = "K and V" if len(self._near) == 2 * self.num_layers else "one latent"
         return (
             f"PagedKVCache({self.num_layers} layers of {kind}, layout={self.layout!r}, "
             f"page_size={self.page_size}, page_bytes={self.page_bytes}, "
@@ -177,7 +174,7 @@ class PagedKVCache:
             Layers to copy; by default all.
         stream : None, int, torch.cuda.Stream or object with ``cuda_stream``, optional
             The stream to work on; by default torch's current one of the cache's device.
-        path : {"auto", "batch", "strided", "loop"}, optional
+        path : {"auto", "batch", "strided", "loop", "kernel"}, optional
             "auto" takes the cheapest way; the others insist on one.
 
         Returns
@@ -310,8 +307,26 @@ class PagedKVCache:
             path = _checked_path(path)
         try:
             return chosen.move(device_pages, host_pages, stream, path, direction)
-        except (CudaError, TensorMoved) as error:
+        except (CudaError, TensorMoved, WrongPage) as error:
             raise self._explained(error, chosen) from None
+
+    def check(self) -> None:
+        """Look whether page numbers that were on the GPU have been right so far.
+
+        The kernel checks such numbers before it moves anything: where one is wrong, nothing of its
+        transfer has moved. That is told here, or by the next transfer of the cache; wait for the
+        stream first to be sure of those before.
+
+        Raises
+        ------
+        ValueError
+            If one was wrong; the message names the list, the place and the number.
+        """
+        try:
+            if self._launches is not None:
+                self._launches.check()
+        except WrongPage as error:
+            raise self._explained(error, self._all) from None
 
     def _move_in_layers(
         self,
@@ -328,17 +343,35 @@ class PagedKVCache:
         events = _checked_events(events, len(chosen.layers))
         handle = chosen.handle_of(stream)
         recorder = streams.event_stream(stream, handle, self.device)
-        report = Report()
         try:
-            pages = chosen.begin(device_pages, host_pages, LOAD)
+            if chosen.launches is not None:
+                chosen.launches.check()
+            pages = chosen.read(device_pages, host_pages, path, LOAD)
             with streams.device_guard(self.device):
+                if pages.count and chosen.layered(pages, handle, path):
+                    return self._launch_layers(chosen, pages, handle, events)
+                report = Report()
                 for layer, event in zip(chosen.layers, events, strict=True):
                     single = self._selection(layer)
                     single.check_places()  # the event before may have moved them
                     report += single.run(pages, handle, path)
                     event.record(recorder)
-        except (CudaError, TensorMoved) as error:
+                return report
+        except (CudaError, TensorMoved, WrongPage) as error:
             raise self._explained(error, chosen) from None
+
+    def _launch_layers(
+        self, chosen: Selection, pages: planning.Pages, handle: int, events: Iterable[Any]
+    ) -> Report:
+        """Load all layers by one launch; each event is recorded behind a wait for its layer."""
+        report, lane, value = chosen.launch(pages, handle, True)
+        helper = self._helpers.get(lane)
+        if helper is None:
+            helper = self._helpers.setdefault(lane, streams.new_stream(self.device))
+        number = streams.stream_handle(helper, self.device)
+        for layer, event in enumerate(events):
+            lane.wait(layer, value, number)
+            event.record(helper)
         return report
 
     def _plan(
@@ -361,6 +394,13 @@ class PagedKVCache:
 
     def _explained(self, error: Exception, chosen: Selection) -> Exception:
         """Say what an error is about: a page, a tensor that moved, or memory that has changed."""
+        if isinstance(error, WrongPage):
+            side, position, value = error.args
+            name = ("device_pages", "host_pages")[side]
+            limit = (self.device_pages, self.host_pages)[side]
+            wrong = page_out_of_range(name, position, value, limit)
+            wrong.add_note("the numbers were on the GPU: nothing of that transfer has moved")
+            return wrong
         if isinstance(error, TensorMoved):
             tensor, before, now = error.args
             known = self._near + self._far + self._owners
@@ -392,21 +432,34 @@ class PagedKVCache:
 
     def _plane(self, chosen: Selection, plane: int) -> int:
         """Return the number, in the whole cache, of a plane of a selection."""
-        group, position = divmod(plane, len(chosen.layers))
-        return group * self.num_layers + chosen.layers[position]
+        # Rows of a plane, and the planes of K's heads, lie side by side.
+        group, position = divmod(plane // self._planes.rows, len(chosen.layers))
+        parts = len(self._planes) // len(self._near)
+        return group // parts * self.num_layers + chosen.layers[position]
 
     def _select(self, layers: tuple[int, ...]) -> Selection:
-        near, far = self._seams
-        ready = planning.Geometry(self._planes.select(layers), self.model, far, near)
+        near_seams, far_seams = self._seams
+        planes = self._planes.select(layers)
+        ready = planning.Geometry(
+            planes.flat(), self.model, far_seams, near_seams, self.sms, self._rates
+        )
         groups = len(self._near) // self.num_layers
         used = [self._near[g * self.num_layers + i].tensor for g in range(groups) for i in layers]
-        if len(self._far) == len(self._near):
-            far_used = [self._far[g * self.num_layers + i] for g in range(groups) for i in layers]
-        else:
-            far_used = self._far
-        used += [item.tensor for item in far_used + self._owners]
+        far = self._far
+        if len(far) == len(self._near):
+            far = [far[g * self.num_layers + i] for g in range(groups) for i in layers]
+        used += [item.tensor for item in far + self._owners]
         places = [self._places[id(tensor)] for tensor in used]
-        return Selection(layers, ready, tuple(used), places, self.device)
+        launches, table, first = self._launches, None, layers[0] if layers else 0
+        if launches is not None:
+            table = launches.planes
+            if layers != tuple(range(first, first + len(layers))):
+                # The kernel takes layers that are side by side in its table.
+                table, first = launching.planes_in_memory(planes, table.unit), 0
+        return Selection(
+            layers, ready, tuple(used), places, self.device, launches, table, first,
+            self._why_no_kernel,
+        )  # fmt: skip
 
     def _selection(self, layers: int | Sequence[int]) -> Selection:
         """Return the planes of the layers asked for, made once for each choice of layers."""
@@ -455,9 +508,24 @@ def _checked_page_size(value: Any) -> int:
     return size
 
 
+def _checked_sms(value: Any) -> int:
+    sms = operator.index(value) if hasattr(value, "__index__") else -1
+    if isinstance(value, (bool, np.bool_)) or not 0 <= sms <= 32:
+        raise ValueError(f"sms must be an int from 0 to 32, not {value!r}")
+    return sms
+
+
+def _checked_rate(value: Any) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1e4:
+        raise ValueError(f"rate must be a number of GB/s from 0 to 1e4, or None, not {value!r}")
+    return float(value)
+
+
 def _checked_path(path: Any) -> str:
     if path not in PATHS:
-        raise ValueError(f"path must be 'auto', 'batch', 'strided' or 'loop', not {path!r}")
+        raise ValueError(f"path must be one of {', '.join(PATHS)}, not {path!r}")
     # Of an enumeration, say, whose members are strings.
     return path if type(path) is str else PATHS[PATHS.index(path)]
 

@@ -23,14 +23,6 @@ __all__ = ["UNITS", "Kernel", "build", "compile_source", "refusal", "table", "un
 #: Bytes that one thread may move at a time, widest first.
 UNITS = (16, 8, 4, 2, 1)
 
-#: What the kernel cannot do without, apart from libcudart's own functions.
-NEEDED = (
-    "cuModuleLoadData", "cuModuleGetFunction", "cuFuncGetAttribute", "cuLaunchKernelEx",
-    "nvrtcGetNumSupportedArchs", "nvrtcGetSupportedArchs", "nvrtcCreateProgram",
-    "nvrtcCompileProgram", "nvrtcGetCUBINSize", "nvrtcGetCUBIN", "nvrtcGetPTXSize", "nvrtcGetPTX",
-    "nvrtcGetProgramLogSize", "nvrtcGetProgramLog", "nvrtcDestroyProgram",
-)  # fmt: skip
-
 #: The driver's form of the wait that works everywhere came with this version.
 WAITS_SINCE = 12000
 
@@ -90,20 +82,14 @@ def unit_of(*arrays: npt.ArrayLike) -> int:
 
 
 def refusal() -> str | None:
-    """Say why the kernel cannot be built here, or None; nothing is compiled or initialised.
+    """Say why the kernel cannot be built here, or None; NVRTC is opened, and nothing is compiled.
 
     Returns
     -------
     str or None
         One sentence, for ``info``.
     """
-    rows = {row["name"]: row for row in _core.info()["functions"]}
-    for name in NEEDED:
-        row = rows.get(name)
-        if row is None or row["status"] != "bound":
-            why = row["why"] if row else "it is not in the registry"
-            return f"{name} is not bound: {why}"
-    return None
+    return _core.kernel_refusal()
 
 
 def build(unit: int) -> Kernel:

@@ -16,6 +16,7 @@ __all__ = [
     "device_guard",
     "device_name",
     "event_stream",
+    "new_stream",
     "stream_device",
     "stream_handle",
 ]
@@ -144,3 +145,12 @@ def event_stream(stream: Stream, handle: int, device: torch.device) -> Any:
     if stream is None:
         return torch.cuda.current_stream(device)
     return torch.cuda.ExternalStream(handle, device=device)
+
+
+def new_stream(device: torch.device) -> Any:
+    """Make a stream of kvsig's own on a device; an emulated one where the CPU stands for it."""
+    if device.type == "cuda":
+        return torch.cuda.Stream(device)
+    from kvsig import emulated
+
+    return emulated.Stream()

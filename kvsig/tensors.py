@@ -18,7 +18,9 @@ __all__ = [
     "addresses",
     "check_alike",
     "check_apart",
+    "checked_numbers",
     "device_layers",
+    "device_numbers",
     "host_layers",
     "host_pools",
     "integers",
@@ -260,25 +262,63 @@ def layer_places(named: list[Named], page_size: int) -> Places:
     return Places(bases, widths, first.tensor.shape[0] // page_size)
 
 
-def pool_places(named: list[Named], layers: int, page_size: int) -> Places:
-    """Look at pools that hold all layers, (pages, layers, page_size, ...)."""
-    first = named[0]
-    widths = []
+# Dimensions of a pool by layout: what it is counted in, and what must stand where.
+_SHAPES = {
+    "page_first": ("tokens", "layers"),
+    "page_first_direct": ("pages", "layers", "page_size"),
+    "page_head": ("pages", "heads", "page_size", "layers"),
+}
+
+
+def pool_places(
+    named: list[Named], layout: str, layers: int, page_size: int, like: torch.Tensor
+) -> tuple[Places, int]:
+    """Look at pools that hold all layers.
+
+    Parameters
+    ----------
+    named : list of Named
+        K's pool and V's, or one.
+    layout : {"page_first", "page_first_direct", "page_head"}
+        What their dimensions are.
+    layers, page_size : int
+        Layers, and tokens of a page.
+    like : Tensor
+        A layer on the device, (tokens, heads, ...): the heads of "page_head" are its.
+
+    Returns
+    -------
+    places : Places
+    heads : int
+        Heads of a layer where they lie apart, otherwise 1.
+    """
+    heads = int(like.shape[1]) if layout == "page_head" and like.ndim > 1 else 1
+    wanted = {"layers": layers, "page_size": page_size, "heads": heads}
+    dimensions = _SHAPES[layout]
+    first, widths = named[0], []
+    unit = page_size if dimensions[0] == "tokens" else 1
     for name, tensor in named:
         shape = tuple(tensor.shape)
-        if len(shape) < 3 or shape[1:3] != (layers, page_size):
+        inner = tuple(wanted[word] for word in dimensions[1:])
+        if shape[1 : len(dimensions)] != inner:
             raise ValueError(
-                f"{name} has shape {shape}: page_first_direct is (pages, layers, page_size, ...), "
-                f"here (pages, {layers}, {page_size}, ...)"
+                f"{name} has shape {shape}: {layout} is ({', '.join(dimensions)}, ...), "
+                f"here ({', '.join([dimensions[0], *map(str, inner)])}, ...)"
+            )
+        if shape[0] % unit:
+            raise ValueError(
+                f"{name} has {shape[0]} tokens, {shape[0] % unit} more than "
+                f"{shape[0] // unit} pages of {page_size}: "
+                "the number of tokens must be a multiple of page_size"
             )
         if shape[0] != first.tensor.shape[0]:
             raise ValueError(
-                f"{name} has {shape[0]} pages, {first.name} has {first.tensor.shape[0]}: "
-                "K and V must have as many"
+                f"{name} has {shape[0]} {dimensions[0]}, {first.name} has "
+                f"{first.tensor.shape[0]}: K and V must have as many"
             )
-        widths.append(tensor.nbytes // (shape[0] * layers))
+        widths.append(tensor.nbytes // (shape[0] // unit * layers))
     bases = [item.tensor.data_ptr() for item in named]
-    return Places(bases, widths, first.tensor.shape[0])
+    return Places(bases, widths, first.tensor.shape[0] // unit), heads
 
 
 def check_alike(
@@ -342,12 +382,16 @@ def page_locked(tensor: torch.Tensor) -> bool:
 
 def _blocks(start: int, end: int, limited: bool) -> Iterator[int]:
     """Bounds of the allocations that a tensor lies in."""
-    if _core.memory_range(start) is None and _core.memory_range(end - 1) is None:
+    last = _core.memory_range(end - 1)
+    if _core.memory_range(start) is None and last is None:
         if limited:
             yield from (start, end)
         return
-    # Pageable memory between registered blocks has no end that could be asked for.
-    step = max(1 << 16, (end - start) >> 16)
+    if last is not None:
+        yield from (last[0], last[0] + last[1])
+    # Pageable memory between registered blocks has no end that could be asked for. Blocks are of
+    # whole pages of 4 KiB; in pools of more than 256 MiB the short ones may be stepped over.
+    step = max(1 << 12, (end - start) >> 16)
     place = start
     while place < end:
         block = _core.memory_range(place)
@@ -429,6 +473,65 @@ def page_numbers(values: Any, name: str, limit: int) -> I64:
         index = int(np.argmax(array >> np.uint64(63)))
         raise page_out_of_range(name, index, array[index], limit)
     pages: I64 = np.ascontiguousarray(array, dtype=np.int64)
+    return pages
+
+
+def _on_device(values: Any) -> tuple[int, int, int] | None:
+    """Address, count and bytes of page numbers in device memory; None where they are not there."""
+    if isinstance(values, torch.Tensor):
+        if not values.is_cuda or values.dtype not in (torch.int32, torch.int64):
+            return None
+        if values.ndim != 1 or not values.is_contiguous():
+            return None
+        return values.data_ptr(), values.numel(), values.element_size()
+    interface = getattr(values, "__cuda_array_interface__", None)
+    if interface is None or interface["typestr"] not in ("<i4", "<i8"):
+        return None
+    (count, *more), strides = interface["shape"], interface.get("strides")
+    size = int(interface["typestr"][2])
+    if more or (strides is not None and tuple(strides) != (size,)):
+        return None
+    return int(interface["data"][0]), int(count), size
+
+
+def device_numbers(device_pages: Any, host_pages: Any) -> tuple[Any, Any] | None:
+    """Look for page numbers that the GPU can read where they are.
+
+    Parameters
+    ----------
+    device_pages, host_pages : object
+        As callers give them: CUDA tensors, or objects with ``__cuda_array_interface__``, of int32
+        or int64, one-dimensional and contiguous.
+
+    Returns
+    -------
+    (device_pages, host_pages) or None
+        With (address, count, bytes of a number) in the place of what is in device memory; None
+        where neither is.
+    """
+    kinds = type(device_pages), type(host_pages)
+    if kinds == (list, list) or kinds == (np.ndarray, np.ndarray):
+        return None  # what callers in a hurry give
+    near, far = _on_device(device_pages), _on_device(host_pages)
+    if near is None and far is None:
+        return None
+    return (device_pages if near is None else near), (host_pages if far is None else far)
+
+
+def checked_numbers(values: Any, name: str, limit: int, distinct: bool) -> I64:
+    """Return page numbers in host memory, a copy of them, checked by themselves.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If they are no page numbers, out of range, or (`distinct`) one comes twice.
+    """
+    pages = page_numbers(values, name, limit).copy()
+    outside = np.flatnonzero((pages < 0) | (pages >= limit))
+    if len(outside):
+        raise page_out_of_range(name, int(outside[0]), pages[outside[0]], limit)
+    if distinct and len(np.unique(pages)) != len(pages):
+        raise ValueError(f"{name} has a page more than once: a destination page may be given once")
     return pages
 
 

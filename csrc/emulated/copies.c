@@ -2,9 +2,23 @@
 /* Copies of one range or of evenly spaced rows, and what else is done to memory. */
 #include "runtime.h"
 
+/* Copies to the device of up to so many bytes of pageable memory are read during the call, as CUDA
+ * documents it ("API synchronization behavior" of its runtime). */
+#define STAGED 65536
+
+static int is_staged(void *stream, const void *dst, const void *src, size_t size)
+{
+    return size <= STAGED && memory_type(dst) == MEMORY_DEVICE &&
+           memory_type(src) == MEMORY_UNREGISTERED && refuse_captured(stream) == SUCCESS;
+}
+
 static int one_copy(void *stream, void *dst, const void *src, size_t size)
 {
     struct work *work = work_new(WORK_COPIES, 1, 0);
+    if (is_staged(stream, dst, src, size)) {
+        work->copies.early = must(malloc(size));
+        src = memcpy(work->copies.early, src, size);
+    }
     work_copies(work)[0] = (struct copy){dst, src, size};
     return submit(stream, work);
 }

@@ -335,7 +335,7 @@ handler_function do_memcpy_async, do_memcpy_2d_async, do_memcpy_3d_async, do_mem
 handler_function do_memcpy_batch_async, do_memcpy_3d_batch_async,
     do_memcpy_3d_with_attributes_async, do_memcpy_with_attributes_async;
 handler_function do_stream_create, do_stream_create_with_priority, do_stream_destroy,
-    do_stream_synchronize, do_stream_query, do_stream_get_priority, do_device_synchronize,
+    do_stream_synchronize, do_stream_query, do_stream_get_priority, do_stream_get_id, do_device_synchronize,
     do_launch_host_func, do_stream_wait_value, do_stream_write_value;
 handler_function do_event_create, do_event_destroy, do_event_record, do_event_query,
     do_event_synchronize, do_event_elapsed_time, do_stream_wait_event;

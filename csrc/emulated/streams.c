@@ -113,6 +113,18 @@ int do_stream_get_priority(struct call *call)
     return error;
 }
 
+int do_stream_get_id(struct call *call)
+{
+    pthread_mutex_lock(&queues);
+    const struct stream *stream = stream_find(arg_stream(call));
+    uint64_t *out = arg_pointer(call, "streamId");
+    int error = !stream ? INVALID_HANDLE : out ? SUCCESS : INVALID_VALUE;
+    if (!error)
+        *out = stream->id;
+    pthread_mutex_unlock(&queues);
+    return error;
+}
+
 int do_launch_host_func(struct call *call)
 {
     uintptr_t function = (uintptr_t)arg_pointer(call, "fn");

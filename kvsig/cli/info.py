@@ -63,7 +63,7 @@ def describe(info: dict[str, Any]) -> str:
         runtime = "none"
     if info["emulated"]:
         runtime += ", emulated: host memory stands in for the GPU's"
-    batch = info["batch"]
+    batch, kernel = info["batch"], info["kernel"]
     functions = info["functions"]
     bound = sum(function["status"] == "bound" for function in functions)
     rows = [
@@ -72,6 +72,7 @@ def describe(info: dict[str, Any]) -> str:
         ("found", info["found"]),
         ("driver", format_version(info["driver_version"]) if info["driver_version"] else "none"),
         ("page copies", f"{batch['path']}: {batch['why']}"),
+        ("small pages", "kernel" if kernel["available"] else f"no kernel: {kernel['why']}"),
         ("functions", f"{bound} of {len(functions)} bound"),
     ]
     others = [path for path in info["libraries"] if path != info["library"]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -19,7 +19,9 @@ __all__ = [
     "grouped",
     "join",
     "layer_first",
+    "page_first",
     "page_first_direct",
+    "page_head",
 ]
 
 #: cudaDevAttrMaxPitch of every device so far: a strided copy takes no longer pitch.
@@ -33,8 +35,8 @@ U64: TypeAlias = npt.NDArray[np.uint64]
 class Planes:
     """Places of one layer's K or V each, on the device and on the host.
 
-    Every layout of a paged cache is a list of planes: page ``p`` of plane ``i`` is
-    ``width[i]`` bytes at ``base[i] + p * pitch[i]``, on either side. All arrays are
+    Every layout of a paged cache is a list of planes: row ``r`` of page ``p`` of plane ``i`` is
+    ``width[i]`` bytes at ``base[i] + p * pitch[i] + r * row[i]``, on either side. All arrays are
     one-dimensional, contiguous ``uint64`` of the same length.
 
     Parameters
@@ -44,12 +46,16 @@ class Planes:
     device_pitch, host_pitch : ndarray
         Bytes from one page to the next.
     width : ndarray
-        Bytes of one page.
+        Bytes of one row of a page.
     device_pages, host_pages : int
         Number of pages on each side; valid page numbers are below it.
     layers : int
         Number of layers. Planes are ordered K of every layer, then V of every layer
-        (or one latent of every layer).
+        (or one latent of every layer); where a layer has several planes of K, so do these.
+    rows : int
+        Rows of a page. 1 where a page of a plane lies in one piece on both sides.
+    device_row, host_row : ndarray, optional
+        Bytes from one row to the next; needed where there are several.
     """
 
     device_base: U64
@@ -60,9 +66,17 @@ class Planes:
     device_pages: int
     host_pages: int
     layers: int
+    rows: int = 1
+    device_row: U64 | None = None
+    host_row: U64 | None = None
 
     def __len__(self) -> int:
         return len(self.width)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page over all planes."""
+        return int(self.width.sum()) * self.rows
 
     def select(self, layers: Sequence[int]) -> Planes:
         """Return the planes of some layers only, in the order given.
@@ -75,19 +89,51 @@ class Planes:
         groups = len(self) // self.layers
         chosen = np.asarray(layers, dtype=np.intp)
         index = (np.arange(groups, dtype=np.intp)[:, None] * self.layers + chosen).ravel()
+        return self._taken(index, len(chosen))
+
+    def by_layer(self) -> Planes:
+        """Return the same planes, those of each layer side by side."""
+        groups = len(self) // self.layers
+        index = np.arange(len(self), dtype=np.intp).reshape(groups, self.layers).T.ravel()
+        return self._taken(index, self.layers)
+
+    def _taken(self, index: npt.NDArray[np.intp], layers: int) -> Planes:
+        return replace(
+            self,
+            device_base=self.device_base[index],
+            device_pitch=self.device_pitch[index],
+            host_base=self.host_base[index],
+            host_pitch=self.host_pitch[index],
+            width=self.width[index],
+            layers=layers,
+            device_row=None if self.device_row is None else self.device_row[index],
+            host_row=None if self.host_row is None else self.host_row[index],
+        )
+
+    def flat(self) -> Planes:
+        """Return planes of one row each: those of row 0, 1, ... of a plane side by side."""
+        if self.rows == 1:
+            return self
+        if self.device_row is None or self.host_row is None:
+            raise ValueError(f"pages have {self.rows} rows, but nothing says how far apart")
+        row = np.tile(np.arange(self.rows, dtype=np.uint64), len(self))
+
+        def spread(values: U64) -> U64:
+            return np.repeat(values, self.rows)
+
         return Planes(
-            self.device_base[index],
-            self.device_pitch[index],
-            self.host_base[index],
-            self.host_pitch[index],
-            self.width[index],
+            spread(self.device_base) + row * spread(self.device_row),
+            spread(self.device_pitch),
+            spread(self.host_base) + row * spread(self.host_row),
+            spread(self.host_pitch),
+            spread(self.width),
             self.device_pages,
             self.host_pages,
-            len(chosen),
+            self.layers,
         )
 
     def locate(self, address: int) -> tuple[int, int, bool] | None:
-        """Find the page that holds an address.
+        """Find the page that holds an address, where pages have one row.
 
         Parameters
         ----------
@@ -119,10 +165,28 @@ class Side(NamedTuple):
     base: U64
     pitch: U64
     width: U64
+    row: U64
     pages: int
 
 
-def layer_first(bases: Sequence[int], page_bytes: Sequence[int], pages: int) -> Side:
+def _whole(value: int | Sequence[int]) -> U64:
+    return np.array(value, dtype=np.uint64)
+
+
+def _table(base: U64, pitch: U64, width: U64, row: U64, pages: int) -> Side:
+    """Bring columns of any shape that fit together into one list, in the order of `base`."""
+    columns = np.broadcast_arrays(base, pitch, width, row)
+    return Side(*(np.ascontiguousarray(column).ravel() for column in columns), pages)
+
+
+def layer_first(
+    bases: Sequence[int],
+    page_bytes: Sequence[int],
+    pages: int,
+    layers: int | None = None,
+    rows: int = 1,
+    heads: int = 1,
+) -> Side:
     """Describe planes that each lie in one piece: a tensor per layer, or (layers, tokens, ...).
 
     Parameters
@@ -133,9 +197,18 @@ def layer_first(bases: Sequence[int], page_bytes: Sequence[int], pages: int) -> 
         Bytes of one page in each plane.
     pages : int
         Number of pages of every plane.
+    layers : int, optional
+        Number of layers; as many as planes if not given.
+    rows, heads : int
+        Rows that a page is to be seen as, and parts of a row that are planes of their own: as the
+        other side needs it.
     """
-    width = np.array(page_bytes, dtype=np.uint64)
-    return Side(np.array(bases, dtype=np.uint64), width, width, pages)
+    shape = (-1, 1, len(bases) if layers is None else layers)
+    base, size = _whole(bases).reshape(shape), _whole(page_bytes).reshape(shape)
+    row = size // np.uint64(rows)
+    width = row // np.uint64(heads)
+    head = np.arange(heads, dtype=np.uint64).reshape(1, -1, 1)
+    return _table(base + head * width, size, width, row, pages)
 
 
 def page_first_direct(
@@ -152,20 +225,65 @@ def page_first_direct(
     layers, pages : int
         Layers and pages of every pool.
     """
-    width = np.repeat(np.array(page_bytes, dtype=np.uint64), layers)
-    layer = np.tile(np.arange(layers, dtype=np.uint64), len(pools))
-    base = np.repeat(np.array(pools, dtype=np.uint64), layers) + layer * width
-    return Side(base, width * np.uint64(layers), width, pages)
+    base, size = _whole(pools)[:, None], _whole(page_bytes)[:, None]
+    layer = np.arange(layers, dtype=np.uint64)
+    return _table(base + layer * size, size * np.uint64(layers), size, size, pages)
 
 
-def join(device: Side, host: Side, layers: int) -> Planes:
+def page_first(
+    pools: Sequence[int], page_bytes: Sequence[int], layers: int, pages: int, rows: int
+) -> Side:
+    """Describe planes of pools (tokens, layers, ...): the layers of a token lie together.
+
+    Parameters
+    ----------
+    pools, page_bytes, layers, pages
+        As in `page_first_direct`.
+    rows : int
+        Tokens of a page, which are its rows.
+    """
+    base, width = _whole(pools)[:, None], _whole(page_bytes)[:, None] // np.uint64(rows)
+    layer, row = np.arange(layers, dtype=np.uint64), width * np.uint64(layers)
+    return _table(base + layer * width, row * np.uint64(rows), width, row, pages)
+
+
+def page_head(
+    pools: Sequence[int],
+    page_bytes: Sequence[int],
+    layers: int,
+    pages: int,
+    rows: int,
+    heads: int,
+) -> Side:
+    """Describe planes of pools (pages, heads, page_size, layers, ...): one for each head.
+
+    Parameters
+    ----------
+    pools, page_bytes, layers, pages, rows
+        As in `page_first`.
+    heads : int
+        Heads of a layer; each is a plane, in the order head by head.
+    """
+    base, size = _whole(pools)[:, None, None], _whole(page_bytes)[:, None, None]
+    width = size // np.uint64(rows * heads)
+    layer, row = np.arange(layers, dtype=np.uint64), width * np.uint64(layers)
+    head = np.arange(heads, dtype=np.uint64)[:, None] * row * np.uint64(rows)
+    pitch = row * np.uint64(rows * heads)
+    return _table(base + head + layer * width, pitch, width, row, pages)
+
+
+def join(device: Side, host: Side, layers: int, rows: int = 1) -> Planes:
     """Make the planes of a cache out of its two sides, which must be alike in number and width."""
     if not np.array_equal(device.width, host.width):
         raise ValueError("device and host pages differ in number or width")
-    return Planes(
+    planes = Planes(
         device.base, device.pitch, host.base, host.pitch, device.width,
-        device.pages, host.pages, layers,
+        device.pages, host.pages, layers, rows, device.row, host.row,
     )  # fmt: skip
+    packed = np.array_equal(device.row, device.width) and np.array_equal(host.row, host.width)
+    if not packed or rows == 1:
+        return planes
+    return replace(planes, width=planes.width * np.uint64(rows), rows=1)
 
 
 class Row(NamedTuple):

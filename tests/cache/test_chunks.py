@@ -20,7 +20,8 @@ def stream():
 
 
 def sides(pages=16):
-    device = [torch.zeros(pages * 4, 256, dtype=torch.uint8) for _ in range(2)]
+    # One block: rows of a strided copy must not have the pool's blocks between them.
+    device = list(torch.zeros(2, pages * 4, 256, dtype=torch.uint8))
     host = torch.randint(1, 256, (pages, 2, 4, 256), dtype=torch.uint8)
     return device, host
 

@@ -9,8 +9,8 @@ import sys
 
 import numpy as np
 import pytest
-from future import NEXT_TEXT, last
 import torch
+from future import NEXT_TEXT, last
 
 import kvsig
 from kvsig import _core, emulated, registry
@@ -83,6 +83,7 @@ def distinct(param, position):
 @pytest.mark.parametrize(("function", "variant", "spec"), CASES)
 class TestEveryVariant:
     def called(self, control, function, arguments):
+        _core.row_of(function.name)  # a library that is optional is opened and tells its version
         control.stub()
         control.record()
         result = kvsig.call(function.name, **arguments)

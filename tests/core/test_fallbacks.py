@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from future import NEXT_TEXT, last
 from core_help import BATCH, DRIVERS, REGISTRY, Copies, built, last_error, strided
+from future import NEXT_TEXT, last
 
 import kvsig
 from kvsig import _core, registry

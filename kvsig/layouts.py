@@ -1,0 +1,86 @@
+"""Layouts of host pools: from the tensors that hold one to the planes that a transfer moves."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from kvsig import tensors
+from kvsig.planning import geometry
+from kvsig.planning.geometry import Planes, Side
+from kvsig.tensors import Named, Places
+
+__all__ = ["LAYOUTS", "Cache", "read"]
+
+#: Names of the layouts, and the shape of a pool in each.
+LAYOUTS = {
+    "layer_first": "(layers, tokens, ...), or a list of one (tokens, ...) per layer",
+    "page_first": "(tokens, layers, ...)",
+    "page_first_direct": "(pages, layers, page_size, ...)",
+    "page_head": "(pages, heads, page_size, layers, ...)",
+}
+
+
+class Cache(NamedTuple):
+    """What a cache is made of: its tensors by name, and where their pages are."""
+
+    near: list[Named]
+    far: list[Named]
+    planes: Planes
+
+
+def read(device: Any, host: Any, layout: str, page_size: int) -> Cache:
+    """Look at the tensors of a cache, and check that they fit together.
+
+    Parameters
+    ----------
+    device : list of Tensor, or pair of such lists
+        One tensor per layer, (tokens, ...).
+    host : Tensor, list of Tensor, or pair of these
+        The pool in host memory.
+    layout : str
+        One of `LAYOUTS`.
+    page_size : int
+        Tokens per page.
+
+    Returns
+    -------
+    Cache
+
+    Raises
+    ------
+    TypeError, ValueError
+        If they do not fit; the message names the tensor and both values.
+    """
+    near, labels = tensors.device_layers(device)
+    layers = len(near) // len(labels)
+    if layout == "layer_first":
+        far = tensors.host_layers(host, labels, layers)
+        places, heads, each = tensors.layer_places(far, page_size), 1, 1
+    else:
+        far = tensors.host_pools(host, labels)
+        places, heads = tensors.pool_places(far, layout, layers, page_size, near[0].tensor)
+        each = layers
+    on_device = tensors.layer_places(near, page_size)
+    tensors.check_alike(
+        near,
+        [item for item in far for _ in range(each)],
+        on_device.page_bytes,
+        [size for size in places.page_bytes for _ in range(each)],
+        page_size,
+    )
+    tensors.check_apart(near + far)
+    rows = page_size if layout in ("page_first", "page_head") else 1
+    device_side = geometry.layer_first(*on_device, layers, rows, heads)
+    host_side = _host_side(layout, places, layers, rows, heads)
+    return Cache(near, far, geometry.join(device_side, host_side, layers, rows))
+
+
+def _host_side(layout: str, places: Places, layers: int, rows: int, heads: int) -> Side:
+    bases, page_bytes, pages = places
+    if layout == "layer_first":
+        return geometry.layer_first(bases, page_bytes, pages, layers)
+    if layout == "page_first_direct":
+        return geometry.page_first_direct(bases, page_bytes, layers, pages)
+    if layout == "page_first":
+        return geometry.page_first(bases, page_bytes, layers, pages, rows)
+    return geometry.page_head(bases, page_bytes, layers, pages, rows, heads)

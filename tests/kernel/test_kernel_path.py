@@ -1,0 +1,378 @@
+"""Path "kernel": one launch for all layers, from the arguments of a cache to the bytes."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+import kvsig
+from kvsig import _core, emulated, kernel
+from kvsig.planning.costs import builtin
+
+LAYERS, PAGES, HOST_PAGES, SIZE, HEADS, DIM = 4, 24, 18, 4, 2, 8
+LAYOUTS = ("page_first_direct", "page_first", "page_head", "layer_first")
+H100 = builtin("NVIDIA H100 80GB HBM3")
+
+
+@pytest.fixture(params=["12.9", "13.0"])
+def control(request):
+    _core.rebind(f"emulated:{request.param}")
+    found = emulated.Control(_core.info()["library"])
+    found.reset()
+    yield found
+    found.reset()
+    _core.rebind(None)
+
+
+@pytest.fixture
+def stream(control):
+    with emulated.Stream() as found:
+        yield found
+
+
+class Numbers:
+    """Page numbers in device memory, as another library has them."""
+
+    def __init__(self, values, dtype=np.int64):
+        self.array = np.asarray(values, dtype)
+        self.__cuda_array_interface__ = {
+            "shape": self.array.shape,
+            "typestr": self.array.dtype.str,
+            "data": (self.array.ctypes.data, False),
+            "version": 3,
+        }
+
+
+class Setup:
+    """A cache whose pool is page-locked, and what every page of it should hold."""
+
+    def __init__(self, control, layout="page_first_direct", kv=2, dim=DIM, pinned=True, **options):
+        self.layout, self.kv = layout, kv
+        near = torch.randint(0, 256, (kv, LAYERS, PAGES * SIZE, HEADS, dim), dtype=torch.uint8)
+        shape = {
+            "page_first_direct": (HOST_PAGES, LAYERS, SIZE, HEADS, dim),
+            "page_first": (HOST_PAGES * SIZE, LAYERS, HEADS, dim),
+            "page_head": (HOST_PAGES, HEADS, SIZE, LAYERS, dim),
+            "layer_first": (LAYERS, HOST_PAGES * SIZE, HEADS, dim),
+        }[layout]
+        far = torch.randint(0, 256, (kv, *shape), dtype=torch.uint8)
+        control.mark_device(near.data_ptr(), near.nbytes)
+        if pinned:
+            control.mark_host(far.data_ptr(), far.nbytes)
+        self.near, self.far, self.dim = near, far, dim
+        device = [list(group) for group in near]
+        self.cache = kvsig.PagedKVCache(
+            device if kv == 2 else device[0], list(far) if kv == 2 else far[0], layout, SIZE,
+            model=H100, **options,
+        )  # fmt: skip
+
+    def device_page(self, group, layer, page):
+        return self.near[group, layer].view(PAGES, SIZE, HEADS, self.dim)[page]
+
+    def host_page(self, group, layer, page):
+        pool = self.far[group]
+        if self.layout == "page_first_direct":
+            return pool[page, layer]
+        if self.layout == "page_first":
+            return pool.view(HOST_PAGES, SIZE, LAYERS, HEADS, self.dim)[page, :, layer]
+        if self.layout == "page_head":
+            return pool[page, :, :, layer].transpose(0, 1)
+        return pool[layer].view(HOST_PAGES, SIZE, HEADS, self.dim)[page]
+
+    def everything(self):
+        return self.near.clone(), self.far.clone()
+
+    def expected(self, device, host, load, layers=range(LAYERS)):
+        """Both sides as they should be after a transfer of what they hold now."""
+        near, far = self.everything()
+        for group, layer in itertools.product(range(self.kv), layers):
+            for one, other in zip(device, host, strict=True):
+                if load:
+                    self.device_page(group, layer, one)[:] = self.host_page(group, layer, other)
+                else:
+                    self.host_page(group, layer, other)[:] = self.device_page(group, layer, one)
+        after = self.everything()
+        self.near.copy_(near)
+        self.far.copy_(far)
+        return after
+
+    def same(self, wanted):
+        return all(torch.equal(one, other) for one, other in zip(self.everything(), wanted))
+
+
+DEVICE, HOST = [5, 0, 23, 7, 11], [17, 3, 0, 9, 4]
+
+
+class TestMovesPages:
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("kv", [1, 2])
+    @pytest.mark.parametrize("dim", [8, 6, 5])
+    def test_of_every_layout(self, control, stream, layout, kv, dim):
+        """Both ways, with units of 16 bytes down to 1."""
+        setup = Setup(control, layout, kv, dim)
+        for load in (False, True):
+            wanted = setup.expected(DEVICE, HOST, load)
+            if load:
+                report = setup.cache.load(HOST, DEVICE, stream=stream, path="kernel")
+            else:
+                report = setup.cache.offload(DEVICE, HOST, stream=stream, path="kernel")
+            stream.synchronize()
+            assert setup.same(wanted)
+            assert (report.path, report.calls, report.reason) == ("kernel", 1, None)
+            assert report.bytes == len(DEVICE) * setup.cache.page_bytes
+
+    @pytest.mark.parametrize("path", ["auto", "batch", "strided", "loop"])
+    @pytest.mark.parametrize("layout", ["page_first", "page_head"])
+    def test_of_pages_in_rows_by_the_copy_engine_too(self, control, stream, layout, path):
+        setup = Setup(control, layout, sms=0)
+        wanted = setup.expected(DEVICE, HOST, True)
+        report = setup.cache.load(HOST, DEVICE, stream=stream, path=path)
+        stream.synchronize()
+        assert setup.same(wanted)
+        assert "kernel" not in report.path
+
+    @pytest.mark.parametrize("layers", [2, [1, 2], [3, 0], [0, 2]])
+    def test_of_some_layers(self, control, stream, layers):
+        setup = Setup(control)
+        chosen = [layers] if isinstance(layers, int) else layers
+        wanted = setup.expected(DEVICE, HOST, True, chosen)
+        setup.cache.load(HOST, DEVICE, layers=layers, stream=stream, path="kernel")
+        stream.synchronize()
+        assert setup.same(wanted)
+
+    def test_of_more_pages_than_a_launch_carries(self, control, stream):
+        near = torch.randint(0, 256, (3, 2000, 48), dtype=torch.uint8)
+        far = torch.zeros(2000, 3, 1, 48, dtype=torch.uint8)
+        control.mark_device(near.data_ptr(), near.nbytes)
+        control.mark_host(far.data_ptr(), far.nbytes)
+        cache = kvsig.PagedKVCache(list(near), far, page_size=1, model=H100)
+        order = np.random.default_rng(0).permutation(2000)
+        for _ in range(3):
+            far.zero_()
+            assert cache.offload(order, np.arange(2000), stream=stream, path="kernel").calls == 1
+            stream.synchronize()
+            assert torch.equal(far[:, :, 0], near[:, order].transpose(0, 1))
+
+    def test_on_the_legacy_stream(self, control):
+        setup = Setup(control)
+        wanted = setup.expected(DEVICE, HOST, True)
+        assert setup.cache.load(HOST, DEVICE, stream=0, path="kernel").path == "kernel"
+        kvsig.call("cudaStreamSynchronize", stream=0)
+        assert setup.same(wanted)
+
+    def test_no_pages(self, control, stream):
+        report = Setup(control).cache.load([], [], stream=stream, path="kernel")
+        assert report.path == "none"
+
+
+class TestChoice:
+    def test_small_pages_go_to_the_kernel_and_large_ones_do_not(self, control, stream):
+        order = np.random.default_rng(0).permutation(64)
+        for width, path in ((2048, "kernel"), (1 << 20, "batch")):
+            near = torch.zeros(2, 64, width, dtype=torch.uint8)
+            far = torch.zeros(64, 2, 1, width, dtype=torch.uint8)
+            control.mark_device(near.data_ptr(), near.nbytes)
+            control.mark_host(far.data_ptr(), far.nbytes)
+            cache = kvsig.PagedKVCache(list(near), far, page_size=1, model=H100)
+            planned = cache.plan_load(order, order[::-1], layers=1, stream=stream)
+            assert planned.method == path, str(planned)
+            report = cache.load(order, order[::-1], layers=1, stream=stream)
+            assert (report.path, report.calls) == (path, planned.calls)
+            stream.synchronize()
+
+    def test_a_plan_of_the_kernel_is_a_table_too(self, control, stream):
+        planned = Setup(control).cache.plan_load(HOST, DEVICE, stream=stream, path="kernel")
+        assert (planned.method, planned.calls, planned.copies_out) == ("kernel", 1, 0)
+        assert "load by kernel: " in str(planned)
+
+    def test_pageable_pools_are_never_its(self, control, stream):
+        setup = Setup(control, pinned=False)
+        assert setup.cache.load(HOST, DEVICE, stream=stream).path != "kernel"
+        stream.synchronize()
+        with pytest.raises(kvsig.BindError) as caught:
+            setup.cache.load(HOST, DEVICE, stream=stream, path="kernel")
+        assert str(caught.value) == (
+            "path='kernel' is not possible: the host pool is pageable, and the kernel reads and "
+            "writes mapped memory only. Use path='auto', or another one"
+        )
+
+    def test_sms_0_is_the_copy_engine(self, control, stream):
+        setup = Setup(control, sms=0)
+        assert setup.cache.load(HOST, DEVICE, stream=stream).path != "kernel"
+        stream.synchronize()
+        with pytest.raises(kvsig.BindError, match="made with sms=0: the copy engine only"):
+            setup.cache.load(HOST, DEVICE, stream=stream, path="kernel")
+
+    @pytest.mark.parametrize("sms", [-1, 33, True, 1.5, None])
+    def test_bad_sms(self, control, sms):
+        with pytest.raises(ValueError, match="sms must be an int from 0 to 32, not "):
+            Setup(control, sms=sms)
+
+    @pytest.mark.parametrize("rate", [-1, 1e9, True, "fast"])
+    def test_bad_rates(self, control, rate):
+        with pytest.raises(ValueError, match="rate must be a number of GB/s from 0 to 1e4"):
+            Setup(control, rate=rate)
+
+    def test_without_nvrtc(self, control, stream, monkeypatch):
+        monkeypatch.setattr(kernel, "refusal", lambda: "nvrtcCreateProgram is not bound: no file")
+        setup = Setup(control)
+        wanted = setup.expected(DEVICE, HOST, True)
+        assert setup.cache.load(HOST, DEVICE, stream=stream).path != "kernel"
+        stream.synchronize()
+        assert setup.same(wanted)
+        with pytest.raises(kvsig.BindError, match="not possible: nvrtcCreateProgram is not bound"):
+            setup.cache.load(HOST, DEVICE, stream=stream, path="kernel")
+
+
+class TestPageNumbersOnTheGpu:
+    @pytest.mark.parametrize("kinds", list(itertools.product(["<i8", "<i4", "host"], repeat=2))[:-1])
+    @pytest.mark.parametrize("load", [True, False])
+    def test_are_read_where_they_are(self, control, stream, kinds, load):
+        setup = Setup(control)
+        wanted = setup.expected(DEVICE, HOST, load)
+        near, far = (
+            pages if kind == "host" else Numbers(pages, kind)
+            for kind, pages in zip(kinds, (DEVICE, HOST), strict=True)
+        )
+        report = (
+            setup.cache.load(far, near, stream=stream)
+            if load
+            else setup.cache.offload(near, far, stream=stream)
+        )
+        stream.synchronize()
+        assert report.path == "kernel"
+        assert setup.same(wanted)
+        setup.cache.check()
+
+    @pytest.mark.parametrize("side", ["device_pages", "host_pages"])
+    @pytest.mark.parametrize("wrong", [-1, 10**6])
+    @pytest.mark.parametrize("told", ["check", "load", "offload"])
+    def test_a_wrong_one_moves_nothing_and_is_told(self, control, stream, side, wrong, told):
+        setup = Setup(control)
+        before = setup.everything()
+        near, far = list(DEVICE), list(HOST)
+        (near if side == "device_pages" else far)[3] = wrong
+        setup.cache.load(Numbers(far), Numbers(near), stream=stream)
+        stream.synchronize()
+        assert setup.same(before)
+        limit = ("the device has pages 0 to 23", "the host pool has pages 0 to 17")
+        text = f"{side}[3] is {wrong}: {limit[side == 'host_pages']}"
+        again = {
+            "check": setup.cache.check,
+            "load": lambda: setup.cache.load(HOST, DEVICE, stream=stream, path="loop"),
+            "offload": lambda: setup.cache.offload(Numbers(DEVICE), Numbers(HOST), stream=stream),
+        }[told]
+        with pytest.raises(ValueError) as caught:
+            again()
+        assert str(caught.value) == text
+        assert caught.value.__notes__ == [
+            "the numbers were on the GPU: nothing of that transfer has moved"
+        ]
+        stream.synchronize()
+        assert setup.same(before), "the transfer that told has not moved either"
+        setup.cache.check()  # told once
+
+    def test_numbers_of_another_kind_are_copied(self, control, stream):
+        setup = Setup(control, sms=0)
+        with pytest.raises(TypeError):
+            setup.cache.load(Numbers(HOST), Numbers(DEVICE), stream=stream)
+
+    def test_lengths(self, control, stream):
+        with pytest.raises(ValueError, match="device_pages has 5 page numbers and host_pages has 2"):
+            Setup(control).cache.load(Numbers([1, 2]), Numbers(DEVICE), stream=stream)
+
+    @pytest.mark.parametrize(
+        ("host", "text"),
+        [
+            ([1, 2, 3, 4, 18], "host_pages[4] is 18: the host pool has pages 0 to 17"),
+            ([1, 2, 3, 4, 1], "host_pages has a page more than once"),
+        ],
+    )
+    def test_the_list_in_host_memory_is_checked(self, control, stream, host, text):
+        with pytest.raises(ValueError) as caught:
+            Setup(control).cache.offload(Numbers(DEVICE), host, stream=stream)
+        assert text in str(caught.value)
+
+
+class Event:
+    """Remembers on which stream it was recorded, and waits for what was queued there before."""
+
+    def record(self, stream):
+        self.stream = stream
+
+
+class TestLayeredLoads:
+    @pytest.mark.parametrize("numbers", [list, Numbers])
+    @pytest.mark.parametrize("layers", [None, [2, 0, 3]])
+    def test_are_one_launch(self, control, stream, numbers, layers):
+        setup = Setup(control)
+        chosen = range(LAYERS) if layers is None else layers
+        wanted = setup.expected(DEVICE, HOST, True, chosen)
+        events = [Event() for _ in chosen]
+        control.record()
+        report = setup.cache.load(
+            numbers(HOST), numbers(DEVICE), layers=layers, stream=stream, events=events
+        )
+        assert (report.path, report.calls) == ("kernel", 1)
+        functions = [call["function"] for call in control.calls()]
+        assert functions.count("cuLaunchKernelEx") == 1
+        assert functions.count("cuStreamWaitValue32") == len(events)
+        # The events are behind the waits, on a stream of the cache's own: it is done by then.
+        events[-1].stream.synchronize()
+        assert setup.same(wanted)
+
+    def test_wait_for_what_is_before_them(self, control, stream):
+        """Each layer is there once its event is; nothing is told before the launch has run."""
+        setup = Setup(control)
+        before, wanted = setup.everything(), setup.expected(DEVICE, HOST, True)
+        control.hold(stream.cuda_stream)
+        events = [Event() for _ in range(LAYERS)]
+        setup.cache.load(HOST, DEVICE, stream=stream, events=events)
+        assert setup.same(before)
+        control.release(stream.cuda_stream)
+        events[0].stream.synchronize()
+        assert setup.same(wanted)
+
+    def test_again_and_again(self, control, stream):
+        setup = Setup(control)
+        for turn in range(20):
+            setup.far.random_(0, 256)
+            wanted = setup.expected(DEVICE, HOST, True)
+            events = [Event() for _ in range(LAYERS)]
+            setup.cache.load(HOST, DEVICE, stream=stream, events=events)
+            events[turn % LAYERS].stream.synchronize()
+            assert setup.same(wanted)
+
+    def test_a_wrong_number_keeps_nobody_waiting(self, control, stream):
+        setup = Setup(control)
+        events = [Event() for _ in range(LAYERS)]
+        setup.cache.load(
+            Numbers([99, *HOST[1:]]), Numbers(DEVICE), stream=stream, events=events
+        )
+        events[-1].stream.synchronize()
+        with pytest.raises(ValueError, match=r"host_pages\[0\] is 99"):
+            setup.cache.check()
+
+
+class TestFaults:
+    def test_a_launch_that_is_refused_is_told(self, control, stream):
+        setup = Setup(control)
+        before = setup.everything()
+        control.fault("cuLaunchKernelEx", 1)
+        with pytest.raises(kvsig.CudaError, match="cuLaunchKernelEx answered 1"):
+            setup.cache.load(HOST, DEVICE, stream=stream, path="kernel")
+        stream.synchronize()
+        assert setup.same(before)
+
+    def test_a_cache_is_made_without_it_where_it_cannot_be_loaded(self, control, stream):
+        kernel._built.clear()
+        control.fault("cuModuleLoadData", 209)
+        setup = Setup(control)
+        wanted = setup.expected(DEVICE, HOST, True)
+        assert setup.cache.load(HOST, DEVICE, stream=stream).path != "kernel"
+        stream.synchronize()
+        assert setup.same(wanted)
+        with pytest.raises(kvsig.BindError, match="the page-copy kernel cannot be loaded"):
+            setup.cache.load(HOST, DEVICE, stream=stream, path="kernel")
+        kernel._built.clear()
