@@ -53,7 +53,7 @@ class BuildExt(build_ext):
         temp = Path(self.build_temp) / "emulated"
         folder = ROOT / "csrc/emulated"
         sources = sorted(folder.glob("*.c"))
-        flags = ["-std=gnu11", "-O2", "-pthread", "-Wall", "-Wextra", "-fvisibility=hidden"]
+        flags = ["-std=gnu11", "-O2", "-g0", "-pthread", "-Wall", "-Wextra", "-fvisibility=hidden"]
 
         def compiled(files, into):
             # Relative names keep the build folder out of the objects' paths below build_temp.
@@ -72,14 +72,15 @@ class BuildExt(build_ext):
             codegen.write_if_changed(glue, codegen.emulated_glue(registry, version))
             library = package / f"libcudart-emulated-{text}.so"
             names.add(library.name)
-            stamps = [file.stat().st_mtime for file in [*sources, *folder.glob("*.h"), KERNEL, glue]]
+            inputs = [*sources, *folder.glob("*.h"), KERNEL, glue]
+            stamps = [file.stat().st_mtime for file in inputs]
             if library.exists() and library.stat().st_mtime > max(stamps) and not self.force:
                 continue
             shared = shared or compiled(sources, "shared")
             self.compiler.link_shared_object(
                 shared + compiled([glue], text),
                 str(library),
-                extra_postargs=["-pthread"],
+                extra_postargs=["-pthread", "-s"],
                 libraries=["dl"],
             )
         for stale in package.glob("libcudart-emulated-*.so"):
@@ -96,6 +97,7 @@ def extension(name, *depends):
         include_dirs=["csrc"] if name == "_core" else [],
         extra_compile_args=FLAGS,
         define_macros=[("CYTHON_TRACE_NOGIL", "1")] if COVERAGE else [],
+        extra_link_args=["-s"],
         libraries=["dl"] if name == "_loader" else [],
     )
     made.cython_directives = {"linetrace": True} if COVERAGE else {}

@@ -15,6 +15,7 @@ import datetime
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,8 +41,11 @@ PARTS = {
     "grid": (330, "kvsig bench: the whole preset"),
     "rivals": (120, "other projects' ways beside kvsig's"),
     "compute": (80, "a matrix product beside transfers"),
+    "kernel": (270, "what the page-copy kernel is asked for"),
+    "twogpus": (150, "two processes, each with a GPU of its own"),
+    "sanitizer": (300, "compute-sanitizer: memcheck and racecheck of the page-copy kernel"),
+    "random": (300, "50,000 random transfers by the kernel's double, no GPU"),
     "overhead": (60, "kvsig's own time per call, with CUDA's functions stubbed"),
-    "host": (40, "planning and packing, no CUDA"),
     "calibrate": (45, "kvsig calibrate --dry-run"),
     "against": (330, "another checkout and this one, in turn: give --against"),
 }
@@ -107,13 +111,24 @@ class Run:
         **environment: str,
     ) -> tuple[int, str]:
         """Run Python with all that it starts; its output into the log, the end of it here."""
+        return self.command([sys.executable, *arguments], seconds, echo, folder, **environment)
+
+    def command(
+        self,
+        words: list[str],
+        seconds: float,
+        echo: int = 40,
+        folder: Path = ROOT,
+        **environment: str,
+    ) -> tuple[int, str]:
+        """Run a command with all that it starts; its output into the log, the end of it here."""
         seconds = max(5.0, min(seconds, self.left()))
         # The command writes into the log itself: what it has said is kept whatever happens.
-        self.log.write(f"\n$ python {' '.join(arguments)}\n")
+        self.log.write(f"\n$ {' '.join([Path(words[0]).name, *words[1:]])}\n")
         self.log.flush()
         start = self.log_path.stat().st_size
         process = subprocess.Popen(
-            [sys.executable, *arguments],
+            words,
             cwd=folder,
             env=self.environment | environment,
             stdout=self.log,
@@ -241,12 +256,51 @@ class Run:
         command = [str(HERE / "beside.py"), "--seconds", str(max(10, int(seconds - 25)))]
         return self.measured("compute", command, seconds, 40)
 
-    def host(self, seconds: float) -> int:
-        return self.bench("host", seconds, "--host")
-
     def rivals(self, seconds: float) -> int:
         command = [str(HERE / "rivals.py"), "--seconds", str(max(10, int(seconds - 25)))]
         return self.measured("rivals", command, seconds, 40)
+
+    def kernel(self, seconds: float) -> int:
+        command = [str(HERE / "kernel.py"), "--seconds", str(max(10, int(seconds - 40)))]
+        return self.measured("kernel", command, seconds, 130)
+
+    def twogpus(self, seconds: float) -> int:
+        """Tests of two GPUs, and the two processes."""
+        end = time.monotonic() + seconds
+        tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "TwoGpus"]
+        code, text = self.python([*tests, "tests/gpu/test_kernel_gpu.py"], seconds / 2, 20)
+        self.data["twogpus_tests"] = text.splitlines()[-1:]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        script = [*torchrun, str(HERE / "two_gpus.py")]
+        return self.measured("twogpus", script, end - time.monotonic(), 30) or code
+
+    def sanitizer(self, seconds: float) -> int:
+        """A few random transfers, layered loads and wrong numbers under each of its tools."""
+        places = [os.environ.get("PATH", ""), "/usr/local/cuda/bin", str(Path(sys.prefix) / "bin")]
+        found = shutil.which("compute-sanitizer", path=os.pathsep.join(places))
+        if found is None:
+            raise ValueError("there is no compute-sanitizer in PATH or /usr/local/cuda/bin")
+        tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu/test_kernel_gpu.py"]
+        chosen = ["-k", "TestRandom or TestLayered or wrong_one or one_graph"]
+        self.data["sanitizer"] = {}
+        codes = []
+        for tool in ("memcheck", "racecheck"):
+            options = ["--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
+            code, text = self.command(
+                [found, *options, sys.executable, *tests, *chosen], seconds / 2, 15,
+                KVSIG_KERNEL_GPU_CASES="60", PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+            )  # fmt: skip
+            said = [line for line in text.splitlines() if "SUMMARY" in line]
+            self.data["sanitizer"][tool] = {"exit_code": code, "said": said[-2:]}
+            codes.append(code)
+        return max(codes)
+
+    def random(self, seconds: float) -> int:
+        """The emulated runtime's kernel, in as many processes as there are CPUs."""
+        script = str(HERE / "random_cases.py")
+        code, text = self.python([script, "50000"], seconds, 10)
+        self.data["random"] = text.splitlines()[-1:]
+        return code
 
     def overhead(self, seconds: float) -> int:
         return self.measured("overhead", [str(HERE / "overhead.py")], seconds, 20)

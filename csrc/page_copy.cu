@@ -3,8 +3,8 @@
  * Moves pages of a KV cache between mapped host memory and a GPU, or within a GPU: all layers in
  * one launch, with a flag for each layer. NVRTC and nvcc take this file as it is. The first part
  * is C as well: the emulated runtime's double and the core take the structures and the arithmetic
- * of tiles from here. Compile it with -DKVSIG_UNIT=16 (or 8, 4, 2, 1), and with at most 32 registers
- * for what has no launch bounds: -maxrregcount=32.
+ * of tiles from here. Compile it with -DKVSIG_UNIT=16 (or 8, 4, 2, 1), and with at most 32
+ * registers for what has no launch bounds: -maxrregcount=32.
  *
  * A page of a plane is `rows` rows of `units` units; the unit, 16 bytes down to 1, is what every
  * base, pitch and width of the table is a multiple of. Rows of all pages, in the order of the
@@ -134,7 +134,8 @@ template <> struct word<8> {
     }
     __device__ __forceinline__ void store(kvsig_u64 to) const
     {
-        asm volatile("st.global.cs.v2.u32 [%0], {%1, %2};" :: "l"(to), "r"(w.x), "r"(w.y) : "memory");
+        asm volatile("st.global.cs.v2.u32 [%0], {%1, %2};"
+                     :: "l"(to), "r"(w.x), "r"(w.y) : "memory");
     }
 };
 #define SMALL_WORD(BYTES, TYPE)                                                                  \
@@ -326,7 +327,8 @@ static __device__ __forceinline__ void copy_tiles(const kvsig_page_copy &a)
         settle<CHUNKS>(a, layer_tiles, then, after);
         if (WIDE && then < a.plane_count)
             next.look<CHUNKS>(a, then, after);
-        asm volatile("" : "+r"(now.first), "+r"(now.units)); /* places are found again rather than kept */
+        /* Places are found again rather than kept. */
+        asm volatile("" : "+r"(now.first), "+r"(now.units));
         now.each<CHUNKS>([&](int i, bool mine, kvsig_u32 at, kvsig_u32 offset) {
             const kvsig_u64 row = __shfl_sync(ALL, now.to, mine ? at : 0);
             if (mine)

@@ -1,16 +1,10 @@
 """Layered load: an event behind each layer; computing begins while others are on their way."""
 
-import os
-
 import torch
 
 import kvsig
 
 LAYERS, PAGES, PAGE, HEADS, WIDTH = 16, 64, 16, 8, 128
-
-gpu = torch.cuda.is_available()
-if not gpu:
-    os.environ.setdefault("KVSIG_CUDART", "emulated:13.0")
 
 
 class EmulatedEvent:
@@ -27,8 +21,8 @@ class EmulatedEvent:
 
 
 def main():
-    device = torch.device("cuda" if gpu else "cpu")
-    copies = torch.cuda.Stream() if gpu else kvsig.emulated.Stream()
+    device, copies = kvsig.emulated.start()
+    gpu = device.type == "cuda"
     events = [torch.cuda.Event() if gpu else EmulatedEvent() for _ in range(LAYERS)]
 
     kv = torch.zeros(2, LAYERS, PAGES * PAGE, HEADS, WIDTH, dtype=torch.bfloat16, device=device)

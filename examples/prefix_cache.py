@@ -5,7 +5,6 @@ GPU is too small for all of them, so full pages go to the host when their room i
 back when a prompt begins with them. The tokens are the same as where everything is computed anew.
 """
 
-import os
 from collections import OrderedDict
 
 import torch
@@ -15,10 +14,8 @@ import kvsig
 LAYERS, HEADS, WIDTH, VOCAB, PAGE = 4, 4, 16, 97, 4
 GPU_PAGES, HOST_PAGES = 12, 64
 
-gpu = torch.cuda.is_available()
-if not gpu:
-    os.environ.setdefault("KVSIG_CUDART", "emulated:13.0")
-device = torch.device("cuda" if gpu else "cpu")
+device, stream = kvsig.emulated.start()
+gpu = device.type == "cuda"
 torch.manual_seed(0)
 
 
@@ -63,7 +60,7 @@ class PrefixCache:
         pool = torch.zeros(shape, dtype=torch.float64, pin_memory=gpu)
         layers = (list(self.kv[0]), list(self.kv[1]))
         self.pages = kvsig.PagedKVCache(device=layers, host=pool, page_size=PAGE)
-        self.stream = torch.cuda.current_stream() if gpu else kvsig.emulated.Stream()
+        self.stream = torch.cuda.current_stream() if gpu else stream
         self.gpu, self.host = OrderedDict(), OrderedDict()  # the first is the least recently used
         self.free = {"gpu": list(range(GPU_PAGES)), "host": list(range(HOST_PAGES))}
         self.loaded = self.offloaded = 0

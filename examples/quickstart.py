@@ -1,21 +1,16 @@
 """The quickstart of README.md and docs/quickstart.md: it runs with a GPU and without one."""
 
-import os
-
 import torch
 
 import kvsig
 
-gpu = torch.cuda.is_available()
-if not gpu:
-    os.environ.setdefault("KVSIG_CUDART", "emulated:13.0")
-stream = torch.cuda.Stream() if gpu else kvsig.emulated.Stream()
+device, stream = kvsig.emulated.start()  # the GPU, or the emulated runtime where there is none
 
 # A cache of 8 layers, K and V, 64 pages of 16 tokens, and a host pool that holds as many.
 layers, pages, page_size, heads, width = 8, 64, 16, 8, 128
-device = torch.device("cuda" if gpu else "cpu")
 kv = torch.randn(2, layers, pages * page_size, heads, width, device=device).bfloat16()
-pool = torch.zeros(2, pages, layers, page_size, heads, width, dtype=kv.dtype, pin_memory=gpu)
+pool = torch.zeros(2, pages, layers, page_size, heads, width, dtype=kv.dtype)
+pool = pool.pin_memory() if device.type == "cuda" else pool
 cache = kvsig.PagedKVCache(device=(list(kv[0]), list(kv[1])), host=pool, page_size=page_size)
 before = kv.to("cpu", copy=True)  # to compare with; it also waits until the cache is filled
 

@@ -384,13 +384,18 @@ cdef str _text_of(const char *text):
 def _error(int code, name, index=None):
     """The exception for an error code, with the thread's last error cleared."""
     cdef str label = "", text = ""
-    if slots[SLOT_cudaGetLastError].variant >= 0:
-        cudaGetLastError()
-    if slots[SLOT_cudaGetErrorName].variant >= 0:
-        label = _text_of(cudaGetErrorName(error=code))
-    if slots[SLOT_cudaGetErrorString].variant >= 0:
-        text = _text_of(cudaGetErrorString(error=code))
     row = _bound.rows[name]
+    if row.function.library == "nvrtc":
+        # Codes of its own, which CUDA's functions would take for theirs.
+        if slots[SLOT_nvrtcGetErrorString].variant >= 0:
+            label = _text_of(nvrtcGetErrorString(result_=code))
+    else:
+        if slots[SLOT_cudaGetLastError].variant >= 0:
+            cudaGetLastError()
+        if slots[SLOT_cudaGetErrorName].variant >= 0:
+            label = _text_of(cudaGetErrorName(error=code))
+        if slots[SLOT_cudaGetErrorString].variant >= 0:
+            text = _text_of(cudaGetErrorString(error=code))
     if not label:
         # Without libcudart: by the registry, as far as it has the constant.
         codes = _bound.registry.enums[row.function.returns.name].constants
@@ -1111,7 +1116,7 @@ cdef object _run_rows(const uint64_t *ops, size_t count, uint64_t stream):
         if error.index is None:
             raise
         fields = error.code, error.name, error.text, error.function, error.variant, error.library
-        raise CudaError(*fields, rows[3, error.index]) from None
+        raise CudaError(*fields, rows[3, <Py_ssize_t>error.index]) from None
 
 
 cdef object run_strided(const uint64_t *ops, size_t count, uint64_t stream):

@@ -259,7 +259,7 @@ cdef class Selection:
         if self.launches is not None:
             self.launches.check_now()
             if path == "auto" or path == "kernel":
-                lists = tensors.device_numbers(device_pages, host_pages)
+                lists = tensors.device_numbers(device_pages, host_pages, self.device)
                 if lists is not None:
                     pages = self.device_pages(lists, direction)
                     self.check_places()

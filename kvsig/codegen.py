@@ -293,15 +293,6 @@ def _write_invoke(registry: Registry) -> Iterator[str]:
     yield ""
 
 
-def _write_layout(registry: Registry) -> Iterator[str]:
-    yield "STRUCT_SIZES = {"
-    for struct in registry.structs.values():
-        if not struct.opaque:
-            yield f"    {_literal(struct.name)}: sizeof({_global(struct.name)}),"
-    yield "}"
-    yield ""
-
-
 def cython_text(registry: Registry) -> str:
     """Cython text of a registry, which the core includes.
 
@@ -336,7 +327,6 @@ def cython_text(registry: Registry) -> str:
         *_write_constants(registry),
     ]
     lines += _write_structs(registry)
-    lines += _write_layout(registry)
     for slot, function in enumerate(registry.functions.values()):
         lines += _write_types(registry, function)
         lines.append("")

@@ -12,8 +12,8 @@ import torch
 
 from kvsig import _core
 from kvsig._core import Report
-from kvsig.streams import current_handle, device_guard
 from kvsig.planning.descriptors import Descriptors
+from kvsig.streams import current_handle, device_guard
 
 __all__ = [
     "current_handle",

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .registry import (
+from .registry_model import (
     INTEGERS,
     SCALARS,
     Alias,
@@ -46,7 +46,7 @@ _CYTHON_WORDS = {
     "packed", "public", "readonly", "api",
 }  # fmt: skip
 _GENERATED = {
-    "DIGEST", "FUNCTIONS", "STRUCT_SIZES", "Slot", "UNBOUND", "address", "arguments", "invoke",
+    "DIGEST", "FUNCTIONS", "Slot", "UNBOUND", "address", "arguments", "invoke",
     "memcpy", "memset", "result", "slot", "slots", "variant", "which",
 }  # fmt: skip
 _C_LIBRARY = {

@@ -476,13 +476,18 @@ def page_numbers(values: Any, name: str, limit: int) -> I64:
     return pages
 
 
-def _on_device(values: Any) -> tuple[int, int, int] | None:
+def _on_device(values: Any, name: str, device: torch.device) -> tuple[int, int, int] | None:
     """Address, count and bytes of page numbers in device memory; None where they are not there."""
     if isinstance(values, torch.Tensor):
         if not values.is_cuda or values.dtype not in (torch.int32, torch.int64):
             return None
         if values.ndim != 1 or not values.is_contiguous():
             return None
+        if values.device != device:
+            raise ValueError(
+                f"{name} is on {values.device}, but the device tensors are on {device}: "
+                "give page numbers there, or in host memory"
+            )
         return values.data_ptr(), values.numel(), values.element_size()
     interface = getattr(values, "__cuda_array_interface__", None)
     if interface is None or interface["typestr"] not in ("<i4", "<i8"):
@@ -494,7 +499,9 @@ def _on_device(values: Any) -> tuple[int, int, int] | None:
     return int(interface["data"][0]), int(count), size
 
 
-def device_numbers(device_pages: Any, host_pages: Any) -> tuple[Any, Any] | None:
+def device_numbers(
+    device_pages: Any, host_pages: Any, device: torch.device
+) -> tuple[Any, Any] | None:
     """Look for page numbers that the GPU can read where they are.
 
     Parameters
@@ -502,17 +509,25 @@ def device_numbers(device_pages: Any, host_pages: Any) -> tuple[Any, Any] | None
     device_pages, host_pages : object
         As callers give them: CUDA tensors, or objects with ``__cuda_array_interface__``, of int32
         or int64, one-dimensional and contiguous.
+    device : torch.device
+        The one that is to read them.
 
     Returns
     -------
     (device_pages, host_pages) or None
         With (address, count, bytes of a number) in the place of what is in device memory; None
         where neither is.
+
+    Raises
+    ------
+    ValueError
+        If a tensor of them is on another GPU.
     """
     kinds = type(device_pages), type(host_pages)
     if kinds == (list, list) or kinds == (np.ndarray, np.ndarray):
         return None  # what callers in a hurry give
-    near, far = _on_device(device_pages), _on_device(host_pages)
+    near = _on_device(device_pages, "device_pages", device)
+    far = _on_device(host_pages, "host_pages", device)
     if near is None and far is None:
         return None
     return (device_pages if near is None else near), (host_pages if far is None else far)

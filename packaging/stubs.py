@@ -31,6 +31,8 @@ def main() -> int:
         command = [sys.executable, "-m", "mypy.stubtest", *sorted(modules - NO_MODULE)]
         command += ["--mypy-config-file", "pyproject.toml", "--concise"]
         command += ["--allowlist", allowed.name, "--ignore-unused-allowlist"]
+        # Every class of a compiled module is one, and no type checker needs to know.
+        command += ["--ignore-disjoint-bases"]
         return subprocess.run(command, cwd=ROOT, check=False).returncode
 
 

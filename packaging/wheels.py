@@ -26,12 +26,16 @@ WORK = ROOT / "build" / "wheels"
 DIST = ROOT / "dist"
 TORCH = os.environ.get("TORCH", "torch==2.13.0")
 OLDEST, NEWEST = (3, 11), (3, 14)
-#: Most bytes of the emulated runtimes in a wheel, compressed as it is; above it they would be
-#: built on demand.
-EMULATED_MOST = 1 << 20
+#: Rooms whose tests need no torch, for interpreters that torch has no wheel for.
+WITHOUT_TORCH = ["registry", "core", "emulated", "planning"]
+#: Most bytes of the emulated runtimes of a wheel, as files; above it they would have to be built
+#: on demand.
+EMULATED_MOST = 1_000_000
+#: What the build makes, and a source distribution must not have.
+MADE = re.compile(r"\.(so|o)$|/kvsig/.*\.c$|/_(generated|page_copy)\.pxi$|/_calls\.pyi$")
 NOISE = re.compile(r"\b(warning|hint)\b", re.IGNORECASE)
-#: What pip and setuptools say about themselves.
-HARMLESS = re.compile(r"^\s*WARNING: |\[notice\]|byte-compiling is disabled")
+#: What pip and setuptools say about themselves, and about patterns that match no file.
+HARMLESS = re.compile(r"^\s*WARNING: |\[notice\]|byte-compiling is disabled|warning: no .*files")
 
 
 def run(*command: str | Path, cwd: Path = ROOT, quiet: bool = False, **variables: str) -> str:
@@ -106,15 +110,30 @@ def check_quiet(output: str) -> None:
         sys.exit("the build is not quiet:\n" + "\n".join(noise[:20]))
 
 
-def run_tests(python: Path, tests: Path, cwd: Path) -> None:
+def run_tests(python: Path, tests: Path, cwd: Path, torch: bool = True) -> None:
     """Run tests with what is installed, and make sure that it is what was meant."""
     where = run(python, "-c", "import kvsig; print(kvsig.__file__)", cwd=cwd, quiet=True)
     if not Path(where.strip()).is_relative_to(python.parent.parent.resolve()):
         sys.exit(f"kvsig was imported from {where.strip()}")
-    run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests, cwd=cwd)
+    wanted = [tests] if torch else [tests / room for room in WITHOUT_TORCH]
+    config = ["-c", tests.parent / "pyproject.toml", "--rootdir", tests.parent]
+    run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *config, *wanted, cwd=cwd)
 
 
-def wheel(python: Path, version: tuple[int, int], tests: bool) -> Path:
+def test_wheel(python: Path, tag: str, built: Path, torch: bool) -> None:
+    """Install a wheel into an empty environment, and run the tests far from the checkout."""
+    # "empty": nothing but the wheel and what it asks for, and what runs tests.
+    alone = ["--no-deps", "numpy", "iniconfig", "packaging", "pluggy", "pygments"]
+    needs = [TORCH] if torch else alone
+    runner = environment(python, f"{tag}-empty", *needs, "pytest>=8", str(built))
+    outside = WORK / f"{tag}-outside"
+    shutil.rmtree(outside, ignore_errors=True)
+    shutil.copytree(ROOT / "tests", outside / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", outside)
+    run_tests(runner, outside / "tests", outside, torch)
+
+
+def wheel(python: Path, version: tuple[int, int], tests: bool, torch: bool) -> Path:
     """Build, repair and test the wheel of one interpreter."""
     tag = f"cp{version[0]}{version[1]}"
     raw = WORK / f"{tag}-raw"
@@ -138,12 +157,7 @@ def wheel(python: Path, version: tuple[int, int], tests: bool) -> Path:
     final = Path(shutil.copy(repaired, DIST))
     check_contents(final)
     if tests:
-        # "empty": nothing but the wheel and what it asks for, and what runs tests.
-        runner = environment(python, f"{tag}-empty", str(final), TORCH, "pytest>=8")
-        outside = WORK / f"{tag}-outside"
-        shutil.rmtree(outside, ignore_errors=True)
-        outside.mkdir()
-        run_tests(runner, ROOT / "tests", outside)
+        test_wheel(python, tag, final, torch)
     return final
 
 
@@ -152,10 +166,10 @@ def check_contents(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         files = archive.infolist()
     stray = [f.filename for f in files if re.search(r"\.(c|pyx|pxi|h)$|/tests/", f.filename)]
-    emulated = sum(f.compress_size for f in files if "/_emulated/" in f.filename)
+    emulated = sum(f.file_size for f in files if "/_emulated/" in f.filename)
     print(f"{path.name}: {path.stat().st_size:,} bytes, emulated runtimes {emulated:,}")
     if stray or not 0 < emulated <= EMULATED_MOST:
-        sys.exit(f"{path.name}: {stray or 'emulated runtimes are not of 1 byte to 1 MiB'}")
+        sys.exit(f"{path.name}: {stray or 'emulated runtimes are not of 1 byte to 1 MB'}")
 
 
 def sdist() -> Path:
@@ -166,6 +180,10 @@ def sdist() -> Path:
         run(builder, "-m", "build", "--sdist", "--outdir", WORK / "sdist", ROOT, quiet=True)
         archives = list((WORK / "sdist").glob("*.tar.gz"))
     (archive,) = archives
+    with tarfile.open(archive) as files:
+        built = [name for name in files.getnames() if MADE.search(name)]
+    if built:
+        sys.exit(f"{archive.name} has what a build has made: {built}")
     DIST.mkdir(exist_ok=True)
     shutil.copy(archive, DIST)
     return archive
@@ -190,6 +208,9 @@ def main() -> None:
     parser.add_argument("--sdist", action="store_true", help="the source distribution only")
     parser.add_argument("--python", type=Path, help="this interpreter only")
     parser.add_argument("--no-tests", action="store_true", help="build and repair only")
+    parser.add_argument(
+        "--no-torch", action="store_true", help="install no torch, and run the tests that need none"
+    )
     arguments = parser.parse_args()
     shutil.rmtree(WORK / "sdist", ignore_errors=True)
     if arguments.sdist:
@@ -206,7 +227,8 @@ def main() -> None:
         found = {version: python}
     missing = [f"3.{m}" for m in range(OLDEST[1], NEWEST[1] + 1) if (3, m) not in found]
     print(*(f"{python}: {v[0]}.{v[1]}" for v, python in found.items()), sep="\n")
-    done = [wheel(python, version, not arguments.no_tests) for version, python in found.items()]
+    how = not arguments.no_tests, not arguments.no_torch
+    done = [wheel(python, version, *how) for version, python in found.items()]
     print(*(f"{path.name}" for path in done), sep="\n")
     if missing and not arguments.python:
         print(f"no interpreter found for {', '.join(missing)}")

@@ -86,13 +86,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--no-verify", action="store_true", help="do not compare bytes before timing"
     )
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument(
-        "--host",
-        action="store_true",
-        help="measure instead what planning and packing costs the host, without any CUDA runtime",
-    )
-    instead.add_argument(
+    parser.add_argument(
         "--from",
         dest="source",
         type=existing,
@@ -123,9 +117,6 @@ def run(args: argparse.Namespace) -> int:
 
         plot.pyplot()  # says now, not after minutes, if it is missing
     result = read_result(args.source) if args.source is not None else measure(args)
-    if result["kind"] == "host":
-        print(host_text(result))
-        return 0
     print(text_of(result))
     if args.plot is not None:
         from kvsig.tools import plot
@@ -138,8 +129,6 @@ def run(args: argparse.Namespace) -> int:
 def check_together(args: argparse.Namespace) -> None:
     """Refuse arguments that contradict each other."""
     chosen = [option for option, (name, *_) in SELECTORS.items() if getattr(args, name)]
-    if args.plot is not None and args.host:
-        raise UsageError("--plot is of GB/s over page size: not with --host")
     if args.section and (chosen or args.quick):
         raise UsageError(f"--section chooses from the preset: not with {(*chosen, '--quick')[0]}")
     if args.quick and chosen:
@@ -159,7 +148,7 @@ def read_result(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UsageError(f"{path} is not JSON: {error}") from None
     known = isinstance(result, dict) and result.get("schema") == SCHEMA
-    if not known or result["kind"] not in ("bench", "host"):
+    if not known or result["kind"] != "bench":
         raise UsageError(f"{path} is not a result of this version's kvsig bench --json")
     return result
 
@@ -167,20 +156,11 @@ def read_result(path: Path) -> dict[str, Any]:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Measure what the arguments ask for, writing JSON on the way."""
     from kvsig.tools import runtimes
-    from kvsig.tools.measuring import SCHEMA
-    from kvsig.tools.report import provenance
 
     def save(result: dict[str, Any]) -> None:
         if args.json is not None:
             write_json(args.json, result)
 
-    if args.host:
-        from kvsig.tools.host import host_costs
-
-        head = {"schema": SCHEMA, "kind": "host", "provenance": provenance(runtime=False)}
-        result = head | host_costs(float(args.seconds or 40), args.seed)
-        save(result)
-        return result
     with runtimes.newest() as preface:
         if preface:
             print(f"{wrap(preface)}\n", flush=True)
@@ -311,17 +291,3 @@ def summary_text(result: dict[str, Any]) -> list[str]:
         for name, text in cell.get("notes", {}).items()
     )
     return [wrap(line, "  ") for line in [*lines, *notes]]
-
-
-def host_text(result: dict[str, Any]) -> str:
-    """Write the costs of planning as a table."""
-    lines = [*source_text(result["provenance"]), ""]
-    lines.append(f"planning and packing; costs of {result['costs']}")
-    rows = [["copies", "planes", "page", "direction", "path", "planned", "ns/copy", "at most"]]
-    rows += [
-        [f"{row['copies']:,}", f"{row['layers']} x {row['kinds']}", bytes_text(row["page_bytes"]),
-         row["direction"], row["method"], row["planned"], f"{row['ns_per_copy']:.1f}",
-         f"{row['ns_per_copy_max']:.1f}"]
-        for row in result["plan"]
-    ]  # fmt: skip
-    return "\n".join(lines + table(rows, labels=5))

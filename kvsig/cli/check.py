@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import sys
-import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -14,6 +13,8 @@ from pathlib import Path
 
 from kvsig import registry
 from kvsig.check import headers, releases
+from kvsig.tools.report import Progress, count_text
+from kvsig.tools.report import table as aligned
 
 __all__ = ["expected", "markdown", "register", "run"]
 
@@ -73,28 +74,6 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.set_defaults(run=run)
 
 
-class Progress:
-    """A bar on a terminal, a line for each step elsewhere; on stderr."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.done = total, 0
-        self.tty = sys.stderr.isatty()
-        self.lock = threading.Lock()
-
-    def step(self, text: str) -> None:
-        """One more is done."""
-        with self.lock:
-            self.done += 1
-            if self.tty:
-                width = 30 * self.done // self.total
-                bar = "#" * width + "." * (30 - width)
-                end = "\n" if self.done == self.total else ""
-                sys.stderr.write(f"\r\x1b[K[{bar}] {self.done}/{self.total} {text}{end}")
-            else:
-                sys.stderr.write(f"{self.done}/{self.total} {text}\n")
-            sys.stderr.flush()
-
-
 def _read(folder: Path, table: registry.Registry) -> headers.Header:
     own = headers.locate(folder) / headers.COMMON
     return headers.read(folder, table, [] if own.is_file() else [releases.crt()])
@@ -142,18 +121,20 @@ def _read_all(
     """Headers by the name of their release."""
     if wanted:
         releases.crt()
-    progress = Progress(len(wanted) + len(folders))
 
-    def one(item: tuple[str, bool]) -> tuple[str, headers.Header]:
+    def read(item: tuple[str, bool]) -> tuple[str, headers.Header]:
         text, fetched = item
         header = _read(releases.include(text) if fetched else Path(text), table)
         version = registry.format_version(next(iter(header.versions.values())))
-        progress.step(f"read CUDA {text if fetched else f'{version} in {text}'}")
         return (text if fetched else version), header
 
     items = [(release, True) for release in wanted] + [(path, False) for path in folders]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(one, items))
+    found = []
+    with Progress("kvsig check") as progress, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for name, header in pool.map(read, items):
+            found.append((name, header))
+            progress.show(len(found), len(items), f"read CUDA {name}")
+    return found
 
 
 def run(args: argparse.Namespace) -> int:
@@ -212,10 +193,7 @@ def report(done: Sequence[Checked]) -> Iterable[str]:
     columns = [(c.release, c.results) for c in done]
     for kind, title in KINDS.items():
         rows = [[title, *(c.release for c in done)], *_rows(columns, kind)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        for row in rows:
-            yield "  ".join(t.ljust(w) for t, w in zip(row, widths, strict=True)).rstrip()
-        yield ""
+        yield from (*aligned(rows, left=True), "")
     yield (
         "A version says where the range of the variant begins that agrees with the header; yes:"
         " agrees in every release."
@@ -228,9 +206,8 @@ def report(done: Sequence[Checked]) -> Iterable[str]:
     missing = sorted({r.library for c in done for r in c.results if r.status == "unchecked"})
     if missing:
         yield f"?: not checked, since the folder has no header of: {', '.join(missing)}."
-    many = f"{len(done)} release{'s' if len(done) != 1 else ''}"
-    yield f"{many} checked: " + (
-        f"{bad} difference{'s' if bad != 1 else ''}, shown above" if bad else "the registry agrees"
+    yield f"{count_text(len(done), 'release')} checked: " + (
+        f"{count_text(bad, 'difference')}, shown above" if bad else "the registry agrees"
     )
 
 

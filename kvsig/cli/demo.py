@@ -14,7 +14,7 @@ from kvsig.tools.models import MODELS, Model
 from kvsig.tools.report import Progress, bytes_text, count_text, provenance, wrap
 
 if TYPE_CHECKING:
-    from kvsig.tools.demo import Cache
+    from kvsig.tools.demo import Demo
 
 __all__ = ["register"]
 
@@ -130,21 +130,14 @@ def run_one(
     """Run the demo on the runtime that kvsig is bound to, and tell about it."""
     from kvsig.tools import demo
 
-    runtime = demo.bound_runtime(spec)
-    cache = demo.Cache(
-        model=model,
-        tokens=args.tokens or demo.default_tokens(model, runtime["emulated"]),
-        page_size=args.page_size,
-        layout=args.layout,
-        seed=args.seed,
-        emulated=runtime["emulated"],
-    )
-    say_before(cache, runtime, say)
+    runtime = {"spec": spec} | demo.bound_runtime()
+    tokens = args.tokens or demo.default_tokens(model, runtime["emulated"])
+    job = demo.Demo(model, tokens, args.page_size, args.layout, args.seed)
+    say_before(job, args, runtime, say)
     with Progress("kvsig demo") as progress:
         # The prototype is what is shown here, so its function is called where it can be.
         path = args.path or ("batch" if runtime["batches"] else "auto")
-        job = demo.Job(cache, path=path, runs=args.runs, progress=progress)
-        result = job.run()
+        result = job.run(path, args.runs, progress)
     for direction in ("offload", "load"):
         say_field(say, direction, transfer_text(result, direction))
     wrong = result["wrong"]
@@ -156,19 +149,21 @@ def run_one(
         say_field(
             say,
             "checked",
-            f"{count_text(cache.pages, 'page')} x {len(cache.planes())} tensors are right on the "
-            f"host and back on the device; {count_text(len(cache.host_spare), 'host page')} and "
-            f"{count_text(cache.device_spare, 'device page')} that had no part are untouched",
+            f"{count_text(job.pages, 'page')} x {model.layers * model.tensors} tensors are right "
+            f"on the host and back on the device; {count_text(job.spare['host'], 'host page')} and "
+            f"{count_text(job.spare['device'], 'device page')} that had no part are untouched",
         )
     return (
         runtime
-        | {"tokens": cache.tokens, "pages": cache.pages, "bytes": cache.bytes}
+        | {"tokens": job.tokens, "pages": job.pages, "bytes": job.bytes}
         | result
         | {"wrong": wrong[:LISTED_JSON], "wrong_count": len(wrong), "bit_exact": not wrong}
     )
 
 
-def say_before(cache: Cache, runtime: dict[str, Any], say: Callable[[str], None]) -> None:
+def say_before(
+    job: Demo, args: argparse.Namespace, runtime: dict[str, Any], say: Callable[[str], None]
+) -> None:
     """Tell what will run, and on what."""
     from kvsig.registry import format_version
 
@@ -181,13 +176,12 @@ def say_before(cache: Cache, runtime: dict[str, Any], say: Callable[[str], None]
     say_field(say, "runtime", text)
     say_field(say, "library", runtime["library"])
     say_field(say, "function", runtime["function"])
-    say_field(say, "model", cache.model.title)
+    say_field(say, "model", job.model.title)
     say_field(
         say,
         "cache",
-        f"{count_text(cache.tokens, 'token')} in {count_text(cache.pages, 'page')} of "
-        f"{cache.page_size}, host pool "
-        f"{cache.layout}: {bytes_text(cache.bytes)} each way",
+        f"{count_text(job.tokens, 'token')} in {count_text(job.pages, 'page')} of "
+        f"{args.page_size}, host pool {args.layout}: {bytes_text(job.bytes)} each way",
     )
 
 

@@ -11,6 +11,7 @@ a GPU.
 
 from kvsig.emulated.control import Control, Stream
 from kvsig.emulated.libraries import DIRECTORY, Library, available, build, parse, resolve
+from kvsig.emulated.starting import start
 
 __all__ = [
     "DIRECTORY",
@@ -21,6 +22,7 @@ __all__ = [
     "build",
     "parse",
     "resolve",
+    "start",
 ]
 
 # They are known by the name of this package, whatever file they are written in.

@@ -22,6 +22,7 @@ from kvsig.planning.costs import CostModel
 from kvsig.tools import fitting
 from kvsig.tools.cells import WAYS
 from kvsig.tools.fitting import Cell, Sample
+from kvsig.tools.measuring import time_once
 from kvsig.tools.report import Progress
 from kvsig.tools.runtimes import real_device
 
@@ -129,16 +130,9 @@ class Meter:
 
     def run(self, submit: Callable[[], Any]) -> tuple[float, float]:
         """Time one submission: seconds until the end, and until the call had returned."""
-        start = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
         self.stream.synchronize()
-        start.record(self.stream)
-        begin = time.perf_counter()
-        submit()
-        submitted = time.perf_counter() - begin
-        end.record(self.stream)
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3, submitted
+        ms, host_ms = time_once(self.stream, submit)
+        return ms / 1e3, host_ms / 1e3
 
 
 def measure(seconds: float = 12.0, seed: int = 0) -> tuple[str, list[Sample]]:

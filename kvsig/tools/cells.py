@@ -31,7 +31,7 @@ Fields = dict[str, Sequence[Any]]
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 #: Values of `path=` that are measured. A new path of kvsig is measured when it stands here.
-PATHS = ("auto", "batch", "strided", "loop")
+PATHS = ("auto", "batch", "strided", "loop", "kernel")
 #: The method that gives the limit: one big copy.
 LIMIT = "one-copy"
 #: Field of `Cell` -> its values, the first one being the default.

@@ -17,6 +17,8 @@ __all__ = ["Job", "Memory", "page_numbers"]
 I64 = npt.NDArray[np.int64]
 #: The one big copy that speeds are compared with moves as much as this.
 LIMIT_BYTES = 256 << 20
+SIDES = ("device", "host")
+OTHER = {"device": "host", "host": "device"}
 
 
 def page_numbers(cell: Cell, rng: np.random.Generator) -> tuple[I64, I64]:
@@ -85,6 +87,8 @@ class Job:
         Host pools, by kind.
     pages : dict
         Direction -> device pages and host pages; the two directions share none.
+    origin : dict of dict
+        Side -> page -> the page of the other side that it must hold.
     """
 
     def __init__(self, cell: Cell, memory: Memory, seed: int) -> None:
@@ -111,8 +115,8 @@ class Job:
         near, far = page_numbers(cell, rng), page_numbers(cell, rng)
         other = 1 if cell.direction == "both" else 0
         self.pages = {"offload": (near[0], far[0]), "load": (near[other], far[other])}
-        none = torch.empty(0)
-        self.before = self.after = (none, none)
+        self.origin: dict[str, dict[int, int]] = {side: {} for side in SIDES}
+        self.drop()
 
     def _device_planes(self, shape: tuple[int, int, int, int]) -> list[list[torch.Tensor]]:
         if self.cell.spacing == "separate":
@@ -126,13 +130,16 @@ class Job:
         whole = self.memory.near[: self.cell.pool_bytes].view(shape)
         return [list(kind.unbind(0)) for kind in whole.unbind(0)]
 
+    def by_plane(self, pool: torch.Tensor) -> torch.Tensor:
+        """View bytes that lie as the host pools do as (kinds, layers, pages, bytes)."""
+        planes = pool.view(self.cell.kinds, *self.far[0].shape)
+        if self.cell.layout == "page_first_direct":
+            return planes[:, :, :, 0].transpose(1, 2)
+        return planes
+
     def far_plane(self, kind: int, layer: int) -> torch.Tensor:
         """Host pages of one plane, (pages, bytes)."""
-        return self.plane_of(self.far[kind], layer)
-
-    def plane_of(self, pool: torch.Tensor, layer: int) -> torch.Tensor:
-        """Pages of one layer in a pool of the layout of the cell."""
-        return pool[:, layer, 0] if self.cell.layout == "page_first_direct" else pool[layer]
+        return self.by_plane(self.far_bytes)[kind, layer]
 
     def kvsig(self, direction: str, path: str, stream: Any) -> list[Any]:
         """Transfer through the cache; reports of the calls."""
@@ -145,49 +152,58 @@ class Job:
 
     # Verification: the whole of both sides is compared, also what must stay as it was.
 
-    def near_region(self) -> torch.Tensor:
-        """Copy of the device's side, (kinds, layers, pages, bytes)."""
-        return torch.stack([torch.stack(kind) for kind in self.near])
+    def now(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copy both sides to the device, each as (kinds, layers, pages, bytes)."""
+        near = torch.stack([torch.stack(kind) for kind in self.near])
+        return near, self.by_plane(self.far_bytes.to(self.memory.device, copy=True))
 
     def fill(self) -> None:
-        """Put random bytes on both sides, and keep a copy of them and of what must come out."""
+        """Put random bytes on both sides; nothing is expected to move yet."""
         for tensors in self.near:
             for tensor in tensors:
                 tensor.copy_(self.memory.random(tensor.numel()).view(tensor.shape))
-        far_before = self.memory.random(self.far_bytes.numel())
-        self.far_bytes.copy_(far_before)
-        self.before = (self.near_region(), far_before)
-        near_after, far_after = self.near_region(), far_before.clone()
-        shape = (self.cell.kinds, *self.far[0].shape)
-        for way in self.cell.ways:
-            near, far = (torch.from_numpy(p).to(self.memory.device) for p in self.pages[way])
-            for kind in range(self.cell.kinds):
-                for layer in range(self.cell.layers):
-                    rows = self.plane_of(far_after.view(shape)[kind], layer)
-                    old = self.plane_of(far_before.view(shape)[kind], layer)
-                    if way == "offload":
-                        rows[far] = self.before[0][kind, layer, near]
-                    else:
-                        near_after[kind, layer, near] = old[far]
-        self.after = (near_after, far_after)
+        self.far_bytes.copy_(self.memory.random(self.far_bytes.numel()))
+        self.before = self.now()
+        self.after = (self.before[0].clone(), self.before[1].clone())
+        self.origin = {side: {} for side in SIDES}
+
+    def expect(self, way: str) -> None:
+        """Say that a transfer in this direction comes: what it must leave, and whence."""
+        to, of = (1, 0) if way == "offload" else (0, 1)
+        target, source = self.after[to], self.after[of]
+        arriving, leaving = self.pages[way][to], self.pages[way][of]
+        target[:, :, torch.from_numpy(arriving)] = source[:, :, torch.from_numpy(leaving)]
+        self.origin[SIDES[to]] |= dict(zip(arriving.tolist(), leaving.tolist(), strict=True))
+
+    def clobber(self, way: str, byte: int) -> None:
+        """Write over the device pages of a direction, and expect that they stay so."""
+        pages = torch.from_numpy(self.pages[way][0]).to(self.memory.device)
+        for tensors in self.near:
+            for tensor in tensors:
+                tensor.index_fill_(0, pages, byte)
+        self.after[0].index_fill_(2, pages, byte)
 
     def restore(self) -> None:
         """Undo a transfer."""
+        near, far = self.before
         for kind, tensors in enumerate(self.near):
             for layer, tensor in enumerate(tensors):
-                tensor.copy_(self.before[0][kind, layer])
-        self.far_bytes.copy_(self.before[1])
+                tensor.copy_(near[kind, layer])
+        self.by_plane(self.far_bytes).copy_(far)
 
-    def wrong(self) -> str | None:
-        """What is not as a transfer must leave it, or None."""
-        for name, now, wanted in (
-            ("device", self.near_region(), self.after[0]),
-            ("host", self.far_bytes.to(self.memory.device), self.after[1]),
-        ):
-            if not torch.equal(now, wanted):
-                bad = int((now.flatten() != wanted.flatten()).sum())
-                return f"{bad:,} {'byte is' if bad == 1 else 'bytes are'} wrong on the {name}"
-        return None
+    def wrong(self) -> list[str]:
+        """Name every page that is not as the transfers must leave it."""
+        found = []
+        names = ("latent",) if self.cell.kinds == 1 else ("K", "V")
+        for side, now, wanted in zip(SIDES, self.now(), self.after, strict=True):
+            if torch.equal(now, wanted):
+                continue
+            for kind, layer, page in (now != wanted).any(3).nonzero().tolist():
+                origin = self.origin[side].get(page)
+                text = f"layer {layer} {names[kind]}: {side} page {page} "
+                held = f"does not hold {OTHER[side]} page {origin}"
+                found.append(text + ("was written" if origin is None else held))
+        return found
 
     def drop(self) -> None:
         """Free the copies that verification needs."""

@@ -25,10 +25,20 @@ import kvsig
 from kvsig.tools.cells import LIMIT, PATHS, Cell, describe
 from kvsig.tools.jobs import Job, Memory
 from kvsig.tools.methods import METHODS, Outcome, Runner, Unavailable
-from kvsig.tools.report import Progress, provenance, spread
+from kvsig.tools.report import Progress, count_text, provenance, spread
 from kvsig.tools.runtimes import real_device
 
-__all__ = ["SCHEMA", "Bench", "Options", "Series", "make_stream", "ratio", "summary", "target"]
+__all__ = [
+    "SCHEMA",
+    "Bench",
+    "Options",
+    "Series",
+    "make_stream",
+    "ratio",
+    "summary",
+    "target",
+    "time_once",
+]
 
 #: Of results as JSON.
 SCHEMA = 2
@@ -101,6 +111,18 @@ def make_stream(device: torch.device) -> Any:
     from kvsig import emulated
 
     return emulated.Stream()
+
+
+def time_once(stream: torch.cuda.Stream, submit: Callable[[], Any]) -> tuple[float, float]:
+    """Time one submission: ms until the work on the stream has ended, and until it returned."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record(stream)
+    begin = time.perf_counter()
+    submit()
+    host_ms = (time.perf_counter() - begin) * 1e3
+    end.record(stream)
+    end.synchronize()
+    return start.elapsed_time(end), host_ms
 
 
 class Bench:
@@ -190,6 +212,8 @@ class Bench:
         """Verify every method of a cell, then time them in turn; and why some were left out."""
         job = Job(cell, memory, self.options.seed)
         job.fill()
+        for way in cell.ways:
+            job.expect(way)
         notes: dict[str, str] = {}
         ready = []
         for name in self.options.methods:
@@ -242,9 +266,10 @@ class Bench:
         self.synchronize()
         if verify and one.outcome.whole:
             wrong = job.wrong()
-            one.verified = wrong is None
-            if wrong is not None:
-                raise RuntimeError(f"{one.name}: {wrong}, in {describe(job.cell)}")
+            one.verified = not wrong
+            if wrong:
+                more = f" and {count_text(len(wrong) - 1, 'more page')}" if wrong[1:] else ""
+                raise RuntimeError(f"{one.name}: {wrong[0]}{more}, in {describe(job.cell)}")
 
     def synchronize(self) -> None:
         """Wait for all work: memory that it works on must not go before it has ended."""
@@ -284,15 +309,9 @@ class Bench:
             one.host_ms.append((time.perf_counter() - begin) * 1e3)
             self.synchronize()
             return
-        start = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
-        start.record(self.streams[0])
-        begin = time.perf_counter()
-        one.submit()
-        one.host_ms.append((time.perf_counter() - begin) * 1e3)
-        end.record(self.streams[0])
-        end.synchronize()
-        one.ms.append(start.elapsed_time(end))
+        ms, host_ms = time_once(self.streams[0], one.submit)
+        one.ms.append(ms)
+        one.host_ms.append(host_ms)
 
     def rows(self, cell: Cell, series: list[Series]) -> dict[str, Any]:
         """Write down what each method gave."""

@@ -12,19 +12,6 @@ import kvsig
 from kvsig import _core, emulated
 
 
-@pytest.fixture(params=["12.6", "12.9", "13.0"])
-def runtime(request):
-    _core.rebind(f"emulated:{request.param}")
-    yield request.param
-    _core.rebind(None)
-
-
-@pytest.fixture
-def stream(runtime):
-    with emulated.Stream() as stream:
-        yield stream
-
-
 class Memory:
     """Two buffers of random bytes with slots of one size, and what has to become of them."""
 

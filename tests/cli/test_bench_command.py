@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from tools.invented import gpu_result
 
-import kvsig
 from kvsig import cli
 from kvsig.tools import plot, report
 
@@ -84,22 +83,6 @@ class TestResults:
         said = "1 cell was left out: --seconds was too short for it\n"
         assert said in capsys.readouterr().out
 
-    def test_host_needs_no_runtime(self, monkeypatch, capsys, tmp_path):
-        from kvsig import _core
-        from kvsig.tools import host
-
-        def refuse(*args, **kwargs):
-            pytest.fail("a CUDA runtime was asked for")
-
-        for module, name in ((kvsig, "info"), (_core, "info"), (_core, "rebind"), (_core, "bind")):
-            monkeypatch.setattr(module, name, refuse)
-        monkeypatch.setattr(host, "COPIES", (6400,))
-        path = tmp_path / "x.json"
-        assert main("--host", "--json", str(path)) == 0
-        assert "planning and packing; costs of unknown device" in capsys.readouterr().out
-        assert json.loads(path.read_text())["kind"] == "host"
-        assert main("--from", str(path)) == 0
-
 
 class TestRefusals:
     @pytest.mark.parametrize(
@@ -110,7 +93,6 @@ class TestRefusals:
             (["--model", "gpt"], "'gpt' is not one of: llama3-8b, llama3-70b-tp8, deepseek-v3"),
             (["--kinds", "3"], "'3' is not one of: 1, 2"),
             (["--plot", "speed.pdf"], "'speed.pdf' does not end in .png or .svg"),
-            (["--host", "--from", __file__], "not allowed with argument"),
         ],
     )
     def test_wrong_values(self, args, text, capsys):
@@ -143,10 +125,6 @@ class TestRefusals:
                 ["--page-bytes", "1M", "--pages", "64"],
                 "64 pages of 1 MiB in 32 layers need 8 GiB on each side, twice what moves; a cell"
                 " may have 2 GiB: ask for fewer --pages or --layers",
-            ),
-            (
-                ["--host", "--plot", "x.png"],
-                "--plot is of GB/s over page size: not with --host",
             ),
         ],
     )

@@ -126,7 +126,7 @@ class TestDemoFindsWrongBytes:
     def test_one_bit_of_a_loaded_page(self, capsys, monkeypatch):
         def spoil(cache, direction, device_pages, host_pages):
             if direction == "load":
-                cache.layer.view(torch.uint8)[device_pages[3] * 8 + 5, 0, 17] ^= 4
+                cache.layer[device_pages[3], 5 * 1152 + 17] ^= 4
 
         code, out = self.run(capsys, monkeypatch, spoil)
         assert code == 1
@@ -136,8 +136,8 @@ class TestDemoFindsWrongBytes:
     def test_a_page_that_had_no_part(self, capsys, monkeypatch):
         def spoil(cache, direction, device_pages, host_pages):
             if direction == "load":
-                spare = set(range(17)) - set(device_pages.tolist())
-                cache.layer.view(torch.uint8)[min(spare) * 8, 0, 0] ^= 1
+                spare = set(range(18)) - set(device_pages.tolist())
+                cache.layer[min(spare), 0] ^= 1
 
         code, out = self.run(capsys, monkeypatch, spoil)
         assert code == 1
@@ -146,8 +146,8 @@ class TestDemoFindsWrongBytes:
     def test_a_host_page_that_had_no_part(self, capsys, monkeypatch):
         def spoil(cache, direction, device_pages, host_pages):
             if direction == "offload":
-                (spare,) = set(range(9)) - set(host_pages.tolist())
-                cache.pool.view(torch.uint8)[spare, 60, 7, 0, 0] = 0
+                spare = set(range(18)) - set(host_pages.tolist())
+                cache.pool[min(spare), 60, 0, 7] ^= 1
 
         code, out = self.run(capsys, monkeypatch, spoil)
         assert code == 1

@@ -92,3 +92,22 @@ class TestThreads:
         third = (end - start) / 3
         inside = [t for t in ticks if start + third < t < end - third]
         assert inside, f"no other thread ran in the middle of {end - start:.3f} s"
+
+
+@pytest.mark.known_failure("no-gil")
+def test_an_interpreter_that_keeps_the_gil_off_is_refused():
+    """Told by a stand-in for a free-threaded interpreter's own answer."""
+    told = python(
+        """
+        import sys
+        sys._is_gil_enabled = lambda: False
+        for name in ("kvsig._loader", "kvsig._core", "kvsig.cache"):
+            try:
+                __import__(name)
+            except ImportError as error:
+                print(error)
+        """
+    )
+    lines = told.splitlines()
+    assert len(lines) == 3 and len(set(lines)) == 1
+    assert lines[0].startswith("kvsig needs the GIL, and this free-threaded interpreter was told")

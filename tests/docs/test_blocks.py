@@ -20,6 +20,8 @@ import kvsig
 from kvsig.cli import build_parser
 
 PYTHON = [page for page in PAGES if blocks(page.read_text(), "python")]
+#: What the code of these pages runs inside of.
+ENGINES = {"sglang.md": {"sglang"}, "vllm.md": {"vllm"}}
 #: Which files have the quickstart, word for word; it is run as it stands, by itself.
 QUICKSTART = [ROOT / "README.md", DOCS / "quickstart.md"]
 
@@ -75,7 +77,7 @@ def test_python_blocks_run(page: Path, emulated_runtime, capsys, monkeypatch, tm
     for code in blocks(page.read_text(), "python"):
         if code == quickstart():
             continue
-        for module in imported(code):
+        for module in imported(code) | ENGINES.get(page.name, set()):
             if importlib.util.find_spec(module) is None:
                 pytest.skip(f"{module} is not installed")
         exec(compile(code, name(page), "exec"), names)

@@ -8,7 +8,6 @@ import pytest
 from commands import kvsig_command
 
 from kvsig import _core
-from kvsig.planning import costs
 from kvsig.tools import calibration, fitting, measuring
 from kvsig.tools.cells import CHOICES, Cell
 

@@ -4,11 +4,9 @@ import hashlib
 import subprocess
 import sys
 import threading
-import timeit
 from pathlib import Path
 
 import numpy as np
-import pytest
 from geometries import (
     H100,
     KIB,

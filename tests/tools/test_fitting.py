@@ -46,7 +46,8 @@ class TestFit:
         rng = np.random.default_rng(1)
         for _ in range(20):
             times = [10 ** rng.uniform(-6, -2, 2) for _ in cells()]
-            model = fit([Sample(c, *map(float, t)) for c, t in zip(cells(), times)], "X")
+            pairs = zip(cells(), times, strict=True)
+            model = fit([Sample(c, *map(float, t)) for c, t in pairs], "X")
             for side in (model.load, model.offload):
                 assert all(getattr(side, f.name) >= 0 for f in fields(DirectionCosts))
 

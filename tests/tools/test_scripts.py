@@ -49,10 +49,11 @@ def test_rivals_move_the_bytes(name, layout, scope, monkeypatch, emulated_runtim
         cell = Cell(512, 4, layers=3, direction=direction, layout=layout, scope=scope)
         job = Job(cell, Memory(torch.device("cpu"), cell.pool_bytes, 0), 0)
         job.fill()
+        job.expect(direction)
         stream = emulated.Stream()
         outcome = getattr(rivals, name)(job)(job, direction, stream)
         stream.synchronize()
-        assert (job.wrong(), outcome.bytes, outcome.whole) == (None, cell.bytes, True)
+        assert (job.wrong(), outcome.bytes, outcome.whole) == ([], cell.bytes, True)
 
 
 def test_overhead(tmp_path):
@@ -104,8 +105,8 @@ class TestGpuRun:
         ("args", "text"),
         [
             (("none",), "no part none; there are: build, machine, tests"),
-            (("host", "--commit", "main"), "--commit 'main' is no commit"),
-            (("host", "--against", "/no"), "--against /no: there is no kvsig in it"),
+            (("quick", "--commit", "main"), "--commit 'main' is no commit"),
+            (("quick", "--against", "/no"), "--against /no: there is no kvsig in it"),
         ],
     )
     def test_wrong_arguments(self, tmp_path, args, text):

@@ -14,8 +14,8 @@ import numpy.typing as npt
 import torch
 
 from kvsig import _core, interop
-from kvsig.planning import descriptors as descriptors
 from kvsig._core import Report
+from kvsig.planning import descriptors as descriptors
 
 __all__ = [
     "transfer_embedding_ranges_direct",
