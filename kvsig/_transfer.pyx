@@ -34,7 +34,7 @@ cdef object data_ptr = torch.Tensor.data_ptr
 
 
 class TensorMoved(ValueError):
-    """A tensor's memory is not where it was: its number, and both addresses."""
+    """A tensor's memory is not where it was: the tensor, and both addresses."""
 
 
 cdef object simple(object values):
@@ -180,6 +180,8 @@ cdef class Selection:
         Where their pages are.
     tensors : tuple of Tensor
         What holds them, on both sides.
+    addresses : list of int
+        Where each of them was when `geometry` was worked out.
     device : torch.device
         Where the layers are.
     launches : Launches or None
@@ -208,13 +210,13 @@ cdef class Selection:
     cdef bint one_device, strided
 
     def __init__(
-        self, tuple layers, Geometry geometry not None, tuple tensors, device,
-        Launches launches=None, KernelPlanes planes=None, first_layer=0, str why_not="",
+        self, tuple layers, Geometry geometry not None, tuple tensors, list addresses,
+        device, Launches launches=None, KernelPlanes planes=None, first_layer=0, str why_not="",
     ):
         self.layers, self.geometry, self.tensors = layers, geometry, tensors
         self.launches, self.planes, self.first_layer = launches, planes, first_layer
         self.why_not = why_not
-        self.addresses = [data_ptr(tensor) for tensor in tensors]
+        self.addresses = addresses
         self.device = device
         self.index = device.index if device.type == "cuda" else None
         self.one_device = self.index is None or torch.cuda.device_count() == 1
@@ -315,14 +317,14 @@ cdef class Selection:
         self.check_places()
         return pages
 
-    cdef int check_places(self) except -1:
+    cpdef int check_places(self) except -1:
         """Refuse tensors whose memory is not where it was."""
         cdef Py_ssize_t i
         cdef object now
         for i in range(len(self.tensors)):
             now = data_ptr(self.tensors[i])
             if now != self.addresses[i]:
-                raise TensorMoved(i, self.addresses[i], now)
+                raise TensorMoved(self.tensors[i], self.addresses[i], now)
         return 0
 
     def plan(self, Pages pages not None, uint64_t handle, path):

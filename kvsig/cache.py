@@ -123,6 +123,11 @@ class PagedKVCache:
         self.host_pages = self._planes.host_pages
         self.page_bytes = self._planes.page_bytes
         self.sms = sms
+        self._owners = tensors.owners(host, self._far)
+        self._places = {
+            id(item.tensor): item.tensor.data_ptr()
+            for item in self._near + self._far + self._owners
+        }
         self._given_seams = [] if host_seams is None else tensors.addresses(
             host_seams, "host_seams"
         ).tolist()
@@ -351,7 +356,9 @@ class PagedKVCache:
                     return self._launch_layers(chosen, pages, handle, events)
                 report = Report()
                 for layer, event in zip(chosen.layers, events, strict=True):
-                    report += self._selection(layer).run(pages, handle, path)
+                    single = self._selection(layer)
+                    single.check_places()  # the event before may have moved them
+                    report += single.run(pages, handle, path)
                     event.record(recorder)
                 return report
         except (CudaError, TensorMoved, WrongPage) as error:
@@ -403,9 +410,9 @@ class PagedKVCache:
             wrong.add_note("the numbers were on the GPU: nothing of that transfer has moved")
             return wrong
         if isinstance(error, TensorMoved):
-            number, before, now = error.args
-            tensor = chosen.tensors[number]
-            name = next(name for name, other in self._near + self._far if other is tensor)
+            tensor, before, now = error.args
+            known = self._near + self._far + self._owners
+            name = next(name for name, other in known if other is tensor)
             return ValueError(
                 f"{name} was at {before:#x} when the cache was made, and is at {now:#x} now: "
                 "a cache's tensors must stay where they are; make the cache anew"
@@ -449,7 +456,8 @@ class PagedKVCache:
         far = self._far
         if len(far) == len(self._near):
             far = [far[g * self.num_layers + i] for g in range(groups) for i in layers]
-        used += [item.tensor for item in far]
+        used += [item.tensor for item in far + self._owners]
+        places = [self._places[id(tensor)] for tensor in used]
         launches, table, first = self._launches, None, layers[0] if layers else 0
         if launches is not None:
             table = launches.planes
@@ -457,8 +465,9 @@ class PagedKVCache:
                 # The kernel takes layers that are side by side in its table.
                 table, first = launching.planes_in_memory(planes, table.unit), 0
         return Selection(
-            layers, ready, tuple(used), self.device, launches, table, first, self._why_no_kernel
-        )
+            layers, ready, tuple(used), places, self.device, launches, table, first,
+            self._why_no_kernel,
+        )  # fmt: skip
 
     def _selection(self, layers: int | Sequence[int]) -> Selection:
         """Return the planes of the layers asked for, made once for each choice of layers."""

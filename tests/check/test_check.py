@@ -500,6 +500,7 @@ class TestCommand:
 
 
 class TestNothingRuns:
+    @pytest.mark.known_failure("header-runs")
     @pytest.mark.parametrize(
         "hook",
         [
@@ -609,6 +610,7 @@ class TestReleasesFolder:
         )
         assert list(tmp_path.iterdir()) == []
 
+    @pytest.mark.known_failure("unhashed-wheels")
     def test_a_wheel_of_another_content_is_refused(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
