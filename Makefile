@@ -4,6 +4,9 @@
 # make releases  the registry against every release of CUDA (fetches 14 packages of 1 to 3 MB, once)
 # make engines   the released Python of SGLang and vLLM against what kvsig relies on (fetches
 #                wheels of 1.3 GB in all, once, and keeps their Python: 300 MB below build)
+# make fuzz      random requests, copies, calls, registries and files of costs against models
+# make sanitize  the compiled parts and their tests under AddressSanitizer and UBSan
+# make coverage  lines of Python and Cython that the tests run, in a build of its own
 # make lint      ruff, cython-lint and mypy
 # make types     the stubs of the compiled modules against the modules
 # make docs      the pages as a site in build/site, warnings as errors, links checked
@@ -19,6 +22,7 @@
 #            else the first of python3, python3.11 to python3.14, python that is 3.11 or later)
 #   TORCH    what pip installs where torch is missing (default: torch==2.13.0)
 #   ARGS     further arguments of demo or test: make demo ARGS="--model deepseek-v3"
+#   SECONDS_OF_FUZZ  how long make fuzz goes on (default: 60)
 #
 # A torch that is there is left alone. Where PYTHON belongs to a virtual environment with torch,
 # that environment is used; where PYTHON has torch otherwise, .venv sees PYTHON's packages.
@@ -31,6 +35,7 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 
 TORCH ?= torch==2.13.0
 ARGS ?=
+SECONDS_OF_FUZZ ?= 60
 
 modern := import sys; sys.exit(sys.version_info < (3, 11))
 ifeq ($(PYTHON),)
@@ -68,7 +73,7 @@ import sys, tomllib
 with open("pyproject.toml", "rb") as file:
     project = tomllib.load(file)
 extras = project["project"]["optional-dependencies"]
-linters = [r for r in extras["dev"] if not r.startswith("pytest")]
+linters = [r for r in extras["dev"] if not r.startswith(("pytest", "hypothesis", "coverage"))]
 base = project["build-system"]["requires"] + project["project"]["dependencies"]
 base = [r for r in base + extras["dev"] if r not in linters and not r.startswith("torch")]
 print(*{"linters": linters, "base": base, "docs": extras["docs"]}[sys.argv[1]], sep="\n")
@@ -88,7 +93,7 @@ if not os.path.exists(header):
 endef
 export prerequisites
 
-.PHONY: demo test releases engines lint types docs sdist wheels build clean distclean
+.PHONY: demo test releases engines fuzz sanitize coverage lint types docs sdist wheels build clean distclean
 demo: $(installed)
 	@$(py) -m kvsig demo $(ARGS)
 	@printf '%s\n' '' 'To go on:' \
@@ -105,6 +110,15 @@ releases: build
 
 engines: build
 	$(py) tests/engines/check_engines.py $(ARGS)
+
+fuzz: build
+	PYTHONPATH='$(CURDIR)' $(py) tests/fuzz/fuzz_run.py --seconds $(SECONDS_OF_FUZZ) $(ARGS)
+
+sanitize: $(packages)
+	$(py) packaging/sanitize.py $(ARGS)
+
+coverage: $(packages)
+	$(py) packaging/covered.py $(ARGS)
 
 lint: $(linters) build
 	$(py) -m ruff check .

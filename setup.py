@@ -15,6 +15,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 KERNEL = ROOT / "csrc/page_copy.cu"
 FLAGS = ["-O2", "-g0", "-Wno-unused-function", "-fno-strict-aliasing"]
+# A build of its own, which tells coverage.py of each line and is several times slower.
+COVERAGE = os.environ.get("KVSIG_COVERAGE") == "1"
 
 
 def load(name):
@@ -88,15 +90,18 @@ class BuildExt(build_ext):
 
 def extension(name, *depends):
     """Describe an extension module, and what it is to be built again for."""
-    return Extension(
+    made = Extension(
         f"kvsig.{name}",
         [f"kvsig/{name.replace('.', '/')}.pyx"],
         depends=["kvsig/_path.pxd", *(f"kvsig/{file}" for file in depends)],
         include_dirs=["csrc"] if name == "_core" else [],
         extra_compile_args=FLAGS,
+        define_macros=[("CYTHON_TRACE_NOGIL", "1")] if COVERAGE else [],
         extra_link_args=["-s"],
         libraries=["dl"] if name == "_loader" else [],
     )
+    made.cython_directives = {"linetrace": True} if COVERAGE else {}
+    return made
 
 
 PLAN = ("planning/_plan.pxd", "planning/_pack.pxd")

@@ -2,6 +2,7 @@
 """The dynamic loader: what is loaded, opening libraries, and where addresses lie."""
 
 import os
+import sys
 
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memset, strdup
@@ -133,3 +134,12 @@ def search_path(size_t handle):
         return folders
     finally:
         free(found)
+
+
+# A free-threaded interpreter turns the GIL on for modules that do not say they can do without;
+# only where it was told not to, by -X gil=0 or PYTHON_GIL=0, does it go on without one.
+if hasattr(sys, "_is_gil_enabled") and not sys._is_gil_enabled():
+    raise ImportError(
+        "kvsig needs the GIL, and this free-threaded interpreter was told to keep it off: "
+        "leave out -X gil=0, and unset PYTHON_GIL"
+    )

@@ -45,6 +45,7 @@ class Selection:
         layers: tuple[int, ...],
         geometry: Geometry,
         tensors: tuple[torch.Tensor, ...],
+        addresses: list[int],
         device: torch.device,
         launches: Launches | None = None,
         planes: KernelPlanes | None = None,
@@ -69,6 +70,7 @@ class Selection:
         self, device_pages: Any, host_pages: Any, stream: Any, path: str, direction: Direction
     ) -> Report: ...
     def handle_of(self, stream: Any) -> int: ...
+    def check_places(self) -> int: ...
     def begin(self, device_pages: Any, host_pages: Any, direction: Direction) -> Pages: ...
     def read(
         self, device_pages: Any, host_pages: Any, path: str, direction: Direction

@@ -34,7 +34,7 @@ cdef object data_ptr = torch.Tensor.data_ptr
 
 
 class TensorMoved(ValueError):
-    """A tensor's memory is not where it was: its number, and both addresses."""
+    """A tensor's memory is not where it was: the tensor, and both addresses."""
 
 
 cdef object simple(object values):
@@ -121,6 +121,7 @@ cdef class Launches:
     cdef double rates[2]
     cdef uint64_t window_pitch
     cdef dict lanes
+    cdef list spare             # lanes that no stream has yet
 
     def __init__(self, KernelCode code not None, KernelPlanes planes not None, layers, limits,
                  sms, rates, window_pitch):
@@ -129,13 +130,20 @@ cdef class Launches:
         self.rates[0], self.rates[1] = rates
         self.window_pitch = window_pitch
         self.lanes = {}
+        # Made with the cache: memory takes longer to get than most transfers.
+        self.spare = [KernelLane(self.layers, 0)]
 
     cpdef KernelLane lane_of(self, uint64_t stream):
         """Return what the launches on a stream share, made at its first one."""
         cdef object key = stream_number(stream)
         cdef KernelLane lane = self.lanes.get(key)
         if lane is None:
-            lane = self.lanes.setdefault(key, KernelLane(self.layers, stream))
+            try:
+                lane = self.spare.pop()
+            except IndexError:
+                lane = KernelLane(self.layers, stream)
+            lane.stream = stream
+            lane = self.lanes.setdefault(key, lane)
         return lane
 
     def check(self):
@@ -172,6 +180,8 @@ cdef class Selection:
         Where their pages are.
     tensors : tuple of Tensor
         What holds them, on both sides.
+    addresses : list of int
+        Where each of them was when `geometry` was worked out.
     device : torch.device
         Where the layers are.
     launches : Launches or None
@@ -200,13 +210,13 @@ cdef class Selection:
     cdef bint one_device, strided
 
     def __init__(
-        self, tuple layers, Geometry geometry not None, tuple tensors, device,
-        Launches launches=None, KernelPlanes planes=None, first_layer=0, str why_not="",
+        self, tuple layers, Geometry geometry not None, tuple tensors, list addresses,
+        device, Launches launches=None, KernelPlanes planes=None, first_layer=0, str why_not="",
     ):
         self.layers, self.geometry, self.tensors = layers, geometry, tensors
         self.launches, self.planes, self.first_layer = launches, planes, first_layer
         self.why_not = why_not
-        self.addresses = [data_ptr(tensor) for tensor in tensors]
+        self.addresses = addresses
         self.device = device
         self.index = device.index if device.type == "cuda" else None
         self.one_device = self.index is None or torch.cuda.device_count() == 1
@@ -307,14 +317,14 @@ cdef class Selection:
         self.check_places()
         return pages
 
-    cdef int check_places(self) except -1:
+    cpdef int check_places(self) except -1:
         """Refuse tensors whose memory is not where it was."""
         cdef Py_ssize_t i
         cdef object now
         for i in range(len(self.tensors)):
             now = data_ptr(self.tensors[i])
             if now != self.addresses[i]:
-                raise TensorMoved(i, self.addresses[i], now)
+                raise TensorMoved(self.tensors[i], self.addresses[i], now)
         return 0
 
     def plan(self, Pages pages not None, uint64_t handle, path):

@@ -124,6 +124,11 @@ class PagedKVCache:
         self.host_pages = self._planes.host_pages
         self.page_bytes = self._planes.page_bytes
         self.sms = sms
+        self._owners = tensors.owners(host, self._far)
+        self._places = {
+            id(item.tensor): item.tensor.data_ptr()
+            for item in self._near + self._far + self._owners
+        }
         self._given_seams = [] if host_seams is None else tensors.addresses(
             host_seams, "host_seams"
         ).tolist()
@@ -164,8 +169,10 @@ class PagedKVCache:
         ----------
         device_pages, host_pages : sequence of int, array or tensor, shape (n,)
             Page ``device_pages[i]`` goes to page ``host_pages[i]``. Lists, ranges, NumPy
-            arrays and tensors of any integer type. A CUDA tensor is copied to the CPU
-            first, which waits for the work that makes it. No host page may be given twice.
+            arrays and tensors of any integer type. A CUDA tensor of int32 or int64 is read by
+            the kernel on the GPU, which checks its numbers: nobody waits, and a wrong number moves
+            nothing and is told by the next call or by `check`. Where the kernel is not used, it is
+            copied to the CPU first, which waits for the work that makes it. No host page may be given twice.
         layers : int or sequence of int, optional
             Layers to copy; by default all.
         stream : None, int, torch.cuda.Stream or object with ``cuda_stream``, optional
@@ -193,7 +200,9 @@ class PagedKVCache:
         Notes
         -----
         The call returns when the work is queued: read the host pool only after the stream
-        has been waited for. Page numbers are read before the call returns.
+        has been waited for. Page numbers in host memory are read before the call returns; CUDA
+        tensors that the kernel reads must stay as they are until the stream has come to the end
+        of it, as the tensors of any work that is queued.
         """
         return self._move(device_pages, host_pages, layers, stream, path, OFFLOAD)
 
@@ -352,7 +361,9 @@ class PagedKVCache:
                     return since("load", report, start)
                 report = Report()
                 for layer, event in zip(chosen.layers, events, strict=True):
-                    report += self._selection(layer).run(pages, handle, path)
+                    single = self._selection(layer)
+                    single.check_places()  # the event before may have moved them
+                    report += single.run(pages, handle, path)
                     event.record(recorder)
                 return since("load", report, start)
         except (CudaError, TensorMoved, WrongPage) as error:
@@ -367,6 +378,10 @@ class PagedKVCache:
         if helper is None:
             helper = self._helpers.setdefault(lane, streams.new_stream(self.device))
         number = streams.stream_handle(helper, self.device)
+        handles = streams.event_handles(events)
+        if handles is not None:
+            lane.tell(handles, value, number)
+            return report
         for layer, event in enumerate(events):
             lane.wait(layer, value, number)
             event.record(helper)
@@ -400,9 +415,9 @@ class PagedKVCache:
             wrong.add_note("the numbers were on the GPU: nothing of that transfer has moved")
             return wrong
         if isinstance(error, TensorMoved):
-            number, before, now = error.args
-            tensor = chosen.tensors[number]
-            name = next(name for name, other in self._near + self._far if other is tensor)
+            tensor, before, now = error.args
+            known = self._near + self._far + self._owners
+            name = next(name for name, other in known if other is tensor)
             return ValueError(
                 f"{name} was at {before:#x} when the cache was made, and is at {now:#x} now: "
                 "a cache's tensors must stay where they are; make the cache anew"
@@ -446,7 +461,8 @@ class PagedKVCache:
         far = self._far
         if len(far) == len(self._near):
             far = [far[g * self.num_layers + i] for g in range(groups) for i in layers]
-        used += [item.tensor for item in far]
+        used += [item.tensor for item in far + self._owners]
+        places = [self._places[id(tensor)] for tensor in used]
         launches, table, first = self._launches, None, layers[0] if layers else 0
         if launches is not None:
             table = launches.planes
@@ -454,8 +470,9 @@ class PagedKVCache:
                 # The kernel takes layers that are side by side in its table.
                 table, first = launching.planes_in_memory(planes, table.unit), 0
         return Selection(
-            layers, ready, tuple(used), self.device, launches, table, first, self._why_no_kernel
-        )
+            layers, ready, tuple(used), places, self.device, launches, table, first,
+            self._why_no_kernel,
+        )  # fmt: skip
 
     def _selection(self, layers: int | Sequence[int]) -> Selection:
         """Return the planes of the layers asked for, made once for each choice of layers."""

@@ -226,11 +226,15 @@ def _request(
 
 
 def _addresses(values: Any, name: str) -> U64:
-    """Return 64-bit integers as contiguous uint64, none above the signed range."""
+    """Return a copy of 64-bit integers as contiguous uint64, none above the signed range.
+
+    A copy always: what is checked is what is used, whoever writes into the caller's array
+    meanwhile, be it another thread or a stream object of the caller's.
+    """
     unsigned: U64
     if type(values) is np.ndarray and values.dtype in _WORDS and values.ndim == 1:
         # What callers in a hurry give: no more NumPy than needed.
-        unsigned = np.ascontiguousarray(values).view(np.uint64)
+        unsigned = np.array(values, order="C").view(np.uint64)
         if none_wrong(unsigned, True):
             return unsigned
     if isinstance(values, torch.Tensor):
@@ -249,7 +253,7 @@ def _addresses(values: Any, name: str) -> U64:
         raise TypeError(f"{name} must hold int64 or uint64, not {array.dtype}")
     if array.ndim != 1:
         raise ValueError(f"{name} must be one-dimensional, not of shape {array.shape}")
-    native = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+    native = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
     # Read as unsigned, a negative number is above the signed range: one pass finds both.
     unsigned = native.view(np.uint64)
     if len(unsigned) and int(unsigned.max()) > _SIGNED_MAX:

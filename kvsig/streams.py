@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from kvsig import _core
@@ -16,6 +17,7 @@ __all__ = [
     "current_handle",
     "device_guard",
     "device_name",
+    "event_handles",
     "event_stream",
     "new_stream",
     "stream_device",
@@ -171,6 +173,17 @@ def event_stream(stream: Stream, handle: int, device: torch.device) -> Any:
     if stream is None:
         return torch.cuda.current_stream(device)
     return torch.cuda.ExternalStream(handle, device=device)
+
+
+def event_handles(events: Sequence[Any]) -> npt.NDArray[np.uint64] | None:
+    """Return the handles of torch events that exist already; None where not all of them do.
+
+    A torch event is made by its first recording, which torch has to do itself.
+    """
+    if not all(type(event) is torch.cuda.Event for event in events):
+        return None
+    handles = [event.cuda_event for event in events]
+    return np.array(handles, np.uint64) if all(handles) else None
 
 
 def new_stream(device: torch.device) -> Any:

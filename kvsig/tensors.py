@@ -27,6 +27,7 @@ __all__ = [
     "integers",
     "layer_places",
     "memory_seams",
+    "owners",
     "page_locked",
     "page_numbers",
     "pool_places",
@@ -201,6 +202,22 @@ def host_pools(host: Any, labels: Sequence[str]) -> list[Named]:
     named = [Named(f"host {label}pool", pool) for label, pool in zip(labels, pools, strict=True)]
     _check_host(named)
     return named
+
+
+def owners(host: Any, named: list[Named]) -> list[Named]:
+    """Tensors that the caller gave for the host's side, and that some of `named` are views of.
+
+    A view stays where it was when memory of another place is set into the tensor that it is of.
+    """
+    pools = [("host", host)]
+    if not isinstance(host, torch.Tensor):
+        pools = [(f"host[{i}]", pool) for i, pool in enumerate(host)]
+    given = {id(item.tensor) for item in named}
+    return [
+        Named(name, pool)
+        for name, pool in pools
+        if isinstance(pool, torch.Tensor) and id(pool) not in given
+    ]
 
 
 def _check_device(named: list[Named]) -> None:
@@ -431,12 +448,16 @@ def page_locked(tensor: torch.Tensor) -> bool:
 
 def _blocks(start: int, end: int, limited: bool) -> Iterator[int]:
     """Bounds of the allocations that a tensor lies in."""
-    if _core.memory_range(start) is None and _core.memory_range(end - 1) is None:
+    last = _core.memory_range(end - 1)
+    if _core.memory_range(start) is None and last is None:
         if limited:
             yield from (start, end)
         return
-    # Pageable memory between registered blocks has no end that could be asked for.
-    step = max(1 << 16, (end - start) >> 16)
+    if last is not None:
+        yield from (last[0], last[0] + last[1])
+    # Pageable memory between registered blocks has no end that could be asked for. Blocks are of
+    # whole pages of 4 KiB; in pools of more than 256 MiB the short ones may be stepped over.
+    step = max(1 << 12, (end - start) >> 16)
     place = start
     while place < end:
         block = _core.memory_range(place)
@@ -463,10 +484,9 @@ def integers(tensor: torch.Tensor, name: str) -> npt.NDArray[Any]:
     return np.asarray((tensor if tensor.is_cpu else tensor.cpu()).numpy())
 
 
-def _first_odd(array: npt.NDArray[Any]) -> object:
-    """Return the first of some objects that is no page number."""
-    fits = (type(item) is int and abs(item) < 2**63 for item in array.flat)
-    return next((item for item, fit in zip(array.flat, fits, strict=True) if not fit), None)
+def _odd(array: npt.NDArray[Any]) -> Iterator[object]:
+    """Which of some objects are no page numbers."""
+    return (item for item in array.flat if type(item) is not int or abs(item) >= 2**63)
 
 
 def page_numbers(values: Any, name: str, limit: int) -> I64:
@@ -509,7 +529,8 @@ def page_numbers(values: Any, name: str, limit: int) -> I64:
     if array.size == 0:
         array = array.astype(np.int64)  # no number is of the wrong type
     if array.dtype.kind == "O":
-        raise TypeError(f"{name} must hold integers below 2**63, not {_first_odd(array)!r}")
+        for item in _odd(array):
+            raise TypeError(f"{name} must hold integers below 2**63, not {item!r}")
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name} must hold integers, not {array.dtype}")
     if array.ndim != 1:

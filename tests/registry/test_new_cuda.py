@@ -23,6 +23,7 @@ from future import AFTER_TEXT, NEXT_TEXT
 from kvsig import _core
 
 ROOT = Path(_core.__file__).parent.parent
+pytestmark = pytest.mark.checkout
 
 # Dropped: numAttrs. Added: policy and where, which carry their values. Order: all else moved.
 NEXT_BATCH = f"""
@@ -161,6 +162,7 @@ def transfer(project, version, path="batch"):
     return run(project, TRANSFER.format(root=str(project), version=version, path=path))
 
 
+@pytest.mark.known_failure("next-prototype")
 def test_copy_batch_calls_the_new_prototype(project):
     found = transfer(project, NEXT_TEXT)
     assert found["equal"] and found["path"] == "batch" and found["last"] == 0

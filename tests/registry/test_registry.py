@@ -494,6 +494,7 @@ ERRORS = {
 }  # fmt: skip
 
 
+@pytest.mark.known_failure("odd-numbers")
 @pytest.mark.parametrize(("text", "error"), ERRORS.values(), ids=ERRORS.keys())
 def test_one_wrong_thing_is_one_error(text: str, error: str) -> None:
     found = problems(text)
