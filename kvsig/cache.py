@@ -114,6 +114,8 @@ class PagedKVCache:
             raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, not {layout!r}")
         page_size = _checked_page_size(page_size)
         sms, rate = _checked_sms(sms), _checked_rate(rate)
+        # Arrays of other libraries are tensors from here on.
+        device, host = tensors.arrays(device, "device"), tensors.arrays(host, "host")
         self._near, self._far, self._planes = layouts.read(device, host, layout, page_size)
         groups = 2 if len(self._near) > 1 and self._near[-1].name.startswith("device V") else 1
         self.layout = layout

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from kvsig import _core, kernel
+from kvsig import kernel
 from kvsig._core import BindError, CudaError, KernelCode, KernelPlanes
 from kvsig._transfer import Launches
 from kvsig.call import call
