@@ -12,6 +12,7 @@ import torch
 
 from kvsig import launching, layouts, planning, streams, tensors
 from kvsig._core import KernelLane, Report
+from kvsig._counters import now, since
 from kvsig._errors import CudaError, page_out_of_range
 from kvsig._transfer import Selection, TensorMoved, WrongPage
 from kvsig.layouts import LAYOUTS
@@ -310,7 +311,9 @@ class PagedKVCache:
         if type(path) is not str or path not in PATHS:
             path = _checked_path(path)
         try:
-            return chosen.move(device_pages, host_pages, stream, path, direction)
+            start = now()
+            report = chosen.move(device_pages, host_pages, stream, path, direction)
+            return since("load" if direction is LOAD else "offload", report, start)
         except (CudaError, TensorMoved, WrongPage) as error:
             raise self._explained(error, chosen) from None
 
@@ -347,20 +350,22 @@ class PagedKVCache:
         events = _checked_events(events, len(chosen.layers))
         handle = chosen.handle_of(stream)
         recorder = streams.event_stream(stream, handle, self.device)
+        start = now()
         try:
             if chosen.launches is not None:
                 chosen.launches.check()
             pages = chosen.read(device_pages, host_pages, path, LOAD)
             with streams.device_guard(self.device):
                 if pages.count and chosen.layered(pages, handle, path):
-                    return self._launch_layers(chosen, pages, handle, events)
+                    report = self._launch_layers(chosen, pages, handle, events)
+                    return since("load", report, start)
                 report = Report()
                 for layer, event in zip(chosen.layers, events, strict=True):
                     single = self._selection(layer)
                     single.check_places()  # the event before may have moved them
                     report += single.run(pages, handle, path)
                     event.record(recorder)
-                return report
+                return since("load", report, start)
         except (CudaError, TensorMoved, WrongPage) as error:
             raise self._explained(error, chosen) from None
 
