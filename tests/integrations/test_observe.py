@@ -130,6 +130,7 @@ class TestStreams:
         with Stream(control) as own:
             for stream in (np.uint64(own.cuda_stream), SimpleNamespace(ptr=own.cuda_stream)):
                 assert cache.load([0], [1], stream=stream).copies == 1
+            own.synchronize()
 
 
 class Foreign:
@@ -171,6 +172,7 @@ class TestRecords:
         cache.load([0], [1], stream=0)
         cache.offload([0, 1], [1, 0], stream=0)
         cache.load([0], [1], stream=0, events=[SimpleNamespace(record=lambda stream: None)])
+        control.synchronize()  # before the tensors go
         found = kvsig.stats()["functions"]
         assert (found["load"]["calls"], found["load"]["bytes"]) == (2, 2 * 64)
         assert (found["offload"]["calls"], found["offload"]["bytes"]) == (1, 2 * 64)
@@ -179,6 +181,7 @@ class TestRecords:
     def test_of_copies(self, control: Control) -> None:
         one, other = torch.zeros(8), torch.ones(8)
         kvsig.copy_batch([one.data_ptr()], [other.data_ptr()], 32, stream=0)
+        control.synchronize()
         assert kvsig.stats()["functions"]["copy_batch"]["bytes"] == 32
 
     def test_a_request_that_fails_is_not_counted(self, control: Control) -> None:

@@ -38,8 +38,9 @@ def table(tensors: Any) -> torch.Tensor:
 
 
 @pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
+def fresh(control: Control) -> Iterator[None]:
     yield
+    control.synchronize()
     launches._known.clear()
     launches._lanes.clear()
     launches._codes.clear()
