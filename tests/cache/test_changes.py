@@ -97,7 +97,7 @@ class TestMemoryThatMoved:
         groups, _, cache = made(form)
         MOVES[move](groups[1][-1])
         for name, call in calls_of(cache, stream).items():
-            with pytest.raises(ValueError, match="device V layer 2 was at 0x.* make the cache anew"):
+            with pytest.raises(ValueError, match="device V layer 2 was at 0x.* the cache anew"):
                 call()
                 pytest.fail(f"{name} took memory that is not the tensor's")
         assert stream.pending == 0
