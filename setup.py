@@ -110,6 +110,7 @@ EXTENSIONS = [
     extension("_core", "_core.pxd", "_generated.pxi", "_kernel.pxi", "../csrc/page_copy.cu"),
     extension("planning._plan", *PLAN),
     extension("planning._pack", *PLAN),
+    extension("planning._runs"),
     extension("_transfer", "_core.pxd", *PLAN),
     extension("_counters", "_core.pxd"),
 ]

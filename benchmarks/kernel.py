@@ -330,7 +330,10 @@ class Bench:
         begin = time.perf_counter()
         pool = Pool(16 * GIB, self.gpu)
         self.results.add("16 GiB of page-locked memory", time.perf_counter() - begin, "s")
-        self._bandwidth(pool, list(asked), lambda width, _: asked[width], layered=False)
+        # One plane of 16 GiB, as it is asked for; and 32 layers side by side, where each layer
+        # goes through the whole pool.
+        self._bandwidth(pool, list(asked), lambda width, _: asked[width], False, layers=1)
+        self._bandwidth(pool, [256, 512, 2 * KIB], lambda width, _: None, False)
 
     @staticmethod
     def _asked_small(width: int, way: str) -> float | None:
@@ -344,6 +347,7 @@ class Bench:
         widths: Sequence[int],
         asked: Callable[[int, str], float | None],
         layered: bool = True,
+        layers: int = LAYERS,
     ) -> None:
         for way in WAYS:
             # Loads first: they leave the host pool as it is.
@@ -352,8 +356,9 @@ class Bench:
             else:
                 pool.device.view(torch.int64).random_()
             for width in widths:
-                case = Case(pool, width, sms=4, rate=0)
-                self._share(case, way, "all layers", {}, asked(width, way))
+                case = Case(pool, width, layers, sms=4, rate=0)
+                how = "all layers" if layers > 1 else "one plane"
+                self._share(case, way, how, {}, asked(width, way))
                 if layered:
                     self._layer_by_layer(case, way, asked(width, way))
 
@@ -416,9 +421,7 @@ class Bench:
         pool = Pool(GIB, self.gpu)
         pool.fill_host(constant=False)
         case = Case(pool, 4 * KIB)
-        part = case.moved // 4
-        case.device_pages, case.host_pages = case.device_pages[:part], case.host_pages[:part]
-        moved = case.bytes // 4
+        moved = case.bytes
         for kind, products, groups in (
             ("8192^3", Products(self.gpu, 8192), 96),
             ("16-row", Products(self.gpu, 16, group=32), 40),

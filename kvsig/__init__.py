@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvsig import emulated as emulated
+    from kvsig import observe as observe
     from kvsig import registry as registry
     from kvsig._calls import call  # written by the build: its functions and parameters
     from kvsig._core import Report, info
     from kvsig._errors import BindError, CudaError
     from kvsig.cache import PagedKVCache
     from kvsig.copies import copy_batch
+    from kvsig.observe import stats
     from kvsig.registry import RegistryError
 
 __version__ = "0.1.0"
@@ -32,7 +34,9 @@ __all__ = [
     "copy_batch",
     "emulated",
     "info",
+    "observe",
     "registry",
+    "stats",
 ]
 
 # Public name -> the module that has it.
@@ -46,10 +50,12 @@ _HOME = {
     "copy_batch": "copies",
     "emulated": "emulated",
     "info": "_core",
+    "observe": "observe",
     "registry": "registry",
+    "stats": "observe",
 }
 
-_MODULES = ("emulated", "registry")
+_MODULES = ("emulated", "observe", "registry")
 
 
 def __getattr__(name: str) -> Any:

@@ -65,11 +65,12 @@ cdef class KernelLane:
     cdef size_t room
     cdef list outgrown
     cdef readonly unsigned int layers, value
-    cdef readonly uint64_t stream
+    cdef public uint64_t stream
     cdef readonly object lock
     cdef reserve(self, size_t count)
     cpdef object take_wrong(self)
     cpdef object wait(self, unsigned int layer, unsigned int value, uint64_t stream)
+    cpdef object tell(self, const uint64_t[::1] events, unsigned int value, uint64_t stream)
 
 # The compiled kernel as launches need it.
 cdef class KernelCode:

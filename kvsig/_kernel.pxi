@@ -90,6 +90,19 @@ cdef void *_device_memory(size_t size) except NULL:
     return found
 
 
+cdef _zero(void *memory, size_t size):
+    # On a stream of its own: it is waited for, and nothing else must be.
+    cdef void *stream = NULL
+    _check(cudaStreamCreateWithFlags(pStream=&stream, flags=1), "cudaStreamCreateWithFlags")
+    try:
+        _check(
+            cudaMemsetAsync(devPtr=memory, value=0, count=size, stream=stream), "cudaMemsetAsync"
+        )
+        _check(cudaStreamSynchronize(stream=stream), "cudaStreamSynchronize")
+    finally:
+        cudaStreamDestroy(stream=stream)
+
+
 cdef class KernelPlanes:
     """The planes of a cache in device memory, layer by layer.
 
@@ -186,12 +199,7 @@ cdef class KernelLane:
         self.device_wrong = mapped
         self.counts = <unsigned int *>_device_memory(8 * <size_t>layers)
         self.flags = self.counts + layers
-        _check(
-            cudaMemsetAsync(
-                devPtr=self.counts, value=0, count=8 * <size_t>layers, stream=<void *>stream
-            ),
-            "cudaMemsetAsync",
-        )
+        _zero(self.counts, 8 * <size_t>layers)
 
     def __dealloc__(self):
         if _forked_away():
@@ -251,6 +259,36 @@ cdef class KernelLane:
                 flags=CU_STREAM_WAIT_VALUE_GEQ,
             )
         _check(code, "cuStreamWaitValue32")
+
+    cpdef object tell(self, const uint64_t[::1] events, unsigned int value, uint64_t stream):
+        """Record an event for each layer behind a wait for it.
+
+        Parameters
+        ----------
+        events : ndarray of uint64
+            Handles, for layer 0 of the launch and those behind it.
+        value : int
+            What the launch answered.
+        stream : int
+            Handle of the stream that waits, and that the events are recorded on.
+        """
+        cdef Py_ssize_t i
+        cdef int code = 0, recorded = 0
+        if events.shape[0] > self.layers:
+            raise ValueError(f"{events.shape[0]} events for {self.layers} layers")
+        with nogil:
+            for i in range(events.shape[0]):
+                code = cuStreamWaitValue32(
+                    stream=<void *>stream, addr=<unsigned long long>(self.flags + i), value=value,
+                    flags=CU_STREAM_WAIT_VALUE_GEQ,
+                )
+                if code != 0:
+                    break
+                recorded = cudaEventRecord(event=<void *>events[i], stream=<void *>stream)
+                if recorded != 0:
+                    break
+        _check(code, "cuStreamWaitValue32")
+        _check(recorded, "cudaEventRecord")
 
 
 cdef int order_by_window(

@@ -121,6 +121,7 @@ cdef class Launches:
     cdef double rates[2]
     cdef uint64_t window_pitch
     cdef dict lanes
+    cdef list spare             # lanes that no stream has yet
 
     def __init__(self, KernelCode code not None, KernelPlanes planes not None, layers, limits,
                  sms, rates, window_pitch):
@@ -129,13 +130,20 @@ cdef class Launches:
         self.rates[0], self.rates[1] = rates
         self.window_pitch = window_pitch
         self.lanes = {}
+        # Made with the cache: memory takes longer to get than most transfers.
+        self.spare = [KernelLane(self.layers, 0)]
 
     cpdef KernelLane lane_of(self, uint64_t stream):
         """Return what the launches on a stream share, made at its first one."""
         cdef object key = stream_number(stream)
         cdef KernelLane lane = self.lanes.get(key)
         if lane is None:
-            lane = self.lanes.setdefault(key, KernelLane(self.layers, stream))
+            try:
+                lane = self.spare.pop()
+            except IndexError:
+                lane = KernelLane(self.layers, stream)
+            lane.stream = stream
+            lane = self.lanes.setdefault(key, lane)
         return lane
 
     def check(self):

@@ -12,6 +12,7 @@ import torch
 
 from kvsig import launching, layouts, planning, streams, tensors
 from kvsig._core import KernelLane, Report
+from kvsig._counters import now, since
 from kvsig._errors import CudaError, page_out_of_range
 from kvsig._transfer import Selection, TensorMoved, WrongPage
 from kvsig.layouts import LAYOUTS
@@ -168,8 +169,10 @@ class PagedKVCache:
         ----------
         device_pages, host_pages : sequence of int, array or tensor, shape (n,)
             Page ``device_pages[i]`` goes to page ``host_pages[i]``. Lists, ranges, NumPy
-            arrays and tensors of any integer type. A CUDA tensor is copied to the CPU
-            first, which waits for the work that makes it. No host page may be given twice.
+            arrays and tensors of any integer type. A CUDA tensor of int32 or int64 is read by
+            the kernel on the GPU, which checks its numbers: nobody waits, and a wrong number moves
+            nothing and is told by the next call or by `check`. Where the kernel is not used, it is
+            copied to the CPU first, which waits for the work that makes it. No host page may be given twice.
         layers : int or sequence of int, optional
             Layers to copy; by default all.
         stream : None, int, torch.cuda.Stream or object with ``cuda_stream``, optional
@@ -197,7 +200,9 @@ class PagedKVCache:
         Notes
         -----
         The call returns when the work is queued: read the host pool only after the stream
-        has been waited for. Page numbers are read before the call returns.
+        has been waited for. Page numbers in host memory are read before the call returns; CUDA
+        tensors that the kernel reads must stay as they are until the stream has come to the end
+        of it, as the tensors of any work that is queued.
         """
         return self._move(device_pages, host_pages, layers, stream, path, OFFLOAD)
 
@@ -306,7 +311,9 @@ class PagedKVCache:
         if type(path) is not str or path not in PATHS:
             path = _checked_path(path)
         try:
-            return chosen.move(device_pages, host_pages, stream, path, direction)
+            start = now()
+            report = chosen.move(device_pages, host_pages, stream, path, direction)
+            return since("load" if direction is LOAD else "offload", report, start)
         except (CudaError, TensorMoved, WrongPage) as error:
             raise self._explained(error, chosen) from None
 
@@ -343,20 +350,22 @@ class PagedKVCache:
         events = _checked_events(events, len(chosen.layers))
         handle = chosen.handle_of(stream)
         recorder = streams.event_stream(stream, handle, self.device)
+        start = now()
         try:
             if chosen.launches is not None:
                 chosen.launches.check()
             pages = chosen.read(device_pages, host_pages, path, LOAD)
             with streams.device_guard(self.device):
                 if pages.count and chosen.layered(pages, handle, path):
-                    return self._launch_layers(chosen, pages, handle, events)
+                    report = self._launch_layers(chosen, pages, handle, events)
+                    return since("load", report, start)
                 report = Report()
                 for layer, event in zip(chosen.layers, events, strict=True):
                     single = self._selection(layer)
                     single.check_places()  # the event before may have moved them
                     report += single.run(pages, handle, path)
                     event.record(recorder)
-                return report
+                return since("load", report, start)
         except (CudaError, TensorMoved, WrongPage) as error:
             raise self._explained(error, chosen) from None
 
@@ -369,6 +378,10 @@ class PagedKVCache:
         if helper is None:
             helper = self._helpers.setdefault(lane, streams.new_stream(self.device))
         number = streams.stream_handle(helper, self.device)
+        handles = streams.event_handles(events)
+        if handles is not None:
+            lane.tell(handles, value, number)
+            return report
         for layer, event in enumerate(events):
             lane.wait(layer, value, number)
             event.record(helper)

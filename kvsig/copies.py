@@ -9,14 +9,20 @@ import numpy.typing as npt
 import torch
 
 from kvsig import _core, streams, tensors
-from kvsig._core import Report
+from kvsig._core import CudaError, Report
+from kvsig._counters import now, since
 from kvsig._transfer import none_wrong
+from kvsig.planning import descriptors
+from kvsig.planning._runs import neighbours
+from kvsig.planning.descriptors import Descriptors
 
-__all__ = ["copy_batch"]
+__all__ = ["copy_batch", "submit"]
 
 _PATHS = ("auto", "batch", "loop")
 _SIGNED_MAX = (1 << 63) - 1
 _WORDS = (np.dtype(np.uint64), np.dtype(np.int64))
+#: Copies from which merging pays: looking for what belongs together takes as long as some tens.
+_MANY = 256
 
 U64 = npt.NDArray[np.uint64]
 
@@ -29,6 +35,7 @@ def copy_batch(
     path: str = "auto",
     batch_size: int = 256,
     check: bool = True,
+    merge: bool = True,
 ) -> Report:
     """Copy many ranges of memory in stream order.
 
@@ -52,11 +59,17 @@ def copy_batch(
     check : bool, optional
         Look for copies that overlap each other. It takes a sort, a few milliseconds for
         100,000 copies; a caller that knows its ranges may turn it off.
+    merge : bool, optional
+        Make one copy of neighbours, and strided copies of what is evenly spaced, where there are
+        256 copies or more and a good part of them is so. Never across the bounds of an allocation
+        or a registered block, and never with ``path="loop"``.
 
     Returns
     -------
     Report
-        The path taken and why, copies made (without the empty ones), calls and bytes.
+        The path taken and why, copies made (without the empty ones), calls and bytes. Copies that
+        were merged count as the one that was made, rows of a strided copy one by one; its path
+        is "strided", or "strided+batch" where others were made besides.
 
     Raises
     ------
@@ -76,6 +89,7 @@ def copy_batch(
     unchanged, until the stream has come to the end of it. Addresses are not checked
     against any allocation: one that is not mapped ends the process.
     """
+    start = now()
     if path not in _PATHS:
         raise ValueError(f"path must be 'auto', 'batch' or 'loop', not {path!r}")
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
@@ -113,7 +127,94 @@ def copy_batch(
     if not len(to):
         return Report()
     with streams.device_guard(streams.stream_device(stream)):
-        return _core.copy_batch(to, origin, length, handle, path, min(batch_size, len(to)))
+        if merge and path != "loop" and len(to) >= _MANY:
+            found = _merged(to, origin, length, path == "auto" and _core.strided_bound())
+            if found is not None:
+                return since("copy_batch", _submit_merged(found, handle, path, batch_size), start)
+        report = _core.copy_batch(to, origin, length, handle, path, min(batch_size, len(to)))
+    return since("copy_batch", report, start)
+
+
+def submit(
+    found: Descriptors, stream: int, batch_size: int = 256, path: str = "auto"
+) -> Report:
+    """Queue what a plan of descriptors says.
+
+    Parameters
+    ----------
+    found : Descriptors
+        The copies.
+    stream : int
+        Handle of the stream.
+    batch_size : int, optional
+        Most copies in one call of the batch function.
+    path : {"auto", "batch"}, optional
+        For those that stand alone.
+
+    Raises
+    ------
+    BindError, CudaError
+        As the core does. Some copies may have been queued; each writes what it would have
+        written, so making all of them again is right.
+    """
+    report = None
+    if len(found.dsts):
+        size = min(batch_size, len(found.dsts))
+        report = _core.copy_batch(found.dsts, found.srcs, found.sizes, stream, path, size)
+    if len(found.rows):
+        strided = _core.copy_strided(found.rows, stream)
+        report = strided if report is None else strided + report
+    return Report() if report is None else report
+
+
+def _merged(dsts: U64, srcs: U64, sizes: U64 | int, strided: bool) -> Descriptors | None:
+    """Merge copies where it pays; None where they are best made as they are."""
+    listed = None if isinstance(sizes, int) else sizes
+    joined, even = neighbours(dsts, srcs, listed, 0 if listed is not None else int(sizes))
+    if 4 * (joined + (even if strided else 0)) < len(dsts):
+        return None
+    if not _core.is_emulated() and all(_core.memory_range(int(a[0])) is None for a in (dsts, srcs)):
+        return None  # nobody says where allocations end
+    width = np.full(len(dsts), sizes, dtype=np.uint64) if listed is None else listed
+    rows = descriptors.MIN_ROWS if strided else len(dsts) + 1
+    found = descriptors.plan(dsts, srcs, width, min_rows=rows)
+    seams = _seams_within(found)
+    if seams:
+        found = descriptors.plan(dsts, srcs, width, np.array(sorted(seams), np.uint64), rows)
+    return found
+
+
+def _seams_within(found: Descriptors) -> set[int]:
+    """Where allocations and registered blocks end within the copies of a plan."""
+    columns = descriptors
+    seams: set[int] = set()
+    for alone, base, pitch in (
+        (found.dsts, columns.DST, columns.DPITCH),
+        (found.srcs, columns.SRC, columns.SPITCH),
+    ):
+        last = found.rows[:, pitch] * (found.rows[:, columns.HEIGHT] - np.uint64(1))
+        starts = np.concatenate((alone, found.rows[:, base]))
+        sizes = np.broadcast_to(np.uint64(found.sizes), alone.shape)
+        ends = starts + np.concatenate((sizes, last + found.rows[:, columns.WIDTH]))
+        low = high = 0
+        for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+            if low <= start and end <= high:
+                continue
+            block = _core.memory_range(start)
+            if block is not None and end <= block[0] + block[1]:
+                low, high = block[0], block[0] + block[1]
+            else:
+                inside = tensors.memory_seams([(start, end, False)]).tolist()
+                seams.update(seam for seam in inside if start < seam < end)
+    return seams
+
+
+def _submit_merged(found: Descriptors, stream: int, path: str, batch_size: int) -> Report:
+    try:
+        return submit(found, stream, batch_size, path)
+    except CudaError as error:
+        error.add_note("neighbouring copies had been merged: merge=False tells which one it is")
+        raise
 
 
 def _addresses(values: Any, name: str) -> U64:

@@ -51,6 +51,7 @@ def read(device: Any, host: Any, layout: str, page_size: int) -> Cache:
     TypeError, ValueError
         If they do not fit; the message names the tensor and both values.
     """
+    device, host = tensors.arrays(device, "device"), tensors.arrays(host, "host")
     near, labels = tensors.device_layers(device)
     layers = len(near) // len(labels)
     if layout == "layer_first":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from kvsig import _core
@@ -15,14 +17,15 @@ __all__ = [
     "current_handle",
     "device_guard",
     "device_name",
+    "event_handles",
     "event_stream",
     "new_stream",
     "stream_device",
     "stream_handle",
 ]
 
-#: A stream as callers give it: None (torch's current one), a handle, a torch.cuda.Stream,
-#: or any object with ``.cuda_stream``. Only checked at run time.
+#: A stream as callers give it: None (torch's current one), a handle, a torch.cuda.Stream, or any
+#: object with ``cuda_stream``, ``__cuda_stream__`` or ``ptr``. Only checked at run time.
 Stream: TypeAlias = Any
 
 # The handle of a device's current stream without making a Stream object for it: a tenth of
@@ -60,8 +63,9 @@ def stream_handle(stream: Stream, device: torch.device | None = None) -> int:
 
     Parameters
     ----------
-    stream : None, int, torch.cuda.Stream or object with ``cuda_stream``
-        None is torch's current stream.
+    stream : None, int, torch.cuda.Stream or object with a stream's handle
+        None is torch's current stream. Objects of other libraries have the ``__cuda_stream__``
+        protocol (cuda.core, Numba, nvmath) or ``ptr`` (CuPy).
     device : torch.device, optional
         Where the tensors lie: a stream of another device is refused. A CPU device stands
         for the emulated runtime.
@@ -71,23 +75,47 @@ def stream_handle(stream: Stream, device: torch.device | None = None) -> int:
     TypeError
         If it is no stream.
     ValueError
-        If it belongs to another device or to another runtime, or is no handle.
+        If it belongs to another device or to another runtime, is no handle, or its protocol is
+        of a version that kvsig does not know.
     """
     if stream is None:
         return current_handle(device)
-    if isinstance(stream, int) and not isinstance(stream, bool):
-        handle: Any = stream
+    if _is_number(stream):
+        handle = int(stream)
     else:
-        handle = getattr(stream, "cuda_stream", None)
-        if not isinstance(handle, int) or isinstance(handle, bool):
+        found = _handle_of(stream)
+        if found is None:
             raise TypeError(
                 "stream must be None, a handle (int), a torch.cuda.Stream or an object with "
                 f"cuda_stream, not {_name(stream)}"
             )
+        handle = found
         _same_place(stream, device)
     if not 0 <= handle < 1 << 64:
         raise ValueError(
             f"stream handle {handle} is not an address: give the cudaStream_t as it is"
+        )
+    return handle
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _handle_of(stream: Any) -> int | None:
+    """Return the handle that a stream object has, in any library's way; None for other things."""
+    for name in ("cuda_stream", "ptr"):
+        found: Any = getattr(stream, name, None)
+        if _is_number(found):
+            return int(found)
+    protocol = getattr(stream, "__cuda_stream__", None)
+    if protocol is None:
+        return None
+    version, handle = protocol() if callable(protocol) else protocol
+    if version != 0:
+        raise ValueError(
+            f"{_name(stream)}.__cuda_stream__ is of version {version}: kvsig knows 0, give the "
+            "handle (int)"
         )
     return int(handle)
 
@@ -145,6 +173,17 @@ def event_stream(stream: Stream, handle: int, device: torch.device) -> Any:
     if stream is None:
         return torch.cuda.current_stream(device)
     return torch.cuda.ExternalStream(handle, device=device)
+
+
+def event_handles(events: Sequence[Any]) -> npt.NDArray[np.uint64] | None:
+    """Return the handles of torch events that exist already; None where not all of them do.
+
+    A torch event is made by its first recording, which torch has to do itself.
+    """
+    if not all(type(event) is torch.cuda.Event for event in events):
+        return None
+    handles = [event.cuda_event for event in events]
+    return np.array(handles, np.uint64) if all(handles) else None
 
 
 def new_stream(device: torch.device) -> Any:

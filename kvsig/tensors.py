@@ -16,6 +16,7 @@ __all__ = [
     "Named",
     "Places",
     "addresses",
+    "arrays",
     "check_alike",
     "check_apart",
     "checked_numbers",
@@ -25,10 +26,12 @@ __all__ = [
     "host_pools",
     "integers",
     "layer_places",
+    "memory_seams",
     "owners",
     "page_locked",
     "page_numbers",
     "pool_places",
+    "reach",
     "seams",
 ]
 
@@ -39,6 +42,43 @@ _INTEGERS = frozenset(
     (torch.int8, torch.int16, torch.int32, torch.int64)
     + (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 )
+
+
+def _tensor_of(array: Any, name: str) -> Any:
+    """Return an array of another library as a tensor of the same memory; other things as they are.
+
+    Parameters
+    ----------
+    array : object
+        CuPy's, JAX's, Numba's arrays and the like have ``__dlpack__`` or
+        ``__cuda_array_interface__``. NumPy's are left alone: they are never page-locked.
+    name : str
+        What to call it in messages.
+
+    Raises
+    ------
+    TypeError
+        If it says that it is an array, but cannot be taken; the message says why.
+    """
+    if isinstance(array, (torch.Tensor, np.ndarray)):
+        return array
+    try:
+        if hasattr(array, "__dlpack__"):
+            return torch.utils.dlpack.from_dlpack(array)
+        if hasattr(array, "__cuda_array_interface__"):
+            return torch.as_tensor(array, device="cuda")
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name} is a {type(array).__name__}, which torch cannot take as it is: {error}"
+        ) from error
+    return array
+
+
+def arrays(values: Any, name: str) -> Any:
+    """Return what a caller gave, with arrays of other libraries as tensors, in lists too."""
+    if isinstance(values, (list, tuple)):
+        return [arrays(value, f"{name}[{i}]") for i, value in enumerate(values)]
+    return _tensor_of(values, name)
 
 
 class Named(NamedTuple):
@@ -366,6 +406,32 @@ def seams(named: list[Named], given: Iterable[int]) -> npt.NDArray[np.uint64]:
         limited = not emulated and (tensor.is_cuda or tensor.is_pinned())
         found.update(_blocks(start, end, limited))
     return np.array(sorted(found), dtype=np.uint64)
+
+
+def memory_seams(extents: Iterable[tuple[int, int, bool]]) -> U64:
+    """Find where the allocations and registered blocks within some memory begin and end.
+
+    Parameters
+    ----------
+    extents : iterable of (start, end, limited)
+        Addresses. Limited memory that the driver does not answer for (device memory, page-locked
+        memory) counts as an allocation of its own.
+
+    Returns
+    -------
+    ndarray of uint64
+        Sorted, only those within an extent or at its bounds.
+    """
+    found: set[int] = set()
+    for start, end, limited in extents:
+        found.update(seam for seam in _blocks(start, end, limited) if start <= seam <= end)
+    return np.array(sorted(found), dtype=np.uint64)
+
+
+def reach(tensor: torch.Tensor) -> int:
+    """Bytes from the first to the last of a tensor, with what lies between its rows."""
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size() if tensor.numel() else 0
 
 
 def page_locked(tensor: torch.Tensor) -> bool:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
+import kvsig
 from kvsig import _core, registry
 from kvsig.emulated import Control
 
@@ -29,14 +31,18 @@ def why_no_gpu() -> str | None:
     return "no CUDA device: torch.cuda.is_available() is False"
 
 
+def why_no_checkout() -> str | None:
+    """Why tests of kvsig's own sources cannot run: a wheel is tested, far from them."""
+    sources = Path(kvsig.__file__).parents[1] / "setup.py"
+    return None if sources.is_file() else f"kvsig's sources are not here: there is no {sources}"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    reason = why_no_gpu()
-    if reason is None:
-        return
-    skip = pytest.mark.skip(reason=reason)
-    for item in items:
-        if item.get_closest_marker("gpu") is not None:
-            item.add_marker(skip)
+    reasons = {"gpu": why_no_gpu(), "checkout": why_no_checkout()}
+    for name, reason in reasons.items():
+        for item in items:
+            if reason is not None and item.get_closest_marker(name) is not None:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(params=["12.9", "13.0"])

@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvsig import _core, interop, observe
-from kvsig.planning import descriptors as descriptors
+from kvsig import _core, copies, observe, streams, tensors
+from kvsig.planning import descriptors
 
 if TYPE_CHECKING:
     KvsigOffloadingSpec: Any
@@ -146,10 +146,10 @@ class _Exchanged:
 
     def __init__(self, original: Swap, handler: Any, what: str) -> None:
         self.original, self.what = original, what
-        tensors = [*handler.src_tensors, *handler.dst_tensors]
-        self.device = next((t.device for t in tensors if t.is_cuda), torch.device("cpu"))
-        with interop.device_guard(self.device):
-            self.seams = interop.memory_seams(_extent(tensor) for tensor in tensors)
+        both = [*handler.src_tensors, *handler.dst_tensors]
+        self.device = next((t.device for t in both if t.is_cuda), torch.device("cpu"))
+        with streams.device_guard(self.device):
+            self.seams = tensors.memory_seams(_extent(tensor) for tensor in both)
         cap = os.environ.get(_CAP, "")
         bound = int(cap) if cap.isdigit() else 0
         self.batch_size = min(_BATCH_SIZE, bound) if bound else _BATCH_SIZE
@@ -177,9 +177,9 @@ class _Exchanged:
     def _copy(self, dsts: Any, srcs: Any, sizes: Any) -> None:
         start = perf_counter_ns()
         found = descriptors.plan(dsts, srcs, sizes, self.seams)
-        with interop.device_guard(self.device):
-            stream = interop.current_handle(self.device)
-            report = interop.submit(found, stream, self.batch_size)
+        with streams.device_guard(self.device):
+            stream = streams.current_handle(self.device)
+            report = copies.submit(found, stream, self.batch_size)
         observe.record(self.what, report, perf_counter_ns() - start)
 
 
@@ -190,8 +190,7 @@ def _swap(original: Swap, handler: Any, what: str) -> Swap:
 def _extent(tensor: torch.Tensor) -> tuple[int, int, bool]:
     """Return where a tensor begins and ends, with what lies between its rows."""
     start = tensor.data_ptr()
-    reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    end = start + (reach + 1) * tensor.element_size() if tensor.numel() else start
+    end = start + tensors.reach(tensor)
     return start, end, tensor.is_cuda or (torch.cuda.is_available() and tensor.is_pinned())
 
 

@@ -279,7 +279,7 @@ class TestOverlap:
     def test_agrees_with_looking_at_every_pair(self, monkeypatch):
         from kvsig import copies
 
-        monkeypatch.setattr(copies._core, "copy_batch", lambda *args: None)
+        monkeypatch.setattr(copies._core, "copy_batch", lambda *args: kvsig.Report())
         rng = np.random.default_rng(7)
         outcomes = set()
         for case in range(3000):
@@ -331,6 +331,76 @@ class TestOverlap:
         kvsig.copy_batch(dsts, srcs, 96, stream, check=False)
         stream.synchronize()
         memory.check()
+
+
+class TestMerging:
+    """Neighbours become one copy and even steps strided ones, where there are many."""
+
+    def request(self, rows, width, pitch, order=None):
+        src = np.random.default_rng(3).integers(0, 256, (rows, pitch), dtype=np.uint8)
+        dst = np.zeros((rows, pitch), dtype=np.uint8)
+        index = np.arange(rows) if order is None else order
+        want = np.zeros_like(dst)
+        want[index, :width] = src[index, :width]
+        to, origin = (a.ctypes.data + index * pitch for a in (dst, src))
+        return src, dst, want, (to, origin, np.full(rows, width))
+
+    @pytest.mark.parametrize("listed", [True, False])
+    @pytest.mark.parametrize("descending", [True, False])
+    def test_neighbours_are_one_copy(self, stream, listed, descending):
+        order = np.arange(300)[::-1].copy() if descending else None
+        _, dst, want, (to, origin, sizes) = self.request(300, 64, 64, order)
+        report = kvsig.copy_batch(to, origin, sizes if listed else 64, stream)
+        stream.synchronize()
+        assert (dst == want).all()
+        assert (report.copies, report.calls, report.bytes) == (1, 1, 300 * 64)
+
+    def test_even_steps_are_strided(self, stream):
+        _, dst, want, (to, origin, sizes) = self.request(400, 64, 96)
+        report = kvsig.copy_batch(to, origin, sizes, stream)
+        stream.synchronize()
+        assert (dst == want).all()
+        assert (report.path, report.calls, report.bytes) == ("strided", 1, 400 * 64)
+
+    def test_a_seam_is_not_crossed(self, stream, runtime):
+        control = emulated.Control(_core.info()["library"])
+        src, dst, want, (to, origin, sizes) = self.request(300, 64, 64)
+        for first, last in ((0, 100), (100, 300)):
+            control.mark_host(src[first:].ctypes.data, (last - first) * 64)
+        control.mark_device(dst.ctypes.data, dst.nbytes)
+        report = kvsig.copy_batch(to, origin, sizes, stream)
+        stream.synchronize()
+        control.reset()
+        assert (dst == want).all()
+        assert report.copies == 2
+
+    @pytest.mark.parametrize(
+        "options", [{"merge": False}, {"path": "loop"}], ids=["merge=False", "loop"]
+    )
+    def test_can_be_turned_off(self, stream, options):
+        _, dst, want, (to, origin, sizes) = self.request(300, 64, 64)
+        assert kvsig.copy_batch(to, origin, sizes, stream, **options).copies == 300
+        stream.synchronize()
+        assert (dst == want).all()
+
+    def test_few_copies_and_scattered_ones_are_left_alone(self, stream):
+        *_, arguments = self.request(200, 64, 64)
+        assert kvsig.copy_batch(*arguments, stream).copies == 200
+        stream.synchronize()
+        order = np.random.default_rng(1).permutation(300)
+        _, dst, want, arguments = self.request(300, 64, 64, order)
+        assert kvsig.copy_batch(*arguments, stream).copies == 300
+        stream.synchronize()
+        assert (dst == want).all()
+
+    def test_an_error_says_that_copies_were_merged(self, stream):
+        control = emulated.Control(_core.info()["library"])
+        *_, arguments = self.request(300, 64, 96)
+        control.fault("cudaMemcpy3DAsync", 1)
+        with pytest.raises(kvsig.CudaError) as caught:
+            kvsig.copy_batch(*arguments, stream)
+        control.reset()
+        assert any("merge=False" in note for note in caught.value.__notes__)
 
 
 class TestImport:

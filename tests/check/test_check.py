@@ -207,6 +207,7 @@ def mutations(function: Function, variant: Variant) -> Iterator[Function]:
 # --- The page of the documentation ---------------------------------------------------------------
 
 
+@pytest.mark.checkout
 def test_the_matrix_in_the_docs_is_current() -> None:
     wanted = [(release, command.expected(REGISTRY, release)) for release in REGISTRY.verified]
     page = (ROOT / "docs/releases.md").read_text()

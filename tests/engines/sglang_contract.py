@@ -16,7 +16,7 @@ from stubs import Finder, need
 from kvsig import _core, observe
 from kvsig.emulated import Control
 from kvsig.integrations import sglang as integration
-from kvsig.integrations.sglang import direct, kernel
+from kvsig.integrations.sglang import direct, kernel, layered
 
 IO = "sgl_kernel.kvcacheio"
 JIT = "sglang.kernels.ops.kvcache.hicache"
@@ -56,6 +56,36 @@ def check_twins(folder: Path) -> None:
             known = parameter.kind == parameter.VAR_KEYWORD or parameter.name in found[name]
             # The page size is an argument since 0.5.21.
             need(known or parameter.name == "page_size", f"{name} has no {parameter.name}")
+
+
+def check_loads(folder: Path) -> None:
+    """The method that loads layer by layer: its arguments, and where its events are recorded."""
+    module, _, name = layered.OWNER.rpartition(".")
+    tree = ast.parse((folder.joinpath(*module.split(".")).with_suffix(".py")).read_text())
+    (owner,) = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name]
+    methods = {n.name: n for n in owner.body if isinstance(n, ast.FunctionDef)}
+    need(layered.METHOD in methods, f"{layered.OWNER}.{layered.METHOD} is gone")
+    method = methods[layered.METHOD]
+    keywords = [a.arg for a in method.args.kwonlyargs]
+    need("on_layer_done" in keywords, f"{layered.METHOD} takes {keywords}")
+    need(set(layered._LAYERS) & set(keywords), f"{layered.METHOD} takes {keywords}")
+    loops = [n for n in ast.walk(method) if isinstance(n, ast.For)]
+    outer = next(n for n in loops if "range" in ast.dump(n.iter))
+    done = [
+        n for n in ast.walk(outer)
+        if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "on_layer_done"
+    ]  # fmt: skip
+    need(len(done) == 1, "on_layer_done is not called once for each layer")
+    inner = next(n for n in ast.walk(outer) if isinstance(n, ast.For) and n is not outer)
+    need(done[0].lineno > max(n.lineno for n in ast.walk(inner) if hasattr(n, "lineno")),
+         "on_layer_done does not come behind the copies of a layer")  # fmt: skip
+    for file in (folder / "sglang/srt").rglob("*.py"):
+        if f"{layered.METHOD}(" not in file.read_text():
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == layered.METHOD:
+                names = {word.arg for word in node.keywords}
+                need(names & set(layered._LAYERS), f"{file.name} calls it with {names}")
 
 
 def calls(folder: Path) -> Iterator[tuple[str, str, ast.Call]]:
@@ -118,6 +148,7 @@ def main() -> None:
     check_signatures(module, kernel.AHEAD_OF_TIME)
     check_twins(folder)
     check_calls(folder)
+    check_loads(folder)
     for file, words in SEAMS.items():
         for word in words:
             need(word in (folder / file).read_text(), f"{file} has no {word}")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from stubs import Failure, Finder, need
 
-from kvsig import interop, observe
+from kvsig import observe, streams
 from kvsig.emulated import Stream
 from kvsig.integrations import vllm as integration
 
@@ -102,7 +102,7 @@ def load(folder: Path) -> tuple[Any, Any, Any]:
     given[f"{OFFLOAD}.cpu.shared_offload_region"]["SharedOffloadRegion"].BLOCK_SIZE_ALIGNMENT = 4096
     Finder("vllm", folder, REAL, given)
     torch.Event = Event  # type: ignore[assignment,misc]
-    interop.current_handle = lambda device: platform.current.cuda_stream  # type: ignore
+    streams.current_handle = lambda device: platform.current.cuda_stream  # type: ignore
     base, worker, common = (
         importlib.import_module(f"{OFFLOAD}.{name}")
         for name in ("base", "cpu.gpu_worker", "cpu.common")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from standins import Hooks, HookType, Originals, module
 
-from kvsig import interop, observe
+from kvsig import observe, streams
 from kvsig.emulated import Control, Stream
 
 
@@ -29,7 +29,7 @@ def stream(
         yield 0
         return
     with Stream(control) as own:
-        monkeypatch.setattr(interop, "current_handle", lambda device: own.cuda_stream)
+        monkeypatch.setattr(streams, "current_handle", lambda device: own.cuda_stream)
         yield own.cuda_stream
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from standins import Handler, filled
 
-from kvsig import interop
+from kvsig import streams
 from kvsig.emulated import Control
 from kvsig.integrations import sglang as integration
 from kvsig.integrations.vllm import _Exchanged
@@ -25,7 +25,7 @@ STREAM = 0x1000  # stubbed calls take any
 @pytest.fixture
 def stubbed(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
     control.stub()
-    monkeypatch.setattr(interop, "current_handle", lambda device: STREAM)
+    monkeypatch.setattr(streams, "current_handle", lambda device: STREAM)
 
 
 def fastest(call: Callable[[], object], times: int = 300) -> float:

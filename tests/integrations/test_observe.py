@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from kvsig import Report, interop, observe
+import kvsig
+from kvsig import Report, observe, streams
+from kvsig.emulated import Control, Stream
 
 
 class TestStats:
@@ -95,6 +97,8 @@ class TestRanges:
 
 
 class TestStreams:
+    """In the forms of torch, CUDA's protocol, CuPy and NumPy."""
+
     @pytest.mark.parametrize(
         "stream",
         [
@@ -103,59 +107,82 @@ class TestStreams:
             np.int32(7),
             SimpleNamespace(cuda_stream=7),
             SimpleNamespace(ptr=7),
+            SimpleNamespace(ptr=np.uint64(7)),
             SimpleNamespace(__cuda_stream__=(0, 7)),
             SimpleNamespace(__cuda_stream__=lambda: (0, 7)),
         ],
     )
-    def test_forms(self, stream: object) -> None:
-        assert interop.stream_number(stream) == 7
-        assert type(interop.stream_number(stream)) is int
+    def test_forms(self, control: Control, stream: object) -> None:
+        assert streams.stream_handle(stream) == 7
+        assert type(streams.stream_handle(stream)) is int
 
     @pytest.mark.parametrize("thing", [True, np.True_, "7", 7.0, SimpleNamespace(ptr="7")])
-    def test_what_is_none(self, thing: object) -> None:
-        assert interop.stream_number(thing) is None
+    def test_what_is_none(self, control: Control, thing: object) -> None:
+        with pytest.raises(TypeError, match="stream must be None, a handle"):
+            streams.stream_handle(thing)
 
-    def test_another_version_of_the_protocol(self) -> None:
-        with pytest.raises(ValueError, match="is of version 1: kvsig knows 0"):
-            interop.stream_number(SimpleNamespace(__cuda_stream__=(1, 7)))
+    def test_another_version_of_the_protocol(self, control: Control) -> None:
+        with pytest.raises(ValueError, match="is of version 1: kvsig knows 0, give the handle"):
+            streams.stream_handle(SimpleNamespace(__cuda_stream__=(1, 7)))
+
+    def test_a_cache_takes_them(self, control: Control) -> None:
+        cache = kvsig.PagedKVCache([torch.zeros(8, 4)], torch.ones(2, 1, 4, 4), page_size=4)
+        with Stream(control) as own:
+            for stream in (np.uint64(own.cuda_stream), SimpleNamespace(ptr=own.cuda_stream)):
+                assert cache.load([0], [1], stream=stream).copies == 1
+
+
+class Foreign:
+    """An array of another library."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __dlpack__(self, **arguments: object) -> object:
+        return self.tensor.__dlpack__(**arguments)
+
+    def __dlpack_device__(self) -> object:
+        return self.tensor.__dlpack_device__()
 
 
 class TestArrays:
-    def test_numpy_and_dlpack_share_memory(self) -> None:
-        array = np.arange(6, dtype=np.float32)
-        tensor = torch.arange(6)
+    def test_dlpack_shares_memory(self, control: Control) -> None:
+        layers, pool = torch.zeros(2, 8, 4), torch.rand(2, 2, 4, 4)
+        cache = kvsig.PagedKVCache([Foreign(one) for one in layers], Foreign(pool), page_size=4)
+        cache.load([0], [1], stream=0)
+        control.synchronize()
+        assert torch.equal(layers[:, 4:], pool[0])
 
-        class Other:
+    def test_what_cannot_be_taken(self, control: Control) -> None:
+        class Odd(Foreign):
             def __dlpack__(self, **arguments: object) -> object:
-                return tensor.__dlpack__(**arguments)
+                raise BufferError("it is strange")
 
-            def __dlpack_device__(self) -> object:
-                return tensor.__dlpack_device__()
-
-        assert interop.tensor_of(array, "a").data_ptr() == array.ctypes.data
-        assert interop.tensor_of(Other(), "a").data_ptr() == tensor.data_ptr()
-        assert interop.tensor_of(tensor, "a") is tensor
-
-    def test_refusals(self) -> None:
-        with pytest.raises(TypeError, match=r"host must be a tensor, .* not list"):
-            interop.tensor_of([1], "host")
-        array = np.arange(3)
-        array.flags.writeable = False
-        with pytest.raises(TypeError, match="host is a read-only array"):
-            interop.tensor_of(array, "host")
+        with pytest.raises(TypeError, match=r"device\[1\] is a Odd, which torch cannot take"):
+            kvsig.PagedKVCache([torch.zeros(8, 4), Odd(torch.zeros(8, 4))], None)
 
 
-class TestNumbers:
-    @pytest.mark.parametrize("value", [16, np.int32(16), np.uint64(16), np.array(16)])
-    def test_integers(self, value: object) -> None:
-        found = interop.page_number(value, "page_size", 1)
-        assert found == 16 and type(found) is int
+class TestRecords:
+    """Caches and copy_batch count by themselves."""
 
-    @pytest.mark.parametrize("value", [True, np.True_, 16.0, np.float64(16), "16", None])
-    def test_others(self, value: object) -> None:
-        with pytest.raises(TypeError, match="page_size must be an int, not"):
-            interop.page_number(value, "page_size", 1)
+    def test_of_a_cache(self, control: Control) -> None:
+        layer, pool = torch.zeros(8, 4), torch.ones(2, 1, 4, 4)
+        cache = kvsig.PagedKVCache([layer], pool, page_size=4)
+        cache.load([0], [1], stream=0)
+        cache.offload([0, 1], [1, 0], stream=0)
+        cache.load([0], [1], stream=0, events=[SimpleNamespace(record=lambda stream: None)])
+        found = kvsig.stats()["functions"]
+        assert (found["load"]["calls"], found["load"]["bytes"]) == (2, 2 * 64)
+        assert (found["offload"]["calls"], found["offload"]["bytes"]) == (1, 2 * 64)
+        assert found["load"]["host_seconds"] > 0
 
-    def test_the_least(self) -> None:
-        with pytest.raises(ValueError, match="page_size must be at least 1, not 0"):
-            interop.page_number(np.int64(0), "page_size", 1)
+    def test_of_copies(self, control: Control) -> None:
+        one, other = torch.zeros(8), torch.ones(8)
+        kvsig.copy_batch([one.data_ptr()], [other.data_ptr()], 32, stream=0)
+        assert kvsig.stats()["functions"]["copy_batch"]["bytes"] == 32
+
+    def test_a_request_that_fails_is_not_counted(self, control: Control) -> None:
+        cache = kvsig.PagedKVCache([torch.zeros(8, 4)], torch.ones(2, 1, 4, 4), page_size=4)
+        with pytest.raises(ValueError, match="out of range|has pages"):
+            cache.load([9], [0], stream=0)
+        assert "load" not in kvsig.stats()["functions"]

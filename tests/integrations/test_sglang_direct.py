@@ -10,10 +10,10 @@ import pytest
 import torch
 from standins import filled
 
-from kvsig import _core, interop, observe
+from kvsig import _core, copies, observe
 from kvsig.emulated import Control
 from kvsig.integrations import sglang as integration
-from kvsig.integrations.sglang import direct
+from kvsig.integrations.sglang import direct, pools
 
 LAYERS, PAGE, PAGES = 3, 4, 24
 LOAD, OFFLOAD = "transfer_kv_per_layer_direct_pf_lf", "transfer_kv_all_layer_direct_lf_pf"
@@ -217,8 +217,8 @@ def test_a_registered_block_that_ends_within_a_pool(
 
     monkeypatch.setattr(_core, "memory_range", memory_range)
     seen: list[Any] = []
-    submit = interop.submit
-    monkeypatch.setattr(interop, "submit", lambda f, *rest: (seen.append(f), submit(f, *rest))[1])
+    submit = copies.submit
+    monkeypatch.setattr(copies, "submit", lambda f, *rest: (seen.append(f), submit(f, *rest))[1])
     moved = torch.arange(10, 40)
     expect(served, "transfer_kv_direct", [host[0]], [device], moved, moved, page_size=1)
     (found,) = seen
@@ -271,8 +271,8 @@ class TestWhatIsNotServed:
 
 def test_a_gpus_tensors_on_the_emulated_runtime(control: Control) -> None:
     gpu = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
-    with pytest.raises(direct.Unserved, match="unset KVSIG_CUDART"):
-        direct._device([(gpu, torch.zeros(1))])
+    with pytest.raises(pools.Unserved, match="unset KVSIG_CUDART"):
+        pools.device_of([(gpu, torch.zeros(1))])
 
 
 @pytest.mark.known_failure("server-down")

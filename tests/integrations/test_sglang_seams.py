@@ -69,19 +69,6 @@ class TestPlugin:
         assert sglang.hooks.waiting == []
         assert integration.install() == [] and not any(integration.installed().values())
 
-    def test_the_kernel_backend_is_a_warning_that_says_what_to_configure(
-        self, sglang: SimpleNamespace, control: Control, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        integration.plugin()
-        sglang.hooks.apply()
-        for _ in range(3):
-            sglang.pool.transfer_kv_per_layer("any", item_size=8)
-        assert sglang.calls == ["transfer_kv_per_layer"] * 3
-        (warning,) = [r.message for r in caplog.records if r.levelno == logging.WARNING]
-        assert "nothing is served" in warning and "--hicache-io-backend direct" in warning
-        reasons = observe.stats()["passed_on"]["sglang.transfer_kv_per_layer"]
-        assert reasons == {"page numbers on the GPU need the page-copy kernel": 3}
-
     def test_the_entry_point_is_this_function(self) -> None:
         import tomllib
         from pathlib import Path
@@ -148,22 +135,22 @@ def test_kernel_requests_say_where_tokens_lie() -> None:
     load = AHEAD_OF_TIME["transfer_kv_per_layer_mla_pf_lf"](
         host, device, "from", "to", layer_id=2, item_size=item, src_layout_dim=3 * item
     )
-    assert load.src == (Place(host[0, 2].data_ptr(), 3 * item),)
-    assert load.dst == (Place(device.data_ptr(), item),)
+    assert load.src == (Place(host[0, 2].data_ptr(), 3 * item, rows=6),)
+    assert load.dst == (Place(device.data_ptr(), item, rows=6),)
     assert (load.src_indices, load.dst_indices, load.width) == ("from", "to", item)
     table = torch.zeros(3, dtype=torch.uint64)
     store = AHEAD_OF_TIME["transfer_kv_all_layer_lf_pf"](
         table, host, table, host, "from", "to", item, 3 * item, 3, block_quota=8
     )
-    assert store.dst[0] == Place(host.data_ptr(), 3 * item, item) and store.layers == 3
+    assert store.dst[0] == Place(host.data_ptr(), 3 * item, item, rows=6) and store.layers == 3
     heads = AHEAD_OF_TIME["transfer_kv_per_layer_ph_lf"](
         host, device, host, device, "from", "to", 1, item, 48, page_size=2, head_num=4
     )
-    assert heads.src[1] == Place(host.data_ptr() + 4, 48, 0, 4) and heads.page_size == 2
+    assert heads.src[1] == Place(host.data_ptr() + 4, 48, 0, 4, 6) and heads.page_size == 2
     view = JUST_IN_TIME["transfer_hicache_one_layer"](
         device, device, "to", host[:, 1], host[:, 1], "from", element_dim=8
     )
-    assert view.src[0] == Place(host[0, 1].data_ptr(), 3 * item) and view.width == item
+    assert view.src[0] == Place(host[0, 1].data_ptr(), 3 * item, rows=6) and view.width == item
 
 
 def test_stats_by_integration_and_in_text(sglang: SimpleNamespace, control: Control) -> None:

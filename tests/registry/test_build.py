@@ -27,6 +27,7 @@ class TestGeneratedText:
         assert file.stat().st_mtime_ns > 1
         assert file.read_text() == "two\n"
 
+    @pytest.mark.checkout
     def test_the_generator_names_no_function_of_the_registry(self):
         text = (ROOT / "kvsig" / "codegen.py").read_text()
         assert [name for name in kvsig.registry.load().functions if name in text] == []
@@ -43,6 +44,7 @@ class TestGeneratedText:
         assert "kvsig/signatures.toml" in listed
 
 
+@pytest.mark.checkout
 def test_sdist_has_sources_only_and_the_version_of_the_package(tmp_path):
     setuptools = pytest.importorskip("setuptools")
     if int(setuptools.__version__.split(".")[0]) < 77:

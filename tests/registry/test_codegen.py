@@ -154,6 +154,7 @@ class TestLayout:
             ('["int a", "int b"]', '["int a", "double b"]', "size of struct Pair is not what its"),
         ],
     )
+    @pytest.mark.checkout
     def test_a_wrong_size_is_no_emulated_runtime(self, old: str, new: str, text: str) -> None:
         with pytest.raises(AssertionError, match=text):
             check_glue(parse(changed(old, new)), 12080)
@@ -162,6 +163,7 @@ class TestLayout:
         with pytest.raises(RuntimeError, match="signatures.toml: size of struct Pair is not what"):
             build(parse(changed("size = 8", "size = 16")), tmp_path)
 
+    @pytest.mark.checkout
     def test_a_wrong_offset_breaks_the_build(self, monkeypatch: pytest.MonkeyPatch) -> None:
         right = registry.Registry.offsets
 
@@ -180,6 +182,7 @@ class TestLayout:
                 assert table.layout(ctype) == _marshal.layout(table, ctype)
                 assert table.layout(ctype)[0] == struct.size
 
+    @pytest.mark.checkout
     def test_a_struct_may_stand_before_what_it_holds(self) -> None:
         outer = '[struct.Outer]\nlibrary = "cudart"\nsize = 8\nfields = ["struct Pair pair"]\n\n'
         table = parse(changed("[struct.Pair]", f"{outer}[struct.Pair]"))

@@ -23,6 +23,7 @@ from future import AFTER_TEXT, NEXT_TEXT
 from kvsig import _core
 
 ROOT = Path(_core.__file__).parent.parent
+pytestmark = pytest.mark.checkout
 
 # Dropped: numAttrs. Added: policy and where, which carry their values. Order: all else moved.
 NEXT_BATCH = f"""

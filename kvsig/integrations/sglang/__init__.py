@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import sys
 import threading
 import types
@@ -18,7 +19,8 @@ from typing import Any
 
 from kvsig import observe
 from kvsig._core import Report
-from kvsig.integrations.sglang import direct, kernel
+from kvsig.integrations.sglang import direct, kernel, launches, layered
+from kvsig.integrations.sglang.launches import WrongToken
 
 __all__ = ["install", "installed", "plugin", "uninstall"]
 
@@ -27,14 +29,10 @@ _HICACHE = ("sglang.kernels.ops.kvcache.hicache", "sglang.jit_kernel.hicache")
 _DIRECT: dict[str, Callable[..., Report | str]] = {
     name: getattr(direct, name) for name in direct.__all__
 }
-_NEEDS_KERNEL = "page numbers on the GPU need the page-copy kernel"
 _CONFIGURE = (
     "start the server with --hicache-io-backend direct (from SGLang 0.5.14 on the layout "
     "page_first_direct follows; before, add --hicache-mem-layout page_first_direct)"
 )
-
-# Answers a request of the kernel functions, once there is a page-copy kernel that takes them.
-_kernel_server: Callable[[kernel.Request], Report | str] | None = None
 
 # Originals are kept in an object, never as names of a module: whoever rebinds the functions of
 # all modules would rebind those too, and the wrapper would call itself for ever.
@@ -45,16 +43,26 @@ _warned: list[str] = []
 
 
 def _targets() -> Iterator[tuple[str, str, Callable[..., Any]]]:
-    """Give module, name and hook of each function that this SGLang has."""
+    """Give owner, name and hook of each function that this SGLang has."""
     for module in (_KVCACHEIO, *_HICACHE):
-        try:
-            found = importlib.import_module(module)
-        except Exception as error:  # a compiled part that does not load is not kvsig's trouble
-            observe.logger.debug("kvsig: %s cannot be imported: %s", module, error)
-            continue
+        found = _resolved(module)
         for name, hook in _hooks(module):
             if callable(getattr(found, name, None)):
                 yield module, name, hook
+    if callable(getattr(_resolved(layered.OWNER), layered.METHOD, None)):
+        yield layered.OWNER, layered.METHOD, _around_loads()
+
+
+def _resolved(path: str) -> Any:
+    """Return a module, or a class of one; None for what cannot be imported."""
+    module, _, name = path.rpartition(".")
+    try:
+        if name[:1].isupper():
+            return getattr(importlib.import_module(module), name, None)
+        return importlib.import_module(path)
+    except Exception as error:  # a compiled part that does not load is not kvsig's trouble
+        observe.logger.debug("kvsig: %s cannot be imported: %s", path, error)
+        return None
 
 
 def _hooks(module: str) -> Iterator[tuple[str, Callable[..., Any]]]:
@@ -74,6 +82,8 @@ def _around(what: str, serve: Callable[..., Report | str]) -> Callable[..., Any]
         start = perf_counter_ns()
         try:
             answer = serve(*args, **kwargs)
+        except WrongToken:  # an earlier call's data are not where SGLang takes them to be
+            raise
         except Exception as error:  # an exception here ends SGLang's scheduler
             observe.fell_back(what, error)
             return original(*args, **kwargs)
@@ -88,32 +98,48 @@ def _around(what: str, serve: Callable[..., Report | str]) -> Callable[..., Any]
 
 def _around_kernel(what: str, request: Callable[..., kernel.Request]) -> Callable[..., Any]:
     """Make a hook of a function whose page numbers are on the GPU."""
+    known = kernel.TUNING | set(inspect.signature(request).parameters)
 
     def serve(*args: Any, **kwargs: Any) -> Report | str:
-        assert _kernel_server is not None
-        return _kernel_server(request(*args, **kwargs))
+        if not known.issuperset(kwargs):
+            return direct.UNKNOWN
+        answer = launches.serve(request(*args, **kwargs))
+        if isinstance(answer, str) and not _warned and answer == launches.refusal():
+            _warned.append(what)
+            why = f"HiCache calls {what.partition('.')[2]}, which needs the page-copy kernel: "
+            observe.warn_unserved("sglang", why + answer, _CONFIGURE)
+        return answer
 
     served = _around(what, serve)
 
     def hook(original: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        if _kernel_server is not None:
-            return served(original, *args, **kwargs)
-        if not _warned:
-            _warned.append(what)
-            observe.warn_unserved("sglang", f"HiCache calls {what.partition('.')[2]}", _CONFIGURE)
-        observe.passed_on(what, _NEEDS_KERNEL)
-        return original(*args, **kwargs)
+        load = layered.current()
+        if load is not None and known.issuperset(kwargs):
+            again = functools.partial(original, *args, **kwargs)
+            if load.takes(request(*args, **kwargs), again):
+                return None
+        return served(original, *args, **kwargs)
+
+    return hook
+
+
+def _around_loads() -> Callable[..., Any]:
+    """Make a hook of SGLang's method that loads layer by layer."""
+
+    def hook(original: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        return layered.submit(original, *args, **kwargs)
 
     return hook
 
 
 def _announce(names: list[str]) -> None:
-    served = [name for name in names if name in _DIRECT]
+    why = launches.refusal()
+    served = [name for name in names if name in _DIRECT or why is None]
     observe.announce(
         "sglang",
         f"sglang {_version('sglang')}, sgl_kernel {_version('sgl_kernel')}",
         ", ".join(served) or "nothing",
-        "the kernel backend, whose page numbers are on the GPU",
+        "torch's own copies" if why is None else f"the kernel backend ({why})",
     )
 
 
@@ -160,13 +186,15 @@ def install() -> list[str]:
         return []
     with _lock:
         new: dict[int, tuple[Callable[..., Any], Callable[..., Any]]] = {}
-        for module, name, hook in _targets():
-            if (module, name) in _originals:
+        for owner, name, hook in _targets():
+            if (owner, name) in _originals:
                 continue
-            original = getattr(sys.modules[module], name)
-            wrapper = functools.wraps(original)(functools.partial(hook, original))
-            _originals[module, name], _wrappers[module, name] = original, wrapper
+            place = _resolved(owner)
+            original = getattr(place, name)
+            wrapper = _wrapper(hook, original)
+            _originals[owner, name], _wrappers[owner, name] = original, wrapper
             new[id(original)] = original, wrapper
+            setattr(place, name, wrapper)
         _rebind(new)
         done = [f"{module}.{name}" for module, name in _originals]
     if not done:
@@ -182,8 +210,11 @@ def uninstall() -> None:
     """Put SGLang's functions back; does nothing where `install` was not called."""
     with _lock:
         old: dict[int, tuple[Callable[..., Any], Callable[..., Any]]] = {}
-        for place, wrapper in _wrappers.items():
-            old[id(wrapper)] = wrapper, _originals[place]
+        for (owner, name), wrapper in _wrappers.items():
+            original = _originals[owner, name]
+            old[id(wrapper)] = wrapper, original
+            if getattr(_resolved(owner), name, None) is wrapper:
+                setattr(_resolved(owner), name, original)
         _rebind(old)
         _originals.clear()
         _wrappers.clear()
@@ -193,16 +224,23 @@ def uninstall() -> None:
 def installed() -> dict[str, bool]:
     """Whether kvsig is asked first, by function "module.name", by plugin or by `install`."""
     found = {}
-    for module, name, _ in _targets():
-        function = getattr(sys.modules[module], name)
-        found[f"{module}.{name}"] = _is_ours(function)
+    for owner, name, _ in _targets():
+        found[f"{owner}.{name}"] = _is_ours(getattr(_resolved(owner), name))
     return found
+
+
+def _wrapper(hook: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the function that stands in the original's place; a method's too."""
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return hook(original, *args, **kwargs)
+
+    return wrapper
 
 
 def _is_ours(function: Any) -> bool:
     """Whether a function is a wrapper of `install`, or one of SGLang's around a hook of kvsig's."""
-    if isinstance(function, functools.partial):
-        function = function.func
     cells = getattr(function, "__closure__", None) or ()
     inner = [cell.cell_contents for cell in cells]
     own = [f for f in [function, *inner] if getattr(f, "__module__", None) == __name__]

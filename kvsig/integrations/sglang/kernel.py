@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["AHEAD_OF_TIME", "JUST_IN_TIME", "Place", "Request"]
+__all__ = ["AHEAD_OF_TIME", "JUST_IN_TIME", "TUNING", "Place", "Request"]
 
 
 class Place(NamedTuple):
@@ -29,12 +29,15 @@ class Place(NamedTuple):
     head : int
         Page-head pools, whose pages are (heads, page_size, layers, width of a head): heads, of
         which each token has one piece. 0 for others.
+    rows : int
+        Tokens that there are; 0 with a table, which does not say.
     """
 
     base: int | torch.Tensor
     token: int
     layer: int = 0
     head: int = 0
+    rows: int = 0
 
 
 class Request(NamedTuple):
@@ -53,6 +56,8 @@ class Request(NamedTuple):
     page_size : int
         Tokens of a page, for page-head pools, and where tokens of a page are known to follow each
         other; otherwise 1.
+    staged : bool
+        Whether SGLang gathers pages on the GPU first, and copies them to the host page by page.
     """
 
     src: tuple[Place, ...]
@@ -62,12 +67,15 @@ class Request(NamedTuple):
     width: int
     layers: int = 1
     page_size: int = 1
+    staged: bool = False
 
 
 def _whole(*tensors: torch.Tensor, token: int, first: int = 0, layer: int = 0, head: int = 0) -> (
     tuple[Place, ...]
 ):  # fmt: skip
-    return tuple(Place(t.data_ptr() + first, token, layer, head) for t in tensors)
+    return tuple(
+        Place(t.data_ptr() + first, token, layer, head, t.nbytes // token) for t in tensors
+    )
 
 
 def _tables(*tensors: torch.Tensor, token: int) -> tuple[Place, ...]:
@@ -75,7 +83,20 @@ def _tables(*tensors: torch.Tensor, token: int) -> tuple[Place, ...]:
 
 
 def _rows(*tensors: torch.Tensor) -> tuple[Place, ...]:
-    return tuple(Place(t.data_ptr(), t.stride(0) * t.element_size()) for t in tensors)
+    return tuple(
+        Place(t.data_ptr(), t.stride(0) * t.element_size(), rows=t.shape[0]) for t in tensors
+    )
+
+
+def _pool(*tensors: torch.Tensor) -> tuple[Place, ...]:
+    """Places of (tokens, layers, ...)."""
+    return tuple(
+        Place(
+            t.data_ptr(), t.stride(0) * t.element_size(), t.stride(1) * t.element_size(),
+            rows=t.shape[0],
+        )
+        for t in tensors
+    )  # fmt: skip
 
 
 def _per_layer(
@@ -207,6 +228,29 @@ def _every_layer_mla(
     return Request(src, dst, indices_src, indices_dst, element_size, layers, page_size or 1)
 
 
+def _staged(
+    k_ptr_src: Any, v_ptr_src: Any, src_indices: Any, dst_indices: Any, staging_k: Any,
+    staging_v: Any, dst_k: Any, dst_v: Any, *, page_size: int, element_size: int | None = None,
+    **_: Any,
+) -> Request:  # fmt: skip
+    width = element_size or dst_k.stride(1) * dst_k.element_size()
+    src = _tables(k_ptr_src, v_ptr_src, token=width)
+    layers = int(k_ptr_src.shape[0])
+    return Request(
+        src, _pool(dst_k, dst_v), src_indices, dst_indices, width, layers, page_size, True
+    )
+
+
+def _staged_mla(
+    ptr_src: Any, src_indices: Any, dst_indices: Any, staging: Any, dst: Any, *, page_size: int,
+    element_size: int | None = None, **_: Any,
+) -> Request:  # fmt: skip
+    width = element_size or dst.stride(1) * dst.element_size()
+    sides = _tables(ptr_src, token=width), _pool(dst)
+    layers = int(ptr_src.shape[0])
+    return Request(*sides, src_indices, dst_indices, width, layers, page_size, True)
+
+
 #: Functions of ``sgl_kernel.kvcacheio``, by name.
 AHEAD_OF_TIME: dict[str, Callable[..., Request]] = {
     "transfer_kv_per_layer": _per_layer,
@@ -227,4 +271,9 @@ JUST_IN_TIME: dict[str, Callable[..., Request]] = {
     "transfer_hicache_all_layer": _every_layer,
     "transfer_hicache_one_layer_mla": _one_layer_mla,
     "transfer_hicache_all_layer_mla": _every_layer_mla,
+    "transfer_hicache_all_layer_staged_lf_pf": _staged,
+    "transfer_hicache_all_layer_mla_staged_lf_pf": _staged_mla,
 }
+
+#: Arguments that say how SGLang's kernels are to run, and nothing of what is copied.
+TUNING = frozenset(("block_quota", "num_warps_per_block", "unroll"))

@@ -1,0 +1,326 @@
+"""Requests of the kernel functions, served by launches of the page-copy kernel.
+
+Token numbers are read on the GPU, where they are. Where tokens lie is worked out once for each set
+of buffers, and known again by what it is: addresses, pitches and the registered memory they are in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvsig import _core, kernel, streams, tensors
+from kvsig._core import KernelCode, KernelLane, KernelPlanes, Report
+from kvsig._errors import CudaError
+from kvsig.call import call
+from kvsig.integrations.sglang.kernel import Place, Request
+from kvsig.integrations.sglang.pools import Unserved
+from kvsig.planning import costs
+
+__all__ = ["Launched", "WrongToken", "launch", "refusal", "serve"]
+
+Numbers: TypeAlias = "tuple[int, int, int] | npt.NDArray[np.int64]"
+
+#: Multiprocessors of a long transfer, and layers that one launch can tell of.
+SMS, LAYERS = 4, 1024
+#: Staged pages from which copy engines are as fast, and leave the multiprocessors alone.
+STAGED_BYTES = 128 << 10
+#: What stands for the tokens of a buffer of which only the address is known.
+ANY = 1 << 40
+_MEMORY_TYPE, _DEVICE_POINTER, _HOST = 2, 3, 1
+_MANY = 4096
+
+
+class WrongToken(ValueError):
+    """A token number on the GPU that its buffer does not have; nothing of its transfer moved."""
+
+
+class Known(NamedTuple):
+    """Where the tokens of requests lie, ready to be launched."""
+
+    code: KernelCode
+    planes: KernelPlanes
+    limits: tuple[int, int]
+    source: int
+    rate: float
+    registered: tuple[tuple[int, tuple[int, int]], ...]
+    tables: tuple[torch.Tensor, ...]
+
+
+class Launched(NamedTuple):
+    """A launch that is queued, and what a stream waits for: ``lane.wait(layer, value, stream)``."""
+
+    report: Report
+    lane: KernelLane | None = None
+    value: int = 0
+
+
+_known: dict[Any, Known] = {}
+_lanes: dict[tuple[int | None, int], KernelLane] = {}
+_codes: dict[tuple[int | None, int], KernelCode] = {}
+# The last token numbers of a page-head pool, and what they were made of.
+_heads: tuple[Any, torch.Tensor] | None = None
+
+
+def refusal() -> str | None:
+    """Say why this process cannot launch the page-copy kernel, or None."""
+    return kernel.refusal()
+
+
+def serve(request: Request) -> Report | str:
+    """Move what one call asks for; the report, or the reason why it is left to SGLang."""
+    if request.staged and request.page_size * request.dst[0].token >= STAGED_BYTES:
+        return "staged pages of 128 KiB or more, which copy engines move as fast"
+    try:
+        return launch([[request]], streams.current_handle(_device(request))).report
+    except Unserved as unserved:
+        return str(unserved)
+
+
+def launch(layers: Sequence[Sequence[Request]], handle: int, flags: bool = False) -> Launched:
+    """Queue requests of the same token numbers as one launch.
+
+    Parameters
+    ----------
+    layers : sequence of sequence of Request
+        Layer by layer, as many of each; or one of several layers alone.
+    handle : int
+        Of the stream.
+    flags : bool, optional
+        Whether each layer is to raise its flag.
+
+    Raises
+    ------
+    Unserved
+        If the kernel cannot do it; nothing is queued.
+    WrongToken
+        If a launch before this one was given a number that its buffer does not have.
+    """
+    first = layers[0][0]
+    device = _device(first)
+    with streams.device_guard(device):
+        key = _key(layers)
+        known = _known_again(key) or _found(key, layers, device, handle)
+        numbers = [
+            _numbers(first, side, handle) for side in ((1, 0) if known.source else (0, 1))
+        ]
+        counts = [n[1] if isinstance(n, tuple) else len(n) for n in numbers]
+        if counts[0] != counts[1]:
+            raise Unserved("indices that are not of one length")
+        if not counts[0]:
+            return Launched(Report())
+        listed = [n for n in numbers if not isinstance(n, tuple)]
+        for given, limit in zip(numbers, known.limits, strict=True):
+            if not isinstance(given, tuple) and (given.min() < 0 or given.max() >= limit):
+                raise Unserved("an index outside of a tensor")
+        lane = _lane(device, handle)
+        recorded = bool(listed) and _captured(handle)
+        report, value = _core.launch_kernel(
+            known.code, known.planes, lane, numbers[0], numbers[1], known.limits, known.source,
+            sms=SMS, rate=known.rate, flags=flags, recorded=recorded,
+        )  # fmt: skip
+    return Launched(report, lane, value)
+
+
+def _device(request: Request) -> torch.device:
+    for indices in (request.src_indices, request.dst_indices):
+        if isinstance(indices, torch.Tensor) and indices.device.type == "cuda":
+            return indices.device
+    if not _core.is_emulated():
+        raise Unserved("indices that are not on a GPU")
+    return torch.device("cpu")
+
+
+def _captured(handle: int) -> bool:
+    return handle > 1 and int(call("cudaStreamIsCapturing", stream=handle)) != 0
+
+
+def _lane(device: torch.device, handle: int) -> KernelLane:
+    lane = _lanes.get((device.index, handle))
+    if lane is None:
+        if _captured(handle):
+            raise Unserved("a captured stream that no transfer has run on before")
+        lane = _lanes[device.index, handle] = KernelLane(LAYERS, handle)
+    wrong = lane.take_wrong()
+    if wrong is not None:
+        side = ("device", "host")[wrong[0]]
+        raise WrongToken(
+            f"token number {wrong[1]} of the {side}'s side was {wrong[2]}, which its buffer does "
+            "not have: an earlier transfer of this stream moved nothing"
+        )
+    return lane
+
+
+def _numbers(request: Request, side: int, handle: int) -> Numbers:
+    """Return a side's token numbers: where they are on the GPU, or checked ones in host memory."""
+    indices = (request.src_indices, request.dst_indices)[side]
+    heads = (request.src, request.dst)[side][0].head
+    if heads > 1:
+        indices = _by_head(indices, heads, request.page_size, handle)
+    there = tensors.device_numbers(indices, indices)
+    if there is not None:
+        return there[0]
+    if indices.dtype is not torch.int64 or indices.ndim != 1 or indices.is_cuda:
+        raise Unserved("indices that are not a list of int32 or int64")
+    listed: npt.NDArray[np.int64] = np.ascontiguousarray(indices.numpy())
+    return listed
+
+
+def _by_head(indices: torch.Tensor, heads: int, page: int, handle: int) -> torch.Tensor:
+    """Number the rows of (pages, heads, page_size) that hold tokens' first heads, on the GPU."""
+    global _heads
+    made_of = id(indices), indices.data_ptr(), len(indices), heads, page, handle
+    versions = -1 if indices.is_inference() else indices._version
+    if _heads is not None and versions >= 0 and _heads[0] == (made_of, versions, indices):
+        return _heads[1]
+    rows = indices + indices // page * ((heads - 1) * page)
+    _heads = None if versions < 0 else (_Same((made_of, versions, indices)), rows)
+    return rows
+
+
+class _Same(tuple):  # type: ignore[type-arg]
+    """Compares a tensor, kept so that its identity is not given again, by identity alone."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, tuple) and self[:2] == other[:2] and self[2] is other[2]
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _key(layers: Sequence[Sequence[Request]]) -> tuple[Any, ...]:
+    return tuple(
+        (r.width, r.layers, r.page_size, *(_place_key(p) for p in r.src + r.dst))
+        for layer in layers
+        for r in layer
+    )
+
+
+def _place_key(place: Place) -> tuple[int, ...]:
+    base = place.base
+    if isinstance(base, torch.Tensor):
+        version = -1 if base.is_inference() else base._version
+        return (id(base), base.data_ptr(), version, *place[1:])
+    return base, *place[1:]
+
+
+def _known_again(key: tuple[Any, ...]) -> Known | None:
+    found = _known.get(key)
+    if found is None:
+        return None
+    for address, block in found.registered:
+        if _core.memory_range(address) != block:
+            del _known[key]  # it was registered anew, or is not any more
+            return None
+    return found
+
+
+def _found(
+    key: tuple[Any, ...], layers: Sequence[Sequence[Request]], device: torch.device, handle: int
+) -> Known:
+    """Work out where the tokens of requests lie, and put it where the kernel reads it."""
+    if _captured(handle):
+        raise Unserved("buffers that no transfer has used before the stream was captured")
+    why = kernel.refusal()
+    if why is not None:
+        raise Unserved(why)
+    columns = [column for layer in layers for column in _layer_columns(layer)]
+    planes = np.array(columns, dtype=np.uint64)  # src, dst, their pitches, width
+    if len(planes) % len(layers) or not len(planes):
+        raise Unserved("layers that are not alike")
+    many = layers[0][0].layers if len(layers) == 1 else len(layers)
+    source = _source(planes)
+    requests = [request for layer in layers for request in layer]
+    limits = (
+        min(_rows(place) for request in requests for place in request.src),
+        min(_rows(place) for request in requests for place in request.dst),
+    )
+    near, far = (1, 0) if source else (0, 1)
+    unit = kernel.unit_of(planes)
+    table = kernel.table(
+        (planes[:, near], planes[:, far]), (planes[:, 2 + near], planes[:, 2 + far]), planes[:, 4],
+        unit,
+    )  # fmt: skip
+    model = costs.load(streams.device_name(device))
+    rate = (model.load if source else model.offload).kernel_rate / 1e3
+    blocks = {_core.memory_range(int(a)): int(a) for a in planes[:, far]}
+    found = Known(
+        _code(device, unit), KernelPlanes(table, len(planes) // many, unit),
+        (limits[near], limits[far]), source, rate,
+        tuple((address, block) for block, address in blocks.items() if block is not None),
+        tuple(p.base for r in requests for p in r.src + r.dst if isinstance(p.base, torch.Tensor)),
+    )  # fmt: skip
+    if len(_known) >= _MANY:
+        _known.clear()
+    _known[key] = found
+    return found
+
+
+def _layer_columns(requests: Sequence[Request]) -> list[tuple[int, int, int, int, int]]:
+    """Planes of requests, layer by layer: addresses, pitches, width; heads are planes."""
+    rows = []
+    bases = [
+        [_bases(place, request.layers) for place in request.src + request.dst]
+        for request in requests
+    ]
+    for layer in range(requests[0].layers):
+        for request, of in zip(requests, bases, strict=True):
+            half = len(request.src)
+            heads = max(1, *(place.head for place in request.src + request.dst))
+            width = request.width // heads
+            for i, (src, dst) in enumerate(zip(request.src, request.dst, strict=True)):
+                for head in range(heads):
+                    rows.append((
+                        of[i][layer] + head * _head_step(src, request, width),
+                        of[half + i][layer] + head * _head_step(dst, request, width),
+                        src.token // (src.head or 1), dst.token // (dst.head or 1), width,
+                    ))  # fmt: skip
+    return rows
+
+
+def _head_step(place: Place, request: Request, width: int) -> int:
+    return request.page_size * (place.token // place.head) if place.head else width
+
+
+def _bases(place: Place, layers: int) -> list[int]:
+    base = place.base
+    if isinstance(base, torch.Tensor):
+        if base.numel() != layers:
+            raise Unserved("a table that has not one address for each layer")
+        # Waits for what makes the table: once, at the first transfer of a pool.
+        return [int(address) for address in base.view(torch.int64).tolist()]
+    return [base + layer * place.layer for layer in range(layers)]
+
+
+def _rows(place: Place) -> int:
+    return place.rows * (place.head or 1) if place.rows else ANY
+
+
+def _fact(attribute: int, address: int) -> int:
+    fact = np.zeros(1, dtype=np.uint64)
+    call("cuPointerGetAttribute", data=fact, attribute=attribute, ptr=address)
+    return int(fact[0])
+
+
+def _source(planes: npt.NDArray[np.uint64]) -> int:
+    """Return 1 for transfers from the host to the device, 0 for those back."""
+    try:
+        sides = [{_fact(_MEMORY_TYPE, int(a)) == _HOST for a in planes[:, side]} for side in (0, 1)]
+        moved = any(_fact(_DEVICE_POINTER, int(a)) != a for a in planes[:, :2].ravel())
+    except CudaError:
+        raise Unserved("memory that is neither a GPU's nor page-locked") from None
+    if moved:
+        raise Unserved("host memory that the GPU knows by other addresses")
+    if sides not in ([{True}, {False}], [{False}, {True}]):
+        raise Unserved("buffers that are not on a GPU and in host memory, one side each")
+    return 1 if sides[0] == {True} else 0
+
+
+def _code(device: torch.device, unit: int) -> KernelCode:
+    found = _codes.get((device.index, unit))
+    if found is None:
+        found = _codes[device.index, unit] = KernelCode(kernel.build(unit))
+    return found

@@ -1,0 +1,8 @@
+import numpy as np
+import numpy.typing as npt
+
+_Words = npt.NDArray[np.uint64]
+
+def neighbours(
+    dsts: _Words, srcs: _Words, sizes: _Words | None, same: int
+) -> tuple[int, int]: ...
