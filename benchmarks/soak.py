@@ -30,7 +30,7 @@ from kvsig import _core, emulated
 PAGE_SIZE = 4
 #: Bytes of a token in K and V, or in the one latent.
 WIDTHS = ((16, 16), (256, 256), (4096, 4096), (144,), (64, 32))
-LAYOUTS = ("page_first_direct", "layer_first")
+LAYOUTS = ("page_first_direct", "page_first", "layer_first")
 PATHS = ("auto", *kvsig.cache.PATHS)
 
 
@@ -48,6 +48,8 @@ class Shape:
         """Shape of a host pool."""
         if self.layout == "layer_first":
             return self.layers, self.host_pages * PAGE_SIZE, width
+        if self.layout == "page_first":
+            return self.host_pages * PAGE_SIZE, self.layers, width
         return self.host_pages, self.layers, PAGE_SIZE, width
 
 
@@ -119,6 +121,9 @@ class OnGpu:
         width = PAGE_SIZE * pool.shape[-1]
         if shape.layout == "layer_first":
             return pool.view(shape.layers, shape.host_pages, width)
+        if shape.layout == "page_first":
+            rows = pool.view(shape.host_pages, PAGE_SIZE, shape.layers, -1).permute(2, 0, 1, 3)
+            return rows.reshape(shape.layers, shape.host_pages, width)
         return pool.view(shape.host_pages, shape.layers, width).transpose(0, 1)
 
     def _index(self, pages: list[int]) -> torch.Tensor:
@@ -205,7 +210,13 @@ class OnEmulated:
         ]
         self.near = [[self._paged(a).copy() for a in group] for group in self.groups]
         self.views = [self._host_paged(shape, pool) for pool in self.pools]
-        self.far = [[view.copy() for view in group] for group in self.views]
+        pages = shape.host_pages
+        self.far = [[view.reshape(pages, -1).copy() for view in group] for group in self.views]
+        # As allocated and registered memory, which the kernel can be let loose on.
+        self.marked = [array for group in self.groups for array in group] + self.pools
+        for array in self.marked:
+            mark = stream.control.mark_device if array.ndim == 2 else stream.control.mark_host
+            mark(array.ctypes.data, array.nbytes)
         self.fresh = made.integers(0, 256, 1 << 20, dtype=np.uint8)
         self.snapshots = np.zeros(self.SNAPSHOT, np.uint8)
         self.expected: list[tuple[int, np.ndarray]] = []
@@ -227,6 +238,9 @@ class OnEmulated:
     def _host_paged(self, shape: Shape, pool: np.ndarray) -> list[np.ndarray]:
         if shape.layout == "layer_first":
             return [self._paged(layer) for layer in pool]
+        if shape.layout == "page_first":
+            rows = pool.reshape(shape.host_pages, PAGE_SIZE, shape.layers, -1)
+            return [rows[:, :, layer] for layer in range(shape.layers)]
         flat = pool.reshape(shape.host_pages, shape.layers, -1)
         return [flat[:, layer] for layer in range(shape.layers)]
 
@@ -294,7 +308,9 @@ class OnEmulated:
             pairs += list(zip(views, mirrors, strict=True))
         for now, want in pairs:
             compared += want.size
-            wrong += int((now != want).sum())
+            wrong += int((now.reshape(want.shape) != want).sum())
+        for array in self.marked:
+            self.stream.control.unmark(array.ctypes.data)
         return compared, wrong
 
 

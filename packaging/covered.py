@@ -12,7 +12,6 @@ import argparse
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 from sanitize import ROOT, copy_tree
 

@@ -20,11 +20,11 @@ COLUMNS = {"section", "failure", "threads", "engines", "kvsig"}
 HEAD = """\
 # Known failures
 
-What went wrong with batched copies of KV pages and around them, in engines and in kvsig itself, and
-the test that shows that it does not here. The page is made from the tests: each failure is named by
-the tests that prove it (`pytest -m known_failure` runs them), on the emulated runtime or on NVIDIA's
-libraries, without a GPU. *Engines* says what was read in the sources of SGLang, vLLM, LMCache and
-others; a dash where nothing is known, or where the failure was kvsig's own.
+What went wrong with batched copies of KV pages and around them, in engines and in kvsig itself,
+and the test that shows that it does not here. The page is made from the tests: each failure is
+named by the tests that prove it (`pytest -m known_failure` runs them), on the emulated runtime or
+on NVIDIA's libraries, without a GPU. *Engines* says what was read in the sources of SGLang, vLLM,
+LMCache and others; a dash where nothing is known, or where the failure was kvsig's own.
 """
 
 

@@ -448,11 +448,13 @@ cdef class Pages:
             to, limit = self.host, host_limit
         if n < KEEP_GIL:
             first = first_beyond(self.device, self.host, n, device_limit, host_limit)
-            self.find_runs()
+            if first < 0:
+                self.find_runs()
         else:
             with nogil:
                 first = first_beyond(self.device, self.host, n, device_limit, host_limit)
-                self.find_runs()
+                if first < 0:
+                    self.find_runs()  # differences of numbers out of range may overflow
         if first >= 0:
             raise self.beyond(first, device_limit, host_limit)
         first = first_repeated(to, n) if n <= FEW else first_marked(to, n, limit)

@@ -61,7 +61,8 @@ def chunk(name: str, seed: int, end: float, limit: int) -> tuple[int, str | None
                 return number, None
             one_case(target, seed, number)
     except Exception:
-        return number + 1, f"--target {name} --seed {seed}, case {number}:\n{traceback.format_exc()}"
+        where = f"--target {name} --seed {seed}, case {number}"
+        return number + 1, f"{where}:\n{traceback.format_exc()}"
     finally:
         target.close()
     return min(CHUNK, limit), None
