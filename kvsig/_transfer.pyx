@@ -94,6 +94,10 @@ cdef class DevicePages:
         self.count = counts[0]
 
 
+# Streams that a cache can launch on without getting memory for it first.
+cdef int SPARE_LANES = 2
+
+
 cdef class Launches:
     """What the launches of one cache have in common.
 
@@ -131,7 +135,11 @@ cdef class Launches:
         self.window_pitch = window_pitch
         self.lanes = {}
         # Made with the cache: memory takes longer to get than most transfers.
-        self.spare = [KernelLane(self.layers, 0)]
+        self.spare = [KernelLane(self.layers, 0) for _ in range(SPARE_LANES)]
+
+    cdef bint ready(self, uint64_t stream) except -1:
+        """Whether a launch on a stream needs no memory that cannot be had while it is captured."""
+        return bool(self.spare) or not recorded_now(stream) or stream_number(stream) in self.lanes
 
     cpdef KernelLane lane_of(self, uint64_t stream):
         """Return what the launches on a stream share, made at its first one."""
@@ -352,6 +360,12 @@ cdef class Selection:
         cdef Plan plan
         if type(pages) is DevicePages:
             return self.launch(pages, handle, False)[0] if pages.count else Report()
+        cdef bint kernel = self.launches is not None and self.launches.ready(handle)
+        if path == "kernel" and self.launches is not None and not kernel:
+            raise BindError(
+                "path='kernel' is not possible: the stream is being captured, and no memory can be "
+                "got for it now. Use the kernel on this stream once before the capture"
+            )
         if path == "kernel" and self.launches is None:
             raise BindError(
                 f"path='kernel' is not possible: {self.why_not}. Use path='auto', or another one"
@@ -360,9 +374,7 @@ cdef class Selection:
             refusal = batch_refusal_of(handle)
             if refusal is not None and path == "batch" and pages.count:
                 raise no_batch(refusal, handle)
-        plan = self.geometry.plan_pages(
-            pages, path, refusal is None, self.strided, self.launches is not None
-        )
+        plan = self.geometry.plan_pages(pages, path, refusal is None, self.strided, kernel)
         if plan.mode == KERNEL:
             return self.launch(pages, handle, False)[0] if pages.count else Report()
         return submit(plan, handle, path == "batch", refusal)

@@ -99,7 +99,9 @@ cdef struct Scan:
     Py_ssize_t step         # shortest run of any other constant step, at least 3
 
 cdef struct Price:
-    double time, host       # microseconds; NEVER where a mode was not considered
+    # Microseconds; NEVER where a mode was not considered. `work` is what remains of the time where
+    # one transfer comes right behind another: the longer of the host's and the engine's.
+    double time, host, work
     double copies, strided  # of the host's operations
     Py_ssize_t calls, batch_size
 

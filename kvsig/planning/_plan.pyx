@@ -779,7 +779,7 @@ cdef void price_mode(const Layout *p, const Costs *c, int mode, Tally *t,
             engine += calls * c.call_engine
         time = c.latency + time_of(host, engine, calls + t.strided)
         if time < price.time * SMALLER_CALLS:
-            price.time, price.host = time, host
+            price.time, price.host, price.work = time, host, larger(host, engine)
             price.calls, price.batch_size = calls + <Py_ssize_t>t.strided, size
         if not batched(mode) or t.copies <= p.batch_size[0]:
             break
@@ -790,9 +790,10 @@ cdef void price_kernel(const Layout *p, const Costs *c, Py_ssize_t pages,
     # One launch, of bytes or of rows, whichever takes longer.
     price.host, price.calls, price.copies, price.strided = c.kernel_submit, 1, 0, 0
     price.batch_size = 1
-    price.time = c.kernel_submit + c.kernel_latency + larger(
+    price.work = larger(
         <double>pages * p.page_bytes * c.kernel_byte, <double>pages * p.planes_in * c.kernel_piece
     )
+    price.time = c.kernel_submit + c.kernel_latency + price.work
 
 
 cdef inline double time_of(double host, double engine, double calls) noexcept nogil:
@@ -807,9 +808,16 @@ cdef int cheapest(const bint *wanted, const Price *price) noexcept nogil:
     for m in range(KERNEL):
         if wanted[m] and (best < 0 or price[m].time < price[best].time):
             best = m
-    if wanted[KERNEL] and (best < 0 or price[KERNEL].time * WORTH_KERNEL < price[best].time):
+    if wanted[KERNEL] and (best < 0 or kernel_is_worth_it(&price[KERNEL], &price[best])):
         return KERNEL
     return best
+
+
+cdef bint kernel_is_worth_it(const Price *kernel, const Price *engine) noexcept nogil:
+    # By itself, and in a row of transfers, where what the first call keeps waiting is hidden.
+    return (
+        kernel.time * WORTH_KERNEL < engine.time and kernel.work * WORTH_KERNEL < engine.work
+    )
 
 
 cdef void keep_runs(const Layout *p, Pages pages, Plan plan) noexcept:

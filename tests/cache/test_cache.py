@@ -1122,6 +1122,7 @@ class TestOnAGpu(RoundTrip):
         setup, stream = Setup(place="cuda:0", pin=True), torch.cuda.Stream()
         before = setup.everything()
         near, far = torch.tensor([[1, 2], [7, 9]], device="cuda:0").to(dtype)
+        stream.wait_stream(torch.cuda.current_stream())  # the kernel reads the numbers there
         setup.cache.load(far, near, stream=stream)
         stream.synchronize()
         assert setup.everything() == setup.expect(before, "device", [1, 2], [7, 9])
