@@ -124,7 +124,8 @@ cdef class Launches:
     cdef uint64_t limits[2]
     cdef double rates[2]
     cdef uint64_t window_pitch
-    cdef dict lanes
+    cdef dict lanes             # by numbers of streams, of which each stream has its own
+    cdef dict latest            # by handles, which come again
     cdef list spare             # lanes that no stream has yet
 
     def __init__(self, KernelCode code not None, KernelPlanes planes not None, layers, limits,
@@ -133,25 +134,37 @@ cdef class Launches:
         self.limits[0], self.limits[1] = limits
         self.rates[0], self.rates[1] = rates
         self.window_pitch = window_pitch
-        self.lanes = {}
+        self.lanes, self.latest = {}, {}
         # Made with the cache: memory takes longer to get than most transfers.
         self.spare = [KernelLane(self.layers, 0) for _ in range(SPARE_LANES)]
 
     cdef bint ready(self, uint64_t stream) except -1:
         """Whether a launch on a stream needs no memory that cannot be had while it is captured."""
-        return bool(self.spare) or not recorded_now(stream) or stream_number(stream) in self.lanes
+        return bool(self.spare) or stream in self.latest or not recorded_now(stream)
 
     cpdef KernelLane lane_of(self, uint64_t stream):
         """Return what the launches on a stream share, made at its first one."""
-        cdef object key = stream_number(stream)
-        cdef KernelLane lane = self.lanes.get(key)
+        cdef KernelLane lane
+        cdef object key
+        if recorded_now(stream):
+            # Nothing that a capture may refuse is asked of the stream then.
+            lane = self.latest.get(stream)
+            return self.adopt(stream, stream) if lane is None else lane
+        key = stream_number(stream)
+        lane = self.lanes.get(key)
         if lane is None:
-            try:
-                lane = self.spare.pop()
-            except IndexError:
-                lane = KernelLane(self.layers, stream)
-            lane.stream = stream
-            lane = self.lanes.setdefault(key, lane)
+            lane = self.adopt(stream, key)
+        return lane
+
+    cdef KernelLane adopt(self, uint64_t stream, object key):
+        cdef KernelLane lane
+        try:
+            lane = self.spare.pop()
+        except IndexError:
+            lane = KernelLane(self.layers, stream)
+        lane.stream = stream
+        lane = self.lanes.setdefault(key, lane)
+        self.latest[stream] = lane
         return lane
 
     def check(self):
