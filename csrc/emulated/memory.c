@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Memory: which addresses are whose. */
+#include <sys/mman.h>
+
 #include "runtime.h"
 
 pthread_mutex_t memory = PTHREAD_MUTEX_INITIALIZER;
@@ -63,6 +65,35 @@ static void block_remove(struct block *block)
     atomic_store(&block_total, --block_count);
 }
 
+/* Memory of the runtime's own lies far from everybody else's, as a GPU's does: copies whose rows are
+ * evenly spaced over several tensors of a program would otherwise run over it by chance. */
+#define FAR ((uintptr_t)0x6f0000000000)
+#define HEAD 4096 /* before each range: its length */
+
+static void *take_memory(size_t size)
+{
+    static uintptr_t next = FAR;
+    size_t length = (HEAD + size + 4095) / 4096 * 4096;
+    if (length < size)
+        return NULL;
+    pthread_mutex_lock(&memory);
+    void *hint = (void *)next;
+    next += length + HEAD;
+    pthread_mutex_unlock(&memory);
+    char *start = mmap(hint, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (start == MAP_FAILED)
+        return NULL;
+    memcpy(start, &length, sizeof length);
+    return start + HEAD;
+}
+
+static void give_memory(void *pointer)
+{
+    size_t length;
+    memcpy(&length, (char *)pointer - HEAD, sizeof length);
+    munmap((char *)pointer - HEAD, length);
+}
+
 static int allocate(void **out, size_t size, int type)
 {
     if (!out)
@@ -71,14 +102,14 @@ static int allocate(void **out, size_t size, int type)
     int error = unsafe_call();
     if (error || !size)
         return error;
-    void *pointer = NULL;
-    if (posix_memalign(&pointer, 512, size))
+    void *pointer = take_memory(size);
+    if (!pointer)
         return OUT_OF_MEMORY;
     pthread_mutex_lock(&memory);
     int added = block_add(pointer, size, type, current_device, ALLOCATED);
     pthread_mutex_unlock(&memory);
     if (!added) { /* the caller registered or marked memory that it has since freed */
-        free(pointer);
+        give_memory(pointer);
         return OUT_OF_MEMORY;
     }
     *out = pointer;
@@ -116,7 +147,7 @@ static int release_block(void *pointer, int host)
     }
     graveyard[graveyard_count++] = pointer;
     while (!pending && graveyard_count)
-        free(graveyard[--graveyard_count]);
+        give_memory(graveyard[--graveyard_count]);
     pthread_mutex_unlock(&memory);
     return SUCCESS;
 }

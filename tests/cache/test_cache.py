@@ -1032,7 +1032,7 @@ class TestHostSeams:
             return found[0] if found else None
 
         monkeypatch.setattr(_core, "memory_range", memory_range)
-        found = list(tensors._blocks(0x100000, 0x200000, True))
+        found = sorted(set(tensors._blocks(0x100000, 0x200000, True)))
         assert found == [0x100000, 0x140000, 0x180000, 0x200000]
 
     @pytest.mark.parametrize("seams", [[-1], [1.5], [[1]]])
