@@ -3,7 +3,8 @@
     PYTHONPATH=. python benchmarks/kernel.py --json FILE [--parts pools,layered]
 
 Needs a GPU. Every transfer is on a stream of its own; figures are medians, bytes are compared, and
-the limit, one copy of 1 GiB each way, is measured in the same run. A part that fails loses no other.
+the limit, one copy of 1 GiB each way, is measured in the same run. A part that fails loses no
+other.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -434,7 +436,7 @@ class Bench:
                 moved = len(one.device_pages) * one.layers * one.width
                 found = [
                     products.beside(
-                        groups, lambda: one.submit(way, self.stream, path=path),
+                        groups, partial(one.submit, way, self.stream, path=path),
                         moved, self.stream,
                     )
                     for _ in range(3)
@@ -458,7 +460,7 @@ class Bench:
         for way, path in itertools.product(WAYS, ("kernel", "batch", "auto")):
             ours = path == "kernel"
             host, total = medians(
-                self.timer, lambda: case.submit(way, self.stream, path=path), 31
+                self.timer, partial(case.submit, way, self.stream, path=path), 31
             )
             name = f"16 pages of 4 KiB of 80 layers, idle, {way} by {path}"
             self.results.add(name, total, "µs", most=120 if ours else None)
@@ -494,7 +496,7 @@ class Bench:
         for kind, (far, near) in (("CUDA", lists), ("host", host_lists)):
             for path in ("kernel", "auto"):
                 times = []
-                for turn in range(RUNS + 1):
+                for _ in range(RUNS + 1):
                     torch.cuda.synchronize()
                     with torch.cuda.stream(self.stream):
                         torch.cuda._sleep(200_000_000)

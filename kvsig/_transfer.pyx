@@ -13,7 +13,8 @@ from libc.stdint cimport int64_t, uint64_t
 import numpy as np
 import torch
 
-from kvsig import _core, streams, tensors
+from kvsig import _core, streams
+from kvsig import tensors as _tensors
 
 from kvsig._core cimport (
     KernelCode, KernelLane, KernelPlanes, KernelRequest, Report, batch_refusal_of, no_batch,
@@ -288,7 +289,7 @@ cdef class Selection:
         if self.launches is not None:
             self.launches.check_now()
             if path == "auto" or path == "kernel":
-                lists = tensors.device_numbers(device_pages, host_pages, self.device)
+                lists = _tensors.device_numbers(device_pages, host_pages, self.device)
                 if lists is not None:
                     pages = self.device_pages(lists, direction)
                     self.check_places()
@@ -296,11 +297,11 @@ cdef class Selection:
         return self.begin(device_pages, host_pages, direction)
 
     def device_pages(self, tuple lists, Direction direction):
-        """Check the list that is in host memory, if one is; see `tensors.device_numbers`."""
+        """Check the list that is in host memory, if one is; see `_tensors.device_numbers`."""
         cdef Geometry g = self.geometry
         near, far = (
             pages if type(pages) is tuple
-            else tensors.checked_numbers(pages, name, limit, (direction == LOAD) == (side == 0))
+            else _tensors.checked_numbers(pages, name, limit, (direction == LOAD) == (side == 0))
             for side, (pages, name, limit) in enumerate((
                 (lists[0], "device_pages", g.layout.device_pages),
                 (lists[1], "host_pages", g.layout.host_pages),
@@ -332,8 +333,8 @@ cdef class Selection:
         if near is not None and far is not None:
             pages = g.pages_now(near, far, direction)
         if pages is None:
-            near = tensors.page_numbers(device_pages, "device_pages", g.layout.device_pages)
-            far = tensors.page_numbers(host_pages, "host_pages", g.layout.host_pages)
+            near = _tensors.page_numbers(device_pages, "device_pages", g.layout.device_pages)
+            far = _tensors.page_numbers(host_pages, "host_pages", g.layout.host_pages)
             pages = g.pages_now(near, far, direction)
         self.check_places()
         return pages

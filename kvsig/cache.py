@@ -14,7 +14,7 @@ from kvsig import launching, layouts, planning, streams, tensors
 from kvsig._core import KernelLane, Report
 from kvsig._counters import now, since
 from kvsig._errors import CudaError, page_out_of_range
-from kvsig._transfer import Selection, TensorMoved, WrongPage
+from kvsig._transfer import DevicePages, Selection, TensorMoved, WrongPage
 from kvsig.layouts import LAYOUTS
 from kvsig.planning import Direction, Plan, costs
 from kvsig.planning.costs import CostModel
@@ -174,7 +174,8 @@ class PagedKVCache:
             arrays and tensors of any integer type. A CUDA tensor of int32 or int64 is read by
             the kernel on the GPU, which checks its numbers: nobody waits, and a wrong number moves
             nothing and is told by the next call or by `check`. Where the kernel is not used, it is
-            copied to the CPU first, which waits for the work that makes it. No host page may be given twice.
+            copied to the CPU first, which waits for the work that makes it. No host page may be
+            given twice.
         layers : int or sequence of int, optional
             Layers to copy; by default all.
         stream : None, int, torch.cuda.Stream or object with ``cuda_stream``, optional
@@ -372,7 +373,7 @@ class PagedKVCache:
             raise self._explained(error, chosen) from None
 
     def _launch_layers(
-        self, chosen: Selection, pages: planning.Pages, handle: int, events: Iterable[Any]
+        self, chosen: Selection, pages: planning.Pages | DevicePages, handle: int, events: list[Any]
     ) -> Report:
         """Load all layers by one launch; each event is recorded behind a wait for its layer."""
         report, lane, value = chosen.launch(pages, handle, True)

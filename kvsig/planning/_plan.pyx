@@ -112,7 +112,7 @@ cdef Use choose_use(const Costs *c, const Kind *kind, int mode) noexcept nogil:
     return use
 
 
-cdef inline Use *use_of(const Layout *p, Py_ssize_t direction, Py_ssize_t mode,
+cdef Use *use_of(const Layout *p, Py_ssize_t direction, Py_ssize_t mode,
                         Py_ssize_t kind) noexcept nogil:
     return &p.use[(direction * MODES + mode) * p.kinds + kind]
 
@@ -383,7 +383,7 @@ cdef void store_uses(Layout *p) noexcept:
 
 
 cdef int read_pages(object array, int64_t **numbers, Py_ssize_t *count) except -1:
-    """Copy page numbers: what is checked afterwards, nobody else can write to. 0 if they are none."""
+    """Copy page numbers, which nobody else can write to then. 0 if they are none."""
     cdef Py_buffer view
     cdef int64_t *copy
     try:

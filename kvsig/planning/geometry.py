@@ -176,7 +176,8 @@ def _whole(value: int | Sequence[int]) -> U64:
 def _table(base: U64, pitch: U64, width: U64, row: U64, pages: int) -> Side:
     """Bring columns of any shape that fit together into one list, in the order of `base`."""
     columns = np.broadcast_arrays(base, pitch, width, row)
-    return Side(*(np.ascontiguousarray(column).ravel() for column in columns), pages)
+    base, pitch, width, row = (np.ascontiguousarray(column).ravel() for column in columns)
+    return Side(base, pitch, width, row, pages)
 
 
 def layer_first(

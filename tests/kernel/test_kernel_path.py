@@ -98,7 +98,7 @@ class Setup:
         return after
 
     def same(self, wanted):
-        return all(torch.equal(one, other) for one, other in zip(self.everything(), wanted))
+        return all(map(torch.equal, self.everything(), wanted))
 
 
 DEVICE, HOST = [5, 0, 23, 7, 11], [17, 3, 0, 9, 4]
@@ -225,8 +225,12 @@ class TestChoice:
             setup.cache.load(HOST, DEVICE, stream=stream, path="kernel")
 
 
+#: Kinds of both lists of which at least one is on the GPU.
+KINDS = list(itertools.product(["<i8", "<i4", "host"], repeat=2))[:-1]
+
+
 class TestPageNumbersOnTheGpu:
-    @pytest.mark.parametrize("kinds", list(itertools.product(["<i8", "<i4", "host"], repeat=2))[:-1])
+    @pytest.mark.parametrize("kinds", KINDS)
     @pytest.mark.parametrize("load", [True, False])
     def test_are_read_where_they_are(self, control, stream, kinds, load):
         setup = Setup(control)
@@ -279,7 +283,8 @@ class TestPageNumbersOnTheGpu:
             setup.cache.load(Numbers(HOST), Numbers(DEVICE), stream=stream)
 
     def test_lengths(self, control, stream):
-        with pytest.raises(ValueError, match="device_pages has 5 page numbers and host_pages has 2"):
+        text = "device_pages has 5 page numbers and host_pages has 2"
+        with pytest.raises(ValueError, match=text):
             Setup(control).cache.load(Numbers([1, 2]), Numbers(DEVICE), stream=stream)
 
     @pytest.mark.parametrize(

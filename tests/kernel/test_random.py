@@ -101,7 +101,7 @@ def test_moves_within_a_gpu(control, memory, part):
 
 def _move_within(rng, stream, *sides):
     """Move random pages of random planes by one launch, and look at every byte of both sides."""
-    planes, width, rows = int(rng.integers(1, 5)), int(rng.integers(1, 300)), int(rng.integers(1, 4))
+    planes, width, rows = (int(rng.integers(1, most)) for most in (5, 300, 4))
     pages = int(rng.integers(2, 30))
     row = [width + int(rng.integers(0, 20)) for _ in sides]
     pitch = [rows * step + int(rng.integers(0, 20)) for step in row]
