@@ -272,10 +272,12 @@ cdef class KernelLane:
         stream : int
             Handle of the stream that waits, and that the events are recorded on.
         """
+        cdef const uint64_t *event = NULL
         cdef Py_ssize_t i
         cdef int code = 0, recorded = 0
-        if events.shape[0] > self.layers:
+        if not 0 < events.shape[0] <= self.layers:
             raise ValueError(f"{events.shape[0]} events for {self.layers} layers")
+        event = &events[0]
         with nogil:
             for i in range(events.shape[0]):
                 code = cuStreamWaitValue32(
@@ -284,7 +286,7 @@ cdef class KernelLane:
                 )
                 if code != 0:
                     break
-                recorded = cudaEventRecord(event=<void *>events[i], stream=<void *>stream)
+                recorded = cudaEventRecord(event=<void *>event[i], stream=<void *>stream)
                 if recorded != 0:
                     break
         _check(code, "cuStreamWaitValue32")

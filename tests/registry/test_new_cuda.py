@@ -90,7 +90,9 @@ MARK = "[function.cudaMemcpy3DBatchAsync]\n"
 def project(tmp_path_factory):
     """A copy of the project with an edited registry, rebuilt."""
     copy = tmp_path_factory.mktemp("new-cuda") / "project"
-    unwanted = shutil.ignore_patterns("*.so", "*.c", "*.pxi", "__pycache__", "_emulated")
+    unwanted = shutil.ignore_patterns(
+        "*.so", "*.c", "_generated.pxi", "_page_copy.pxi", "__pycache__", "_emulated"
+    )
     shutil.copytree(ROOT / "kvsig", copy / "kvsig", ignore=unwanted)
     shutil.copytree(ROOT / "csrc", copy / "csrc")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
@@ -124,9 +126,10 @@ def run(project, text):
 
 
 def test_only_the_registry_was_touched(project):
-    sources = [*(ROOT / "kvsig").glob("*.py*"), *(ROOT / "csrc").glob("*.[ch]")]
+    sources = [*(ROOT / "kvsig").rglob("*.py*"), *(ROOT / "csrc").rglob("*.[ch]*")]
     for path in [*sources, ROOT / "setup.py"]:
-        if path.is_file():
+        # The stub of kvsig.call is written from the registry, by each build.
+        if path.is_file() and path.suffix != ".pyc" and path.name != "_calls.pyi":
             copied = project / path.relative_to(ROOT)
             assert filecmp.cmp(path, copied, shallow=False), path
 
