@@ -113,7 +113,7 @@ cdef Use choose_use(const Costs *c, const Kind *kind, int mode) noexcept nogil:
 
 
 cdef Use *use_of(const Layout *p, Py_ssize_t direction, Py_ssize_t mode,
-                        Py_ssize_t kind) noexcept nogil:
+                 Py_ssize_t kind) noexcept nogil:
     return &p.use[(direction * MODES + mode) * p.kinds + kind]
 
 
