@@ -28,7 +28,6 @@ cdef uint64_t LONGEST_LINE = 0x40000000
 # engine starts early.
 cdef Py_ssize_t FIRST_PIECE = 1024
 DEFAULT_PIECE = 8192
-cdef Py_ssize_t ROOM = DEFAULT_PIECE
 
 
 cdef class Packer:

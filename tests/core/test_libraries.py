@@ -308,7 +308,7 @@ def debian_libcuda(folder):
         ["apt-get", "download", "libcuda1"], cwd=folder, capture_output=True, text=True, timeout=120
     )
     packages = sorted(folder.glob("libcuda1_*.deb"))
-    if done.returncode != 0 or not packages:
+    if done.returncode != 0:
         pytest.skip(f"apt-get download libcuda1: {done.stderr.strip().splitlines()[-1:]}")
     subprocess.run(["dpkg-deb", "-x", str(packages[0]), str(cache)], check=True)
     return str(sorted(cache.rglob("libcuda.so.1"))[0].parent)

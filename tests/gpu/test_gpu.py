@@ -13,24 +13,9 @@ import kvsig
 from kvsig import _core
 from kvsig.tools.models import MODELS
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("clean")]
 
 PAGE = 4096
-
-
-@pytest.fixture(autouse=True)
-def clean(monkeypatch):
-    """Bind torch's own runtime, and leave no error behind."""
-    monkeypatch.delenv("KVSIG_CUDART", raising=False)
-    monkeypatch.delenv("KVSIG_ROUTE", raising=False)
-    torch.cuda.init()
-    _core.rebind(None)
-    yield
-    torch.cuda.synchronize()
-    assert kvsig.call("cudaPeekAtLastError") == 0
-    # torch's own check would raise what was left.
-    assert torch.ones(4, device="cuda").sum().item() == 4
-    _core.rebind(None)
 
 
 def random_bytes(count, device="cpu", pinned=False):

@@ -12,27 +12,13 @@ import torch
 from page_cases import PageCase
 
 import kvsig
-from kvsig import _core
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("clean")]
 
 CASES = int(os.environ.get("KVSIG_KERNEL_GPU_CASES", "2000"))
 PARTS = 10
 MOST, ROOM = 1 << 22, 1 << 26
 LAYERS, PAGES, HOST_PAGES, WIDTH = 6, 300, 400, 4096
-
-
-@pytest.fixture(autouse=True)
-def clean(monkeypatch):
-    """Bind torch's own runtime, and leave no error behind."""
-    monkeypatch.delenv("KVSIG_CUDART", raising=False)
-    monkeypatch.delenv("KVSIG_ROUTE", raising=False)
-    torch.cuda.init()
-    _core.rebind(None)
-    yield
-    torch.cuda.synchronize()
-    assert kvsig.call("cudaPeekAtLastError") == 0
-    assert torch.ones(4, device="cuda").sum().item() == 4
 
 
 def on_gpu(values, kind="int64", device="cuda"):
@@ -364,8 +350,6 @@ class TestTwoGpus:
     @pytest.mark.parametrize("path", ["auto", "kernel", "batch"])
     @pytest.mark.parametrize("numbers", ["host", "device"])
     def test_tensors_of_the_device_that_is_not_current(self, current, path, numbers):
-        if numbers == "device" and path == "batch":
-            pytest.skip("page numbers on the GPU are the kernel's")
         device = f"cuda:{1 - current}"
         torch.cuda.set_device(current)
         setup = Setup(device)
