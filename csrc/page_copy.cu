@@ -58,6 +58,7 @@ struct kvsig_page_copy {
     kvsig_u32 number[2];    /* bytes of a page number: 4 or 8, signed */
     kvsig_u32 value;        /* what a flag becomes when its layer is there */
     kvsig_u32 pace;         /* ns from tile to tile of a warp; 0: as fast as it goes. Wide only */
+    kvsig_u32 first_page;   /* place of page 0 of this launch in the list of the request */
     int few[2][KVSIG_FEW];
 };
 
@@ -377,7 +378,7 @@ static __device__ __forceinline__ void refuse(const kvsig_page_copy &a, kvsig_u3
     volatile kvsig_wrong *wrong = a.wrong;
     if (threadIdx.x == 0 && wrong->state == 0) {
         wrong->side = found % 2;
-        wrong->position = found / 2;
+        wrong->position = a.first_page + found / 2;
         wrong->value = whole_number(a, found % 2, found / 2);
         __threadfence_system();
         wrong->state = 1;

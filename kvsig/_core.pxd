@@ -52,7 +52,6 @@ cdef class KernelPlanes:
     cdef readonly unsigned int planes, layer_planes, unit
     cdef readonly bint regular
     cdef bint find_regular(self)
-    cdef upload(self, size_t size)
     cdef uint64_t page_bytes(self, unsigned int first, unsigned int layers) noexcept nogil
 
 # What the launches of one cache on one stream share, in the order of that stream.
@@ -61,13 +60,14 @@ cdef class KernelLane:
     cdef unsigned int *flags
     cdef void *wrong            # pinned, and the same memory as the device has it
     cdef void *device_wrong
+    cdef int *narrow            # page numbers on their way, and where they lie for the kernel
     cdef int *numbers
-    cdef size_t room
+    cdef size_t narrow_room, room
     cdef list outgrown
     cdef readonly unsigned int layers, value
     cdef public uint64_t stream
     cdef readonly object lock
-    cdef reserve(self, size_t count)
+    cdef reserve(self, size_t count, bint on_device)
     cpdef object take_wrong(self)
     cpdef object wait(self, unsigned int layer, unsigned int value, uint64_t stream)
     cpdef object tell(self, const uint64_t[::1] events, unsigned int value, uint64_t stream)

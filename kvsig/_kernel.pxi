@@ -1,7 +1,7 @@
 # The runner of path "kernel", included by _core.pyx: what a launch needs in device memory, and the
 # launch itself. csrc/page_copy.cu says what the kernel reads.
 
-from libc.stdlib cimport calloc
+from libc.stdlib cimport calloc, realloc
 
 include "_page_copy.pxi"
 
@@ -41,6 +41,7 @@ cdef extern from "page_copy.cu" nogil:
         unsigned int number[2]
         unsigned int value
         unsigned int pace
+        unsigned int first_page
         int few[2][256]
     unsigned int kvsig_tiles(const kvsig_plane *plane, unsigned int pages, unsigned int chunks)
 
@@ -54,9 +55,11 @@ cdef enum:
     LARGEST_CLUSTER = 8
     # Pageable memory of up to 64 KiB is read before cudaMemcpyAsync returns, and never waits for
     # the stream.
-    STAGED_BYTES = 64 << 10
+    STAGED_NUMBERS = 16 << 10
     # Host pages in any order within such windows are found as fast as neighbours.
     WINDOW_SHIFT = 27
+    # A launch of pages in that order: long enough that what is between two launches is nothing.
+    PART_BYTES = 16 << 20
 
 cdef bint recorded_now(uint64_t stream):
     cdef int status = 0
@@ -90,17 +93,21 @@ cdef void *_device_memory(size_t size) except NULL:
     return found
 
 
-cdef _zero(void *memory, size_t size):
-    # On a stream of its own: it is waited for, and nothing else must be.
-    cdef void *stream = NULL
-    _check(cudaStreamCreateWithFlags(pStream=&stream, flags=1), "cudaStreamCreateWithFlags")
-    try:
+cdef class _OwnStream:
+    """A stream that nobody else uses: it can be waited for where nothing else must be."""
+    cdef void *handle
+
+    def __cinit__(self):
         _check(
-            cudaMemsetAsync(devPtr=memory, value=0, count=size, stream=stream), "cudaMemsetAsync"
+            cudaStreamCreateWithFlags(pStream=&self.handle, flags=1), "cudaStreamCreateWithFlags"
         )
-        _check(cudaStreamSynchronize(stream=stream), "cudaStreamSynchronize")
-    finally:
-        cudaStreamDestroy(stream=stream)
+
+    cdef wait(self):
+        _check(cudaStreamSynchronize(stream=self.handle), "cudaStreamSynchronize")
+
+    def __dealloc__(self):
+        if self.handle != NULL:
+            cudaStreamDestroy(stream=self.handle)
 
 
 cdef class KernelPlanes:
@@ -121,6 +128,7 @@ cdef class KernelPlanes:
         unsigned int unit,
     ):
         cdef size_t size = table.shape[0] * sizeof(kvsig_plane)
+        cdef _OwnStream stream
         if table.shape[1] != sizeof(kvsig_plane) or not size or table.shape[0] % layer_planes:
             raise ValueError("a table of planes is a number of whole layers, 64 bytes a plane")
         self.planes, self.layer_planes, self.unit = table.shape[0], layer_planes, unit
@@ -130,7 +138,12 @@ cdef class KernelPlanes:
         memcpy(self.host, &table[0, 0], size)
         self.regular = self.find_regular()
         self.device = _device_memory(size)
-        self.upload(size)
+        stream = _OwnStream()
+        _check(
+            cudaMemcpyAsync(dst=self.device, src=self.host, count=size, stream=stream.handle),
+            "cudaMemcpyAsync",
+        )
+        stream.wait()
 
     cdef bint find_regular(self):
         cdef unsigned int i
@@ -142,21 +155,6 @@ cdef class KernelPlanes:
             if one.units != same.units or one.rows != same.rows:
                 return False
         return True
-
-    cdef upload(self, size_t size):
-        # On a stream of its own: it is waited for, and nothing else must be.
-        cdef void *stream = NULL
-        _check(cudaStreamCreateWithFlags(pStream=&stream, flags=1), "cudaStreamCreateWithFlags")
-        try:
-            _check(
-                cudaMemcpyAsync(
-                    dst=self.device, src=self.host, count=size, stream=stream,
-                ),
-                "cudaMemcpyAsync",
-            )
-            _check(cudaStreamSynchronize(stream=stream), "cudaStreamSynchronize")
-        finally:
-            cudaStreamDestroy(stream=stream)
 
     def __dealloc__(self):
         free(self.host)
@@ -187,6 +185,7 @@ cdef class KernelLane:
     def __cinit__(self, unsigned int layers, uint64_t stream):
         cdef void *found = NULL
         cdef void *mapped = NULL
+        cdef _OwnStream own
         self.layers, self.stream = layers, stream
         self.outgrown, self.lock = [], threading.Lock()
         _check(cudaHostAlloc(pHost=&found, size=sizeof(kvsig_wrong)), "cudaHostAlloc")
@@ -199,9 +198,17 @@ cdef class KernelLane:
         self.device_wrong = mapped
         self.counts = <unsigned int *>_device_memory(8 * <size_t>layers)
         self.flags = self.counts + layers
-        _zero(self.counts, 8 * <size_t>layers)
+        own = _OwnStream()
+        _check(
+            cudaMemsetAsync(
+                devPtr=self.counts, value=0, count=8 * <size_t>layers, stream=own.handle
+            ),
+            "cudaMemsetAsync",
+        )
+        own.wait()
 
     def __dealloc__(self):
+        free(self.narrow)
         if _forked_away():
             return
         if self.counts != NULL:
@@ -213,15 +220,22 @@ cdef class KernelLane:
         if self.wrong != NULL:
             cudaFreeHost(ptr=self.wrong)
 
-    cdef reserve(self, size_t count):
-        # What is outgrown may still be read by launches in flight; freeing it would wait for them.
-        if count <= self.room:
-            return
+    cdef reserve(self, size_t count, bint on_device):
+        """Have room for some page numbers, in host memory and on the device."""
         cdef size_t room = max(count, 2 * self.room)
-        cdef int *numbers = <int *>_device_memory(4 * room)
-        if self.numbers != NULL:
-            self.outgrown.append(<size_t>self.numbers)
-        self.numbers, self.room = numbers, room
+        cdef int *narrow
+        cdef int *numbers
+        if count > self.narrow_room:
+            narrow = <int *>realloc(self.narrow, room * sizeof(int))
+            if narrow == NULL:
+                raise MemoryError()
+            self.narrow, self.narrow_room = narrow, room
+        if on_device and count > self.room:
+            numbers = <int *>_device_memory(room * sizeof(int))
+            # It may still be read by launches in flight; freeing it would wait for them.
+            if self.numbers != NULL:
+                self.outgrown.append(<size_t>self.numbers)
+            self.numbers, self.room = numbers, room
 
     cpdef object take_wrong(self):
         """What a launch found wrong since the last time.
@@ -293,61 +307,74 @@ cdef class KernelLane:
         _check(recorded, "cudaEventRecord")
 
 
-cdef int order_by_window(
-    const int64_t *host, size_t count, uint64_t pitch, uint64_t pages, unsigned int *order
+cdef int _by_window(
+    const KernelRequest *request, int *device_pages, int *host_pages
 ) noexcept nogil:
-    """Order pages by windows of host memory, and as they come within one; 0, or -1 for no memory.
+    """Put pages into the order of windows of host memory; 0, or -1 for no memory.
 
     A random page of a large pool costs the look-up of its address, which is forgotten before the
     next page of the same window comes by.
     """
-    cdef size_t windows = ((pages * pitch) >> WINDOW_SHIFT) + 2
-    cdef size_t i, window
-    cdef unsigned int *start = <unsigned int *>calloc(windows, sizeof(unsigned int))
-    if start == NULL:
+    cdef const int64_t *near = <const int64_t *>request.pages[KVSIG_DEVICE]
+    cdef const int64_t *far = <const int64_t *>request.pages[KVSIG_HOST]
+    cdef uint64_t pitch = request.window_pitch
+    cdef size_t windows = ((request.limit[KVSIG_HOST] * pitch) >> WINDOW_SHIFT) + 2
+    cdef size_t i, place
+    cdef size_t *next_place = <size_t *>calloc(windows, sizeof(size_t))
+    if next_place == NULL:
         return -1
-    for i in range(count):
-        start[((<uint64_t>host[i] * pitch) >> WINDOW_SHIFT) + 1] += 1
+    for i in range(request.count):
+        next_place[((<uint64_t>far[i] * pitch) >> WINDOW_SHIFT) + 1] += 1
     for i in range(1, windows):
-        start[i] += start[i - 1]
-    for i in range(count):
-        window = (<uint64_t>host[i] * pitch) >> WINDOW_SHIFT
-        order[start[window]] = i
-        start[window] += 1
-    free(start)
+        next_place[i] += next_place[i - 1]
+    for i in range(request.count):
+        place = next_place[(<uint64_t>far[i] * pitch) >> WINDOW_SHIFT]
+        next_place[(<uint64_t>far[i] * pitch) >> WINDOW_SHIFT] += 1
+        device_pages[place], host_pages[place] = <int>near[i], <int>far[i]
+    free(next_place)
     return 0
 
 
-cdef inline void _narrow(
-    const int64_t *numbers, const unsigned int *order, size_t count, int *into
-) noexcept nogil:
+cdef int _narrow(const KernelRequest *request, bint windowed, int *into) noexcept nogil:
+    """Write page numbers that are in host memory as the kernel reads them, one side after the
+    other; 0, or -1 for no memory."""
+    cdef const int64_t *numbers
     cdef size_t i
-    for i in range(count):
-        into[i] = <int>numbers[i if order == NULL else order[i]]
-
-
-cdef int _send_numbers(
-    const KernelRequest *request, const unsigned int *order, int *device, void *stream
-) noexcept nogil:
-    """Copy the lists that are in host memory ahead of the launch; a code, or -1 for no memory."""
-    cdef size_t left, done, size
-    cdef int side, code = 0
-    cdef int *narrow = <int *>malloc(4 * request.count)
-    if narrow == NULL:
-        return -1
+    cdef int side
+    if windowed:
+        return _by_window(request, into, into + request.count)
     for side in range(2):
+        numbers = <const int64_t *>request.pages[side]
+        if not request.number[side]:
+            for i in range(request.count):
+                into[side * request.count + i] = <int>numbers[i]
+    return 0
+
+
+cdef int _place_numbers(
+    kvsig_page_copy *given, KernelLane lane, const KernelRequest *request, size_t first
+) noexcept nogil:
+    """Page numbers from the first one of a launch on: where they are, into the parameters if they
+    are few, else ahead of the launch into device memory; a code."""
+    cdef size_t count = given.page_count, start, done, size
+    cdef int side, code = 0
+    for side in range(2):
+        start = side * request.count + first
         if request.number[side]:
-            continue
-        _narrow(<const int64_t *>request.pages[side], order, request.count, narrow)
-        done = 0
-        while done < 4 * request.count and code == 0:
-            size = min(<size_t>STAGED_BYTES, 4 * request.count - done)
-            code = cudaMemcpyAsync(
-                dst=<char *>(device + side * request.count) + done, src=<char *>narrow + done,
-                count=size, stream=stream,
-            )
-            done += size
-    free(narrow)
+            given.pages[side] = <const char *>request.pages[side] + first * request.number[side]
+        elif count <= KVSIG_FEW:
+            given.pages[side] = NULL
+            memcpy(given.few[side], lane.narrow + start, count * sizeof(int))
+        else:
+            given.pages[side] = lane.numbers + start
+            done = 0
+            while done < count and code == 0:
+                size = min(<size_t>STAGED_NUMBERS, count - done)
+                code = cudaMemcpyAsync(
+                    dst=lane.numbers + start + done, src=lane.narrow + start + done,
+                    count=size * sizeof(int), stream=<void *>lane.stream,
+                )
+                done += size
     return code
 
 
@@ -400,38 +427,6 @@ cdef int _launch(
     return cuLaunchKernelEx(config=&config, f=function, kernelParams=params)
 
 
-cdef int _launch_parts(
-    KernelCode code, kvsig_page_copy *given, KernelPlanes planes, KernelLane lane,
-    const KernelRequest *request, const unsigned int *order,
-) noexcept:
-    """A launch for every 256 pages, whose numbers travel in its parameters."""
-    cdef size_t first, i
-    cdef int side, answer = 0
-    cdef uint64_t page = planes.page_bytes(request.first_layer, request.layers)
-    cdef const int64_t *numbers
-    for first in range(0, request.count, KVSIG_FEW):
-        given.page_count = <unsigned int>min(<size_t>KVSIG_FEW, request.count - first)
-        for side in range(2):
-            if request.number[side]:
-                given.pages[side] = (
-                    <const char *>request.pages[side] + first * request.number[side]
-                )
-                continue
-            numbers = <const int64_t *>request.pages[side]
-            for i in range(given.page_count):
-                given.few[side][i] = <int>numbers[
-                    first + i if order == NULL else order[first + i]
-                ]
-        with nogil:
-            answer = _launch(
-                code, given, <const kvsig_plane *>planes.host + request.first_layer * planes.layer_planes,
-                request.count * page, request.sms, request.rate, <void *>lane.stream,
-            )
-        if answer != 0:
-            break
-    return answer
-
-
 cdef class KernelCode:
     """The compiled kernel as launches need it; `kernel` is a `kvsig.kernel.Kernel`."""
 
@@ -449,49 +444,82 @@ cdef class KernelCode:
         for every 256 pages, whose numbers it keeps; without flags then.
         """
         cdef kvsig_page_copy given
-        cdef unsigned int *order = NULL
-        cdef size_t calls = 1
+        cdef uint64_t page = planes.page_bytes(request.first_layer, request.layers)
+        cdef const kvsig_plane *table = <const kvsig_plane *>planes.host
+        cdef size_t first = 0, each = request.count, calls = 0
+        cdef bint near = not (request.number[0] and request.number[1])
+        cdef bint windowed = False
         cdef int code = 0, sent = 0
-        cdef bint far = not (request.number[0] and request.number[1])
         global _used
         _ensure()
         if planes.unit != self.kernel.unit:
             raise ValueError("the table's unit is not the kernel's")
         _used = True
         _describe(&given, planes, lane, request)
-        if request.window_pitch and not (request.number[0] or request.number[1]):
-            order = _ordered(request)
-        try:
-            with lane.lock:
-                if request.flags:
-                    lane.value += 1
-                    given.value = lane.value
-                if far and request.count > KVSIG_FEW and request.recorded:
-                    calls = (request.count + KVSIG_FEW - 1) // KVSIG_FEW
-                    code = _launch_parts(self, &given, planes, lane, request, order)
-                else:
-                    if far and request.count > KVSIG_FEW:
-                        lane.reserve(2 * request.count)
-                    with nogil:
-                        sent = _place_numbers(&given, lane.numbers, request, order, lane.stream)
-                        if sent == 0:
-                            code = _launch(
-                                self, &given, <const kvsig_plane *>planes.host + request.first_layer * planes.layer_planes,
-                                request.count * planes.page_bytes(
-                                    request.first_layer, request.layers
-                                ),
-                                request.sms, request.rate, <void *>lane.stream,
-                            )
-        finally:
-            free(order)
+        table += request.first_layer * planes.layer_planes
+        if near and request.count > KVSIG_FEW:
+            windowed = request.window_pitch and not (request.number[0] or request.number[1])
+            if request.recorded:
+                each = KVSIG_FEW
+            elif windowed and not request.flags:
+                # All layers of some windows before the next ones: what looking up their addresses
+                # costs is paid once.
+                each = max(<size_t>KVSIG_FEW, <size_t>(PART_BYTES // page))
+        with lane.lock:
+            if near:
+                lane.reserve(2 * request.count, each > KVSIG_FEW)
+            if request.flags:
+                lane.value += 1
+                given.value = lane.value
+            with nogil:
+                if near and _narrow(request, windowed, lane.narrow) != 0:
+                    sent = -1
+                while sent == 0 and code == 0 and first < request.count:
+                    given.page_count = <unsigned int>min(each, request.count - first)
+                    given.first_page = <unsigned int>first
+                    sent = _place_numbers(&given, lane, request, first)
+                    if sent == 0:
+                        code = _launch(
+                            self, &given, table, request.count * page, request.sms, request.rate,
+                            <void *>lane.stream,
+                        )
+                    first += each
+                    calls += 1
         if sent == -1:
             raise MemoryError()
         _check(sent, "cudaMemcpyAsync")
         _check(code, "cuLaunchKernelEx")
         return Report(
-            "kernel", None, request.count * given.plane_count, calls,
-            request.count * planes.page_bytes(request.first_layer, request.layers),
+            "kernel", None, request.count * given.plane_count, calls, request.count * page
         )
+
+
+def launch_nothing(uint64_t wide, uint64_t thin):
+    """Launch both kernels once for no page, and wait for them.
+
+    What the driver does at the first launch of a kernel takes longer than most transfers.
+
+    Parameters
+    ----------
+    wide, thin : int
+        Handles of the kernels.
+    """
+    cdef kvsig_page_copy given
+    cdef CUlaunchConfig config
+    cdef void *params[1]
+    cdef _OwnStream stream = _OwnStream()
+    memset(&given, 0, sizeof(given))
+    memset(&config, 0, sizeof(config))
+    given.layer_planes = 1
+    config.gridDimX = config.gridDimY = config.gridDimZ = 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = KVSIG_LANES, 1, 1
+    config.hStream, params[0] = stream.handle, &given
+    for function in (wide, thin):
+        _check(
+            cuLaunchKernelEx(config=&config, f=<void *><size_t>function, kernelParams=params),
+            "cuLaunchKernelEx",
+        )
+    stream.wait()
 
 
 cdef void _describe(
@@ -515,43 +543,6 @@ cdef void _describe(
         if request.number[side]:
             given.pages[side] = request.pages[side]
             given.wrong = <kvsig_wrong *>lane.device_wrong
-
-
-cdef int _place_numbers(
-    kvsig_page_copy *given, int *device, const KernelRequest *request, const unsigned int *order,
-    uint64_t stream,
-) noexcept nogil:
-    """Page numbers that are in host memory: into the parameters if they are few, else ahead."""
-    cdef int side, code
-    if request.count <= KVSIG_FEW:
-        for side in range(2):
-            if not request.number[side]:
-                _narrow(
-                    <const int64_t *>request.pages[side], order, request.count, given.few[side]
-                )
-        return 0
-    if request.number[0] and request.number[1]:
-        return 0
-    code = _send_numbers(request, order, device, <void *>stream)
-    for side in range(2):
-        if not request.number[side]:
-            given.pages[side] = device + side * request.count
-    return code
-
-
-cdef unsigned int *_ordered(const KernelRequest *request) except NULL:
-    cdef unsigned int *order = <unsigned int *>malloc(request.count * sizeof(unsigned int))
-    cdef int code = -1
-    if order != NULL:
-        with nogil:
-            code = order_by_window(
-                <const int64_t *>request.pages[KVSIG_HOST], request.count, request.window_pitch,
-                request.limit[KVSIG_HOST], order,
-            )
-    if code != 0:
-        free(order)
-        raise MemoryError()
-    return order
 
 
 cdef bint _forked_away() noexcept:

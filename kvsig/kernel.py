@@ -114,7 +114,7 @@ def build(unit: int) -> Kernel:
     A device must be current, with a context: call it where tensors on it have been looked at.
     Compiling takes some tenths of a second, loading less than one millisecond. Lazy loading would
     leave part of it to the first launch, which then can hold the context's lock until the GPU has
-    drained, so both kernels are touched here.
+    drained, so both kernels are launched here, for no page.
     """
     if unit not in UNITS:
         raise ValueError(f"unit must be one of {UNITS}, not {unit!r}")
@@ -146,6 +146,7 @@ def _load(device: int, unit: int) -> Kernel:
         function = call("cuModuleGetFunction", hmod=module, name=name)
         call("cuFuncGetAttribute", attrib="CU_FUNC_ATTRIBUTE_NUM_REGS", hfunc=function)
         handles.append(int(function))
+    _core.launch_nothing(*handles)
     return Kernel(
         unit, handles[0], handles[1], attribute("cudaDevAttrMultiProcessorCount"),
         major >= 9, _core.driver_version() >= WAITS_SINCE, architecture,

@@ -17,7 +17,7 @@ __all__ = ["SMALL_PAGE", "WINDOWED_POOL", "launches_of", "planes_in_memory"]
 
 #: Pages of fewer bytes, of pools of more bytes, are handled in order of their host addresses: a
 #: random page of a large pool costs the look-up of its address.
-SMALL_PAGE, WINDOWED_POOL = 4096, 1 << 30
+SMALL_PAGE, WINDOWED_POOL = 4096, 256 << 20
 
 
 def _unit_of(planes: Planes) -> int:

@@ -12,7 +12,7 @@
 
 _Static_assert(sizeof(struct kvsig_plane) == 64, "size of struct kvsig_plane");
 _Static_assert(sizeof(struct kvsig_wrong) == 24, "size of struct kvsig_wrong");
-_Static_assert(sizeof(struct kvsig_page_copy) == 2152, "size of struct kvsig_page_copy");
+_Static_assert(sizeof(struct kvsig_page_copy) == 2160, "size of struct kvsig_page_copy");
 
 static long long number_at(const struct kvsig_page_copy *a, unsigned side, kvsig_u32 position)
 {
@@ -67,7 +67,7 @@ static int refuse(const struct kvsig_page_copy *a)
                 continue;
             if (!a->wrong->state) {
                 a->wrong->side = side;
-                a->wrong->position = i;
+                a->wrong->position = a->first_page + i;
                 a->wrong->value = value;
                 __atomic_store_n(&a->wrong->state, 1, __ATOMIC_RELEASE);
             }

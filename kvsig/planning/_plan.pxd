@@ -123,12 +123,14 @@ cdef class Geometry:
                          bint kernel)
 
 cdef class Pages:
-    cdef int64_t *device
+    cdef int64_t *device    # page numbers of both sides in one piece of memory
     cdef int64_t *host
+    cdef Py_ssize_t room    # numbers that it has room for
     cdef readonly Py_ssize_t count
     cdef readonly int direction
     cdef Runs runs
     cdef bint lone          # no page is in a run
+    cdef int copy(self, const Py_buffer *near, const Py_buffer *far) except -1
     cdef int check(self, int64_t device_limit, int64_t host_limit) except -1
     cdef object beyond(self, Py_ssize_t first, int64_t device_limit, int64_t host_limit)
     cdef object repeated(self, const int64_t *to, Py_ssize_t last)

@@ -10,7 +10,7 @@ CUDA, and no memory of what was planned before.
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 from kvsig._errors import page_out_of_range
 from kvsig.planning import geometry as _geometry
@@ -382,46 +382,48 @@ cdef void store_uses(Layout *p) noexcept:
 # --- Page numbers -----------------------------------------------------------------------------
 
 
-cdef int read_pages(object array, int64_t **numbers, Py_ssize_t *count) except -1:
-    """Copy page numbers, which nobody else can write to then. 0 if they are none."""
-    cdef Py_buffer view
-    cdef int64_t *copy
+cdef bint viewed(object array, Py_buffer *view) except -1:
+    """Look at page numbers where they are; 0 if they are none that can be copied as they stand."""
     try:
-        PyObject_GetBuffer(array, &view, PyBUF_ND | PyBUF_FORMAT)
+        PyObject_GetBuffer(array, view, PyBUF_ND | PyBUF_FORMAT)
     except (TypeError, BufferError, ValueError):
-        return 0
-    try:
-        if (
-            view.ndim != 1 or view.itemsize != 8 or view.format == NULL
-            or (view.format[0] != c"l" and view.format[0] != c"q")
-        ):
-            return 0
-        copy = <int64_t *>malloc(view.shape[0] * sizeof(int64_t) + 1)
-        if copy == NULL:
-            raise MemoryError(f"no memory for {view.shape[0]} page numbers")
-        memcpy(copy, view.buf, view.shape[0] * sizeof(int64_t))
-        numbers[0], count[0] = copy, view.shape[0]
-    finally:
-        PyBuffer_Release(&view)
-    return 1
+        return False
+    if (
+        view.ndim == 1 and view.itemsize == 8 and view.format != NULL
+        and (view.format[0] == c"l" or view.format[0] == c"q")
+    ):
+        return True
+    PyBuffer_Release(view)
+    return False
 
 
 cdef Pages pages_of(object device_pages, object host_pages, int64_t device_limit,
                     int64_t host_limit, Direction direction):
     """Copy and check page numbers; None where they are no contiguous int64 arrays."""
     cdef Pages pages = Pages.__new__(Pages)
-    cdef Py_ssize_t n = 0, m = 0
-    if not read_pages(device_pages, &pages.device, &n):
+    cdef Py_buffer near, far
+    if not viewed(device_pages, &near):
         return None
-    if not read_pages(host_pages, &pages.host, &m):
-        return None
-    if n != m:
-        raise ValueError(
-            f"device_pages has {n} page numbers and host_pages has {m}: give as many of each"
-        )
-    pages.count, pages.direction = n, direction
+    try:
+        if not viewed(host_pages, &far):
+            return None
+        try:
+            pages.copy(&near, &far)
+        finally:
+            PyBuffer_Release(&far)
+    finally:
+        PyBuffer_Release(&near)
+    pages.direction = direction
     pages.check(device_limit, host_limit)
     return pages
+
+
+# Memory of page numbers that are no longer needed, kept for the next request: memory that is new
+# to the process costs more than all that is done with the numbers in it. Whoever copies numbers
+# takes it away meanwhile. More than so many numbers, 8 MiB, are given back.
+cdef Py_ssize_t MOST_SPARE = 1 << 20
+cdef int64_t *spare_numbers = NULL
+cdef Py_ssize_t spare_count = 0
 
 
 cdef class Pages:
@@ -439,6 +441,27 @@ cdef class Pages:
 
     def __init__(self):
         raise TypeError("page numbers are checked against a geometry: use Geometry.pages")
+
+    cdef int copy(self, const Py_buffer *near, const Py_buffer *far) except -1:
+        """Copy page numbers, which nobody else can write to then."""
+        global spare_numbers, spare_count
+        cdef Py_ssize_t n = near.shape[0]
+        if n != far.shape[0]:
+            raise ValueError(
+                f"device_pages has {n} page numbers and host_pages has {far.shape[0]}: "
+                "give as many of each"
+            )
+        if spare_numbers != NULL and spare_count >= 2 * n:
+            self.device, self.room = spare_numbers, spare_count
+            spare_numbers = NULL
+        else:
+            self.device, self.room = <int64_t *>malloc(2 * n * sizeof(int64_t) + 1), 2 * n
+            if self.device == NULL:
+                raise MemoryError(f"no memory for {2 * n} page numbers")
+        self.host, self.count = self.device + n, n
+        memcpy(self.device, near.buf, n * sizeof(int64_t))
+        memcpy(self.host, far.buf, n * sizeof(int64_t))
+        return 0
 
     cdef int check(self, int64_t device_limit, int64_t host_limit) except -1:
         cdef Py_ssize_t n = self.count, first
@@ -463,9 +486,13 @@ cdef class Pages:
         return 0
 
     def __dealloc__(self):
-        free(self.device)
-        free(self.host)
+        global spare_numbers, spare_count
         free(self.runs.count[0])
+        if self.room <= MOST_SPARE and (spare_numbers == NULL or spare_count < self.room):
+            free(spare_numbers)
+            spare_numbers, spare_count = self.device, self.room
+        else:
+            free(self.device)
 
     cdef object beyond(self, Py_ssize_t first, int64_t device_limit, int64_t host_limit):
         cdef int64_t page = self.device[first]
@@ -560,10 +587,10 @@ cdef Py_ssize_t first_marked(const int64_t *pages, Py_ssize_t n, int64_t limit) 
         if marks == NULL:
             raise MemoryError(f"no memory to mark {limit} pages")
     if n < KEEP_GIL:
-        found = mark_pages(pages, n, marks)
+        found = mark_pages(pages, n, marks, limit)
     else:
         with nogil:
-            found = mark_pages(pages, n, marks)
+            found = mark_pages(pages, n, marks, limit)
     if spare_marks == NULL:
         spare_marks, spare_room = marks, room
     else:
@@ -571,7 +598,8 @@ cdef Py_ssize_t first_marked(const int64_t *pages, Py_ssize_t n, int64_t limit) 
     return found
 
 
-cdef Py_ssize_t mark_pages(const int64_t *pages, Py_ssize_t n, uint64_t *marks) noexcept nogil:
+cdef Py_ssize_t mark_pages(const int64_t *pages, Py_ssize_t n, uint64_t *marks,
+                           int64_t limit) noexcept nogil:
     # Bits, because what is accessed at random has to stay in the CPU's nearest caches.
     cdef Py_ssize_t i, found = -1
     cdef uint64_t bit
@@ -583,8 +611,11 @@ cdef Py_ssize_t mark_pages(const int64_t *pages, Py_ssize_t n, uint64_t *marks) 
             found = i
             break
         word[0] |= bit
-    for i in range(n if found < 0 else found):
-        marks[pages[i] >> 6] = 0
+    if n > limit // 64:
+        memset(marks, 0, (limit + 63) // 64 * sizeof(uint64_t))
+    else:
+        for i in range(n if found < 0 else found):
+            marks[pages[i] >> 6] = 0
     return found
 
 

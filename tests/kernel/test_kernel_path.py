@@ -154,6 +154,35 @@ class TestMovesPages:
             stream.synchronize()
             assert torch.equal(far[:, :, 0], near[:, order].transpose(0, 1))
 
+    @pytest.mark.parametrize("load", [True, False])
+    @pytest.mark.parametrize("layered", [True, False])
+    def test_of_small_pages_in_a_large_pool(self, control, stream, load, layered):
+        """They go in the order of windows of the pool, and without events in several launches."""
+        layers, width, pages, host_pages, count = 64, 256, 1300, 20_000, 1200
+        near = torch.randint(0, 256, (layers, pages, width), dtype=torch.uint8)
+        far = torch.zeros(host_pages, layers, 1, width, dtype=torch.uint8)  # mostly never touched
+        control.mark_device(near.data_ptr(), near.nbytes)
+        control.mark_host(far.data_ptr(), far.nbytes)
+        cache = kvsig.PagedKVCache(list(near), far, page_size=1, model=H100)
+        rng = np.random.default_rng(load)
+        mine, theirs = rng.permutation(pages)[:count], rng.permutation(host_pages)[:count]
+        untouched = np.setdiff1d(np.arange(pages), mine)
+        far[theirs] = torch.randint(0, 256, (count, layers, 1, width), dtype=torch.uint8)
+        before = near.clone()
+        options = {"stream": stream, "path": "kernel"}
+        events = [Event() for _ in range(layers)] if layered and load else None
+        if load:
+            report = cache.load(theirs, mine, events=events, **options)
+        else:
+            report = cache.offload(mine, theirs, **options)
+        stream.synchronize()
+        assert torch.equal(near[:, mine], far[theirs, :, 0].transpose(0, 1))
+        assert torch.equal(near[:, untouched], before[:, untouched])
+        if not load:
+            assert torch.equal(near, before)
+        assert report.calls == (1 if events else 2)
+        assert report.copies == count * layers
+
     def test_on_the_legacy_stream(self, control):
         setup = Setup(control)
         wanted = setup.expected(DEVICE, HOST, True)
