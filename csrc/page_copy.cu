@@ -58,7 +58,8 @@ struct kvsig_page_copy {
     kvsig_u32 number[2];    /* bytes of a page number: 4 or 8, signed */
     kvsig_u32 value;        /* what a flag becomes when its layer is there */
     kvsig_u32 pace;         /* ns from tile to tile of a warp; 0: as fast as it goes. Wide only */
-    kvsig_u32 first_page;   /* place of page 0 of this launch in the list of the request */
+    kvsig_u32 first_page;   /* place of this launch's first page in the lists of the request */
+    kvsig_u32 list_count;   /* numbers of those lists, all of which are checked */
     int few[2][KVSIG_FEW];
 };
 
@@ -171,10 +172,12 @@ static __device__ __forceinline__ const int *number_at(const kvsig_page_copy &a,
                                          (kvsig_u64)position * a.number[side]);
 }
 
+/* A page number in device memory, by its place in the list of the request. */
 static __device__ __forceinline__ long long whole_number(const kvsig_page_copy &a, kvsig_u32 side,
                                                          kvsig_u32 position)
 {
-    const int *at = number_at(a, side, position);
+    const kvsig_u64 offset = ((kvsig_u64)position - a.first_page) * a.number[side];
+    const int *at = reinterpret_cast<const int *>(static_cast<const char *>(a.pages[side]) + offset);
     const int high = a.number[side] == 8 ? at[1] : at[0] >> 31;
     return (long long)high << 32 | (kvsig_u32)at[0];
 }
@@ -361,7 +364,7 @@ static __device__ __forceinline__ kvsig_u32 first_wrong(const kvsig_page_copy &a
         if (a.pages[side] == nullptr)
             continue;
 #pragma unroll 4
-        for (kvsig_u32 i = threadIdx.x; i < a.page_count; i += blockDim.x)
+        for (kvsig_u32 i = threadIdx.x; i < a.list_count; i += blockDim.x)
             if ((kvsig_u64)whole_number(a, side, i) >= a.limit[side])
                 found = min(found, 2 * i + side);
     }
@@ -378,7 +381,7 @@ static __device__ __forceinline__ void refuse(const kvsig_page_copy &a, kvsig_u3
     volatile kvsig_wrong *wrong = a.wrong;
     if (threadIdx.x == 0 && wrong->state == 0) {
         wrong->side = found % 2;
-        wrong->position = a.first_page + found / 2;
+        wrong->position = found / 2;
         wrong->value = whole_number(a, found % 2, found / 2);
         __threadfence_system();
         wrong->state = 1;

@@ -42,6 +42,7 @@ cdef extern from "page_copy.cu" nogil:
         unsigned int value
         unsigned int pace
         unsigned int first_page
+        unsigned int list_count
         int few[2][256]
     unsigned int kvsig_tiles(const kvsig_plane *plane, unsigned int pages, unsigned int chunks)
 
@@ -461,10 +462,14 @@ cdef class KernelCode:
             windowed = request.window_pitch and not (request.number[0] or request.number[1])
             if request.recorded:
                 each = KVSIG_FEW
-            elif windowed and not request.flags:
-                # All layers of some windows before the next ones: what looking up their addresses
-                # costs is paid once.
-                each = max(<size_t>KVSIG_FEW, <size_t>(PART_BYTES // page))
+            elif given.wrong == NULL and not request.flags:
+                # The first part is on its way while the numbers of the next are copied. In the
+                # order of windows a part is all layers of some windows: looking up their addresses
+                # is paid for once.
+                each = max(
+                    <size_t>(KVSIG_FEW if windowed else STAGED_NUMBERS),
+                    <size_t>(PART_BYTES // page),
+                )
         with lane.lock:
             if near:
                 lane.reserve(2 * request.count, each > KVSIG_FEW)
@@ -531,7 +536,7 @@ cdef void _describe(
     given.planes = (
         <kvsig_plane *>planes.device + <size_t>request.first_layer * planes.layer_planes
     )
-    given.page_count = <unsigned int>request.count
+    given.page_count = given.list_count = <unsigned int>request.count
     given.plane_count = request.layers * planes.layer_planes
     given.layer_planes, given.regular = planes.layer_planes, planes.regular
     given.source, given.unit = request.source, planes.unit

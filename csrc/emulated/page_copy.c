@@ -14,7 +14,7 @@ _Static_assert(sizeof(struct kvsig_plane) == 64, "size of struct kvsig_plane");
 _Static_assert(sizeof(struct kvsig_wrong) == 24, "size of struct kvsig_wrong");
 _Static_assert(sizeof(struct kvsig_page_copy) == 2160, "size of struct kvsig_page_copy");
 
-static long long number_at(const struct kvsig_page_copy *a, unsigned side, kvsig_u32 position)
+static long long number_at(const struct kvsig_page_copy *a, unsigned side, long long position)
 {
     if (!a->pages[side])
         return a->few[side][position];
@@ -57,17 +57,19 @@ static void count(const struct kvsig_page_copy *a, kvsig_u32 layer, kvsig_u32 ti
     __atomic_store_n(&a->flags[layer], a->value, __ATOMIC_RELEASE);
 }
 
+/* Check the lists of the request that are in device memory, of which this launch may be a part. */
 static int refuse(const struct kvsig_page_copy *a)
 {
-    for (kvsig_u32 i = 0; i < a->page_count; i++)
+    for (kvsig_u32 i = 0; i < a->list_count; i++)
         for (unsigned side = 0; side < 2; side++) {
-            const long long value = a->pages[side] ? number_at(a, side, i) : 0;
+            const long long place = (long long)i - a->first_page;
+            const long long value = a->pages[side] ? number_at(a, side, place) : 0;
 
             if ((kvsig_u64)value < a->limit[side])
                 continue;
             if (!a->wrong->state) {
                 a->wrong->side = side;
-                a->wrong->position = a->first_page + i;
+                a->wrong->position = i;
                 a->wrong->value = value;
                 __atomic_store_n(&a->wrong->state, 1, __ATOMIC_RELEASE);
             }

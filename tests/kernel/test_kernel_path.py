@@ -306,6 +306,37 @@ class TestPageNumbersOnTheGpu:
         assert setup.same(before), "the transfer that told has not moved either"
         setup.cache.check()  # told once
 
+    @pytest.mark.parametrize("wrong", [None, 7, 599])
+    def test_of_a_capture_are_checked_whole(self, control, stream, wrong):
+        """What is captured is several launches, of which none moves where one number is wrong."""
+        count, width = 600, 32
+        near = torch.randint(0, 256, (1, count, width), dtype=torch.uint8)
+        far = torch.randint(0, 256, (count, 1, 1, width), dtype=torch.uint8)
+        control.mark_device(near.data_ptr(), near.nbytes)
+        control.mark_host(far.data_ptr(), far.nbytes)
+        cache = kvsig.PagedKVCache(list(near), far, page_size=1, model=H100)
+        before, mine = near.clone(), np.arange(count)[::-1].copy()
+        theirs = np.arange(count)
+        if wrong is not None:
+            theirs[wrong] = count
+        numbers = Numbers(theirs)
+        kvsig.call("cudaStreamBeginCapture", stream=stream, mode="cudaStreamCaptureModeRelaxed")
+        report = cache.load(numbers, mine, stream=stream)
+        graph = kvsig.call("cudaStreamEndCapture", stream=stream)
+        run = kvsig.call("cudaGraphInstantiate", graph=graph)
+        kvsig.call("cudaGraphLaunch", graphExec=run, stream=stream)
+        stream.synchronize()
+        assert (report.path, report.calls) == ("kernel", 3)
+        if wrong is None:
+            assert torch.equal(near[0], far[:, 0, 0].flip(0))
+            cache.check()
+        else:
+            assert torch.equal(near, before)
+            with pytest.raises(ValueError, match=rf"host_pages\[{wrong}\] is 600"):
+                cache.check()
+        kvsig.call("cudaGraphExecDestroy", graphExec=run)
+        kvsig.call("cudaGraphDestroy", graph=graph)
+
     def test_numbers_of_another_kind_are_copied(self, control, stream):
         setup = Setup(control, sms=0)
         with pytest.raises(TypeError):
