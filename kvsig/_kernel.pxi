@@ -49,9 +49,8 @@ cdef extern from "page_copy.cu" nogil:
 cdef enum:
     # Up to here blocks of one warp: they start beside whatever runs, but slow it down while they do.
     THIN_BYTES = 8 << 20
-    # Blocks of so many threads: writing to the host, more of them hide the look-up of addresses.
-    TO_DEVICE_THREADS = 512
-    TO_HOST_THREADS = 1024
+    # Of a block of a long transfer.
+    WIDE_THREADS = 512
     # No cluster is larger on every device that has clusters.
     LARGEST_CLUSTER = 8
     # Pageable memory of up to 64 KiB is read before cudaMemcpyAsync returns, and never waits for
@@ -406,8 +405,7 @@ cdef int _launch(
                 break
         blocks, threads = <unsigned int>min(tiles, <uint64_t>code.multiprocessors), KVSIG_LANES
     else:
-        function, blocks = code.wide, sms
-        threads = TO_DEVICE_THREADS if given.source == KVSIG_HOST else TO_HOST_THREADS
+        function, blocks, threads = code.wide, sms, WIDE_THREADS
         cluster = code.clusters and sms > 1
         if rate > 0:
             given.pace = <unsigned int>(
@@ -513,6 +511,9 @@ def launch_nothing(uint64_t wide, uint64_t thin):
     cdef CUlaunchConfig config
     cdef void *params[1]
     cdef _OwnStream stream = _OwnStream()
+    # What every launch asks of its stream takes longer the first time, too.
+    recorded_now(<uint64_t>stream.handle)
+    stream_number(<uint64_t>stream.handle)
     memset(&given, 0, sizeof(given))
     memset(&config, 0, sizeof(config))
     given.layer_planes = 1
