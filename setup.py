@@ -80,7 +80,8 @@ class BuildExt(build_ext):
             self.compiler.link_shared_object(
                 shared + compiled([glue], text),
                 str(library),
-                extra_postargs=["-pthread", "-s"],
+                # RELRO pads a library by up to a page of memory, which is 64 KiB on aarch64.
+                extra_postargs=["-pthread", "-s", "-Wl,-z,norelro"],
                 libraries=["dl"],
             )
         for stale in package.glob("libcudart-emulated-*.so"):

@@ -480,7 +480,9 @@ def integers(tensor: torch.Tensor, name: str) -> npt.NDArray[Any]:
         If the elements are not integers.
     """
     if tensor.dtype not in _INTEGERS:
-        raise TypeError(f"{name} must hold integers, not {tensor.dtype}")
+        if tensor.numel():
+            raise TypeError(f"{name} must hold integers, not {tensor.dtype}")
+        return np.empty(tensor.shape, np.int64)  # no number is of the wrong type
     return np.asarray((tensor if tensor.is_cpu else tensor.cpu()).numpy())
 
 

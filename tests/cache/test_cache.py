@@ -295,7 +295,9 @@ class TestPageNumbers:
         assert setup.everything() == setup.expect(before, "device", [1, 2], [1, 2])
 
     @pytest.mark.parametrize(
-        "empty", [[], (), range(0), np.array([], dtype=np.int32), torch.zeros(0).long()], ids=repr
+        "empty",
+        [[], (), range(0), np.array([]), np.array([], np.int32), torch.tensor([]), torch.arange(0)],
+        ids=repr,
     )
     def test_none(self, stream, empty):
         setup = Setup()

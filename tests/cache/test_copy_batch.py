@@ -128,7 +128,11 @@ class TestStreamOrder:
 
 
 class TestNothingToMove:
-    @pytest.mark.parametrize("empty", [[], np.array([], dtype=np.int64), torch.zeros(0).long()])
+    @pytest.mark.parametrize(
+        "empty",
+        [[], (), np.array([]), np.array([], np.int64), torch.tensor([]), torch.arange(0)],
+        ids=repr,
+    )
     def test_no_copies(self, stream, empty):
         report = kvsig.copy_batch(empty, empty, empty, stream)
         assert (report.path, report.copies, report.calls, report.bytes) == ("none", 0, 0, 0)
@@ -196,6 +200,13 @@ class TestRefuses:
         text = "dsts must be one-dimensional, not of shape (1, 2)"
         refused(ValueError, text, np.array([[16, 32]]), [48, 64], 16)
         refused(ValueError, "srcs must be one-dimensional, not of shape ()", [16], 48, 16)
+
+    @pytest.mark.parametrize("wrong", ["dsts", "srcs"])
+    def test_tensors_in_the_place_of_addresses(self, wrong):
+        tensor = torch.zeros(8)
+        lists = {"dsts": [tensor.data_ptr()], "srcs": [tensor.data_ptr()], wrong: [tensor]}
+        text = f"{wrong} holds tensors: give their addresses, as t.data_ptr() does"
+        refused(TypeError, text, lists["dsts"], lists["srcs"], 4)
 
     def test_tensors_elsewhere(self):
         text = "dsts is on meta: addresses are read on the CPU, pass dsts.cpu()"

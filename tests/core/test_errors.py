@@ -75,6 +75,7 @@ class TestErrors:
         on.synchronize()
         copies.check(made=range(12))
 
+    @pytest.mark.checkout
     def test_without_the_drivers_help_13_names_no_copy(self, bind, tmp_path, stream):
         control = bind(built(tmp_path, "13.0", DRIVERS))
         on = stream()

@@ -190,6 +190,7 @@ class TestFallbacks:
 
 
 class TestMissingSymbol:
+    @pytest.mark.checkout
     def test_inside_its_range_is_an_error(self, bind, tmp_path, stream):
         path = built(tmp_path, "12.8", BATCH)
         control = bind(path)
@@ -209,6 +210,7 @@ class TestMissingSymbol:
         on.synchronize()
         copies.check()
 
+    @pytest.mark.checkout
     def test_calling_it_by_name_says_so(self, bind, tmp_path):
         path = built(tmp_path, "13.0", "cudaMemPrefetchAsync")
         bind(path)
@@ -323,6 +325,7 @@ class TestRoutes:
         control.synchronize(0)
         copies.check()
 
+    @pytest.mark.checkout
     def test_driver_route_without_the_function(self, bind, tmp_path, stream, monkeypatch):
         monkeypatch.setenv("KVSIG_ROUTE", "driver")
         path = built(tmp_path, "13.0", DRIVERS)

@@ -8,7 +8,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 import kvsig
 from kvsig import _core, emulated, registry
@@ -58,6 +57,7 @@ def test_info_promises_no_path_where_every_copy_fails(version, state, text):
 )
 @pytest.mark.parametrize("path", ["auto", "loop", "strided"])
 def test_a_state_of_the_process_blames_no_page(version, state, path):
+    torch = pytest.importorskip("torch")
     _core.rebind(f"emulated:{version}")
     try:
         with emulated.Stream() as stream:
@@ -85,6 +85,7 @@ def test_a_state_of_the_process_blames_no_page(version, state, path):
 @pytest.mark.known_failure("driver-decides")
 @pytest.mark.parametrize(("runtime", "driver"), [("12.9", "13.0"), ("12.8", "13.5")])
 def test_the_prototype_follows_the_runtime_and_not_the_driver(runtime, driver):
+    torch = pytest.importorskip("torch")
     _core.rebind(f"emulated:{runtime}/{driver}")
     try:
         with emulated.Stream() as stream:

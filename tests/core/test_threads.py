@@ -101,7 +101,7 @@ def test_an_interpreter_that_keeps_the_gil_off_is_refused():
         """
         import sys
         sys._is_gil_enabled = lambda: False
-        for name in ("kvsig._loader", "kvsig._core", "kvsig.cache"):
+        for name in ("kvsig._loader", "kvsig._core", "kvsig.call"):
             try:
                 __import__(name)
             except ImportError as error:

@@ -9,9 +9,9 @@ from kvsig.emulated.libraries import SOURCES
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory):
-    """Compile emulated runtimes by version, each once."""
+    """Compile emulated runtimes by version, each once; a wheel is tested with those that it has."""
     if not SOURCES.is_dir():
-        pytest.skip(f"an installed kvsig has no C sources: there is no {SOURCES}")
+        return emulated.resolve
     folder = tmp_path_factory.mktemp("emulated")
     entries = registry.load()
     libraries = {}

@@ -63,6 +63,7 @@ class TestLibraries:
         with pytest.raises(ValueError, match=r"libc\.so\.6 is not an emulated CUDA runtime"):
             emulated.Control("libc.so.6")
 
+    @pytest.mark.checkout
     def test_symbol_can_be_left_out(self, tmp_path):
         path = emulated.build(registry.load(), "13.0", tmp_path, without=["cudaMemcpyBatchAsync"])
         library = ctypes.CDLL(str(path))
@@ -78,11 +79,13 @@ class TestLibraries:
         ("compiler", "message"),
         [("no-such-compiler", "no C compiler to build"), ("false", r"false .* failed:")],
     )
+    @pytest.mark.checkout
     def test_build_without_compiler(self, tmp_path, monkeypatch, compiler, message):
         monkeypatch.setenv("CC", compiler)
         with pytest.raises(RuntimeError, match=message):
             emulated.build(registry.load(), "13.0", tmp_path)
 
+    @pytest.mark.checkout
     def test_prototype_of_another_order_needs_no_other_behaviour(self, tmp_path):
         """A form of the next major drops two parameters, adds one, in another order."""
         text = Path(registry.PATH).read_text()
@@ -122,6 +125,7 @@ class TestLibraries:
         (call,) = control.calls()
         assert call["arguments"][2] == {"name": "flags", "type": "unsigned int", "value": 7}
 
+    @pytest.mark.checkout
     def test_host_function_and_priorities_in_a_registry_that_has_them(self, tmp_path):
         text = Path(registry.PATH).read_text()
         for name, params in {

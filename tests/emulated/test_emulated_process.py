@@ -225,6 +225,7 @@ params = []
 
 
 class TestUnknown:
+    @pytest.mark.checkout
     def test_a_function_that_is_not_written_says_so(self, tmp_path):
         text = Path(registry.PATH).read_text()
         for name, library, returns in (
@@ -266,6 +267,7 @@ class TestUnknown:
 
 
 def test_the_example_of_a_stream_runs_as_it_stands():
+    pytest.importorskip("torch")
     done = subprocess.run(
         [sys.executable, "-c", "import doctest, kvsig.emulated\n"
          "print(doctest.testmod(kvsig.emulated))"],

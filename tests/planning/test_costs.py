@@ -75,7 +75,8 @@ class TestStoredCosts:
                 lambda data: json.dumps(data).replace('"latency": 7.0', '"latency": true'),
                 "latency is True",
             ),
-            (lambda data: "[" * 60_000, "recursion"),
+            # Whether that is too deep or ends too soon depends on the interpreter's stack.
+            (lambda data: "[" * 60_000, "recursion|Expecting value"),
             (lambda data: json.dumps({**data, "batch_sizes": [2**70]}), "batch_sizes is"),
             (lambda data: json.dumps({**data, "batch_sizes": 5}), "batch_sizes is 5, needs a list"),
             (lambda data: " " * 70_000, "longer than 65536 bytes"),
