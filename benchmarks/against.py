@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kvsig.tools.cells import WAYS, Cell, describe, grid, models, quick
+from kvsig.tools.cells import QUICK, SECTIONS, Cell, describe, preset
 from kvsig.tools.measuring import SCHEMA
 from kvsig.tools.report import Progress, count_text, table, write_json
 
@@ -28,6 +28,12 @@ ROOT = Path(__file__).resolve().parents[1]
 WORKER = Path(__file__).resolve().parent / "worker.py"
 ROUNDS, RUNS, SMALL_RUNS = 6, 5, 200
 KIB = 1 << 10
+#: Calls so small that they are all overhead, of one layer and few pages; then what is judged.
+CELLS = {
+    "small calls": [{"layers": (1,), "pages": (1, 16, 256), "page_bytes": (4 * KIB,)}],
+    **QUICK,
+    "models": SECTIONS["models"],
+}
 #: What the new one must not be slower than, of cells of all layers in one call and 64 KiB pages.
 MEDIAN, EACH = 0.97, 0.92
 
@@ -70,12 +76,6 @@ class Side:
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait(timeout=30)
-
-
-def small_cells() -> list[Cell]:
-    """Calls so small that they are all overhead: one layer, few pages."""
-    fields = {"layers": (1,), "direction": WAYS, "pages": (1, 16, 256), "page_bytes": (4 * KIB,)}
-    return grid(False, "small calls", fields)
 
 
 def measure(old: Side, new: Side, cell: Cell, rounds: int, runs: int) -> dict[str, Any]:
@@ -127,9 +127,7 @@ def verdict(cells: list[dict[str, Any]]) -> dict[str, Any]:
             "worst": min(c["host_ms_ratio"] for c in small),
         }
     judged = found.get("judged")
-    found["met"] = bool(
-        judged is None or (judged["median"] >= MEDIAN and judged["worst"] >= EACH)
-    )
+    found["met"] = bool(judged is None or (judged["median"] >= MEDIAN and judged["worst"] >= EACH))
     return found
 
 
@@ -165,9 +163,7 @@ def main() -> int:
     sides = [Side(path.resolve()) for path in (args.old, ROOT)]
     old, new = sides
     emulated = os.environ.get("KVSIG_CUDART", "").startswith("emulated")
-    cells = small_cells() + quick(emulated) + models(emulated)
-    if emulated:
-        cells = [cell for cell in cells if cell.bytes <= 32 << 20]
+    cells = preset(emulated, CELLS)
     result: dict[str, Any] = {"schema": SCHEMA, "kind": "against", "cells": [], "skipped": 0}
     deadline = time.monotonic() + args.seconds
     with Progress("against") as progress:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from kvsig.planning.costs import CostModel, DirectionCosts, builtin
+from kvsig.tools.cells import WAYS
 
 __all__ = ["Cell", "Sample", "cells", "fit", "predict"]
 
@@ -36,7 +37,7 @@ class Cell:
     width: int
     rows: int
     copies: int
-    batch_size: int
+    batch_size: int = 1
 
     @property
     def calls(self) -> int:
@@ -46,38 +47,29 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A measured cell.
+    """A measured cell: microseconds until the last byte is there, and until the call returned.
 
-    Parameters
-    ----------
-    cell : Cell
-        What was measured.
-    seconds : float
-        From the first call to the arrival of the last byte.
-    submit_seconds : float
-        From the first call to the return of the last one.
+    Raises
+    ------
+    ValueError
+        If a time is not positive.
     """
 
     cell: Cell
-    seconds: float
-    submit_seconds: float
+    us: float
+    submit_us: float
+
+    def __post_init__(self) -> None:
+        for us in (self.us, self.submit_us):
+            if not (math.isfinite(us) and us > 0):
+                raise ValueError(f"{self.cell}: measured {us} µs, needs a time above 0")
 
 
 def predict(costs: DirectionCosts, cell: Cell) -> float:
-    """Time that a cell should take.
+    """Time that a cell should take by the figures of its direction, in microseconds.
 
-    Parameters
-    ----------
-    costs : DirectionCosts
-        Figures of the cell's direction.
-    cell : Cell
-        What is moved, and how.
-
-    Returns
-    -------
-    float
-        Microseconds. The longer of host time and engine time, plus what the first call
-        keeps the other one waiting, plus the latency: as the planner predicts it.
+    It is the longer of host time and engine time, plus what the first call keeps the other one
+    waiting, plus the latency: as the planner predicts it.
     """
     many, calls = float(cell.copies), float(cell.calls)
     byte = cell.width * costs.byte
@@ -112,23 +104,21 @@ def cells() -> list[Cell]:
         copies. At most 256 MiB each; together well below a second on a PCIe 4 link.
     """
     found = []
-    for direction in ("offload", "load"):
+    for way in WAYS:
         found += [
-            Cell("loop", direction, _WHOLE, 1, 1, 1),
-            Cell("loop", direction, _SMALL, 1, 1, 1),
-            Cell("loop", direction, _SMALL, 1, _MANY, 1),
-            Cell("loop", direction, _LARGE, 1, _MANY, 1),
-            Cell("strided", direction, _SMALL, 1, _MANY, 1),
-            Cell("strided", direction, _SMALL, _ROWS, _MANY, 1),
+            Cell("loop", way, _WHOLE, 1, 1),
+            Cell("loop", way, _SMALL, 1, 1),
+            Cell("loop", way, _SMALL, 1, _MANY),
+            Cell("loop", way, _LARGE, 1, _MANY),
+            Cell("strided", way, _SMALL, 1, _MANY),
+            Cell("strided", way, _SMALL, _ROWS, _MANY),
         ]
         for width in (_SMALL, _LARGE):
-            found += [Cell("batch", direction, width, 1, 4 * _MANY, size) for size in (64, 256)]
+            found += [Cell("batch", way, width, 1, 4 * _MANY, size) for size in (64, 256)]
     return found
 
 
-def fit(
-    samples: Iterable[Sample], device_name: str, start: CostModel | None = None
-) -> CostModel:
+def fit(samples: Iterable[Sample], device_name: str) -> CostModel:
     """Read the figures of a device off what was measured.
 
     Parameters
@@ -137,45 +127,31 @@ def fit(
         Of `cells`; where batches cannot be used, without those.
     device_name : str
         Name of the device that they were measured on.
-    start : CostModel, optional
-        Figures to begin with; those of `builtin` if not given. A figure that was not measured
-        keeps its value.
 
     Returns
     -------
     CostModel
-        The figures, with ``source="calibrated"``. None is negative.
-
-    Raises
-    ------
-    ValueError
-        If a time is not positive or a direction is unknown.
+        The figures, with ``source="calibrated"``; none is negative, and one that was not
+        measured is that of `builtin`.
     """
-    start = builtin(device_name) if start is None else start
-    sides: dict[str, dict[Cell, Sample]] = {"offload": {}, "load": {}}
-    for sample in samples:
-        cell = sample.cell
-        for seconds in (sample.seconds, sample.submit_seconds):
-            if not (math.isfinite(seconds) and seconds > 0):
-                raise ValueError(f"{cell}: measured {seconds} s, needs a time above 0")
-        if cell.direction not in sides:
-            raise ValueError(f"{cell}: direction is 'offload' or 'load'")
-        sides[cell.direction][replace(cell, direction="")] = sample
-    return CostModel(
-        device_name,
-        "calibrated",
-        _fit_direction(sides["offload"], start.offload),
-        _fit_direction(sides["load"], start.load),
-        start.batch_sizes,
+    found = {sample.cell: sample for sample in samples}
+    start = builtin(device_name)
+    return replace(
+        start,
+        source="calibrated",
+        offload=_fit_direction("offload", found, start.offload),
+        load=_fit_direction("load", found, start.load),
     )
 
 
-def _fit_direction(samples: Mapping[Cell, Sample], start: DirectionCosts) -> DirectionCosts:
+def _fit_direction(
+    way: str, samples: Mapping[Cell, Sample], start: DirectionCosts
+) -> DirectionCosts:
     def total(method: str, width: int, rows: int, copies: int, size: int = 1) -> float:
-        return samples[Cell(method, "", width, rows, copies, size)].seconds * 1e6
+        return samples[Cell(method, way, width, rows, copies, size)].us
 
     def host(method: str, width: int, rows: int, copies: int, size: int = 1) -> float:
-        return samples[Cell(method, "", width, rows, copies, size)].submit_seconds * 1e6
+        return samples[Cell(method, way, width, rows, copies, size)].submit_us
 
     found: dict[str, float] = {}
     try:

@@ -97,13 +97,10 @@ class Job:
         shape = (cell.kinds, cell.layers, cell.pool_pages, cell.page_bytes)
         self.near = self._device_planes(shape)
         self.far_bytes = memory.far[: cell.pool_bytes]
+        pools: tuple[int, ...] = shape
         if cell.layout == "page_first_direct":
-            pools = self.far_bytes.view(
-                cell.kinds, cell.pool_pages, cell.layers, 1, cell.page_bytes
-            )
-        else:
-            pools = self.far_bytes.view(shape)
-        self.far = list(pools.unbind(0))
+            pools = (cell.kinds, cell.pool_pages, cell.layers, 1, cell.page_bytes)
+        self.far = list(self.far_bytes.view(pools).unbind(0))
         two = cell.kinds == 2
         self.cache = kvsig.PagedKVCache(
             device=tuple(self.near) if two else self.near[0],
@@ -119,16 +116,11 @@ class Job:
         self.drop()
 
     def _device_planes(self, shape: tuple[int, int, int, int]) -> list[list[torch.Tensor]]:
-        if self.cell.spacing == "separate":
-            return [
-                [
-                    torch.empty(shape[2:], dtype=torch.uint8, device=self.memory.device)
-                    for _ in range(shape[1])
-                ]
-                for _ in range(shape[0])
-            ]
         whole = self.memory.near[: self.cell.pool_bytes].view(shape)
-        return [list(kind.unbind(0)) for kind in whole.unbind(0)]
+        planes = [list(kind.unbind(0)) for kind in whole.unbind(0)]
+        if self.cell.spacing == "separate":
+            return [[torch.empty_like(layer) for layer in kind] for kind in planes]
+        return planes
 
     def by_plane(self, pool: torch.Tensor) -> torch.Tensor:
         """View bytes that lie as the host pools do as (kinds, layers, pages, bytes)."""
@@ -141,14 +133,16 @@ class Job:
         """Host pages of one plane, (pages, bytes)."""
         return self.by_plane(self.far_bytes)[kind, layer]
 
-    def kvsig(self, direction: str, path: str, stream: Any) -> list[Any]:
-        """Transfer through the cache; reports of the calls."""
+    def transfer(self, path: str, direction: str, stream: Any) -> kvsig.Report:
+        """Transfer through the cache, in one call or in one for each layer."""
         near, far = self.pages[direction]
-        cache = self.cache
-        layers = [None] if self.cell.scope == "all" else range(self.cell.layers)
-        if direction == "offload":
-            return [cache.offload(near, far, layers=i, stream=stream, path=path) for i in layers]
-        return [cache.load(far, near, layers=i, stream=stream, path=path) for i in layers]
+        report = kvsig.Report()
+        for layer in [None] if self.cell.scope == "all" else range(self.cell.layers):
+            if direction == "offload":
+                report += self.cache.offload(near, far, layers=layer, stream=stream, path=path)
+            else:
+                report += self.cache.load(far, near, layers=layer, stream=stream, path=path)
+        return report
 
     # Verification: the whole of both sides is compared, also what must stay as it was.
 

@@ -16,9 +16,9 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 __all__ = [
     "Progress",
@@ -31,11 +31,11 @@ __all__ = [
     "spread",
     "table",
     "time_text",
+    "versions",
     "wrap",
     "write_json",
 ]
 
-T = TypeVar("T")
 #: Sentences are not written wider than this, however wide the terminal is.
 WIDEST = 100
 
@@ -82,15 +82,9 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 # --- Lines -------------------------------------------------------------------------------------
 
 
-def columns(stream: Any = None) -> int | None:
+def columns() -> int | None:
     """Columns to write for: ``$COLUMNS``, those of the terminal, or None where it is none."""
-    stream = sys.stdout if stream is None else stream
-    said = os.environ.get("COLUMNS", "")
-    if said.isdecimal() and int(said) > 0:
-        return int(said)
-    if stream is not None and stream.isatty():
-        return shutil.get_terminal_size().columns
-    return None
+    return shutil.get_terminal_size((0, 0)).columns or None
 
 
 def wrap(text: str, indent: str = "", width: int | None = None) -> str:
@@ -206,16 +200,10 @@ class Progress:
 
     def line(self, done: int, total: int, text: str) -> str:
         """Write the line for this terminal, cut where it would not fit."""
-        width = (columns(sys.stderr) or WIDEST) - 1
+        width = shutil.get_terminal_size().columns - 1
         filled = self.BAR * done // max(total, 1)
         bar = f"[{'#' * filled}{'.' * (self.BAR - filled)}] " if width >= 3 * self.BAR else ""
         return f"{bar}{done}/{total}  {text}"[:width]
-
-    def through(self, steps: Sequence[T], text: str) -> Iterator[T]:
-        """Iterate over steps and tell how many are done."""
-        for done, step in enumerate(steps):
-            self.show(done, len(steps), text)
-            yield step
 
 
 # --- Where a result is from, and files ---------------------------------------------------------
@@ -227,33 +215,21 @@ def commit() -> str | None:
     ``KVSIG_COMMIT`` says it where the code is a copy, and no checkout of its own.
     """
     said = os.environ.get("KVSIG_COMMIT")
-    if said:
-        return said
     root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
+    if said or not (root / ".git").exists() or shutil.which("git") is None:
+        return said or None
     command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
-def provenance(runtime: bool = True) -> dict[str, Any]:
-    """Say where results are from: device, driver, runtime, versions, date and commit.
-
-    Parameters
-    ----------
-    runtime : bool
-        Whether a CUDA runtime took part; without, nothing is said of one and none is bound.
-    """
+def versions() -> dict[str, Any]:
+    """Say when and by which versions and commit a result was made."""
     import numpy as np
     import torch
 
     import kvsig
 
-    found: dict[str, Any] = {
+    return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "kvsig": kvsig.__version__,
@@ -264,11 +240,17 @@ def provenance(runtime: bool = True) -> dict[str, Any]:
         "torch_cuda": torch.version.cuda,
         "numpy": np.__version__,
     }
-    if not runtime:
-        return found
+
+
+def provenance() -> dict[str, Any]:
+    """Say where a result is from: `versions`, and device, driver and runtime."""
+    import torch
+
+    import kvsig
+
     info = kvsig.info()
     batch = next(row for row in info["functions"] if row["name"] == "cudaMemcpyBatchAsync")
-    return found | {
+    return versions() | {
         "emulated": info["emulated"],
         "device": None if info["emulated"] else torch.cuda.get_device_name(),
         "library": os.path.basename(info["library"]),
@@ -282,39 +264,20 @@ def source_text(source: dict[str, Any]) -> list[str]:
     """Write a `provenance` as two lines."""
     from kvsig.registry import format_version
 
-    where = "no CUDA runtime"
-    if "emulated" in source:
-        where = f"CUDA {format_version(source['runtime_version'])}"
-        if source["emulated"]:
-            where += ", emulated: no speeds, only host time and operations"
-        else:
-            driver = format_version(source["driver_version"])
-            where = f"{source['device']}, {where}, driver {driver}"
-    words = [source["library"]] if "library" in source else []
-    words += [f"torch {source['torch']}", source["date"]]
+    where = f"CUDA {format_version(source['runtime_version'])}"
+    if source["emulated"]:
+        where += ", emulated: no speeds, only host time and operations"
+    else:
+        driver = format_version(source["driver_version"])
+        where = f"{source['device']}, {where}, driver {driver}"
+    words = [source["library"], f"torch {source['torch']}", source["date"]]
     words += [f"commit {source['commit'][:12]}"] if source["commit"] else []
     return [wrap(where), wrap(", ".join(words))]
 
 
 def write_json(path: Path, data: Any) -> None:
     """Replace a file as a whole: a reader never sees half of it."""
-    write_text(path, json_text(data) + "\n")
-
-
-def json_text(data: Any, depth: int = 2, indent: str = "") -> str:
-    """Write JSON, what is nested deeper than `depth` on a line of its own, for small files."""
-    inner = indent + " "
-    if depth and isinstance(data, dict) and data:
-        parts = [f"{json.dumps(k)}: {json_text(v, depth - 1, inner)}" for k, v in data.items()]
-        return "{\n" + ",\n".join(inner + part for part in parts) + f"\n{indent}}}"
-    if depth and isinstance(data, list) and data:
-        parts = [json_text(item, depth - 1, inner) for item in data]
-        return "[\n" + ",\n".join(inner + part for part in parts) + f"\n{indent}]"
-    return json.dumps(data, ensure_ascii=False)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file beside its place, and put it there when it is whole."""
+    text = json.dumps(data, ensure_ascii=False, indent=1) + "\n"
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
@@ -330,5 +293,3 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
