@@ -1,17 +1,14 @@
 """kvsig beside other projects' ways of moving the same pages.
 
-    PYTHONPATH=. python benchmarks/rivals.py --json FILE --plot FILE
-    PYTHONPATH=. python benchmarks/rivals.py --from benchmarks/results/h100/summary.json --plot FILE
+    PYTHONPATH=. python benchmarks/rivals.py --json FILE
 
-Needs a GPU, but for showing what was measured before; measures those of the others that are
-installed. Each is a method like kvsig's
-own: add one by a function that gets a job ready and returns its runner.
+Needs a GPU; measures those of the others that are installed. Each is a method like kvsig's own:
+add one by a function that gets a job ready and returns its runner. `plot.py` draws the result.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,7 +20,6 @@ import torch
 
 from kvsig import Report, _core
 from kvsig.cli.bench import text_of
-from kvsig.tools import plot
 from kvsig.tools.cells import LIMIT, SECTIONS, preset
 from kvsig.tools.jobs import Job
 from kvsig.tools.measuring import Bench
@@ -222,24 +218,17 @@ RIVALS = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path, help=".png or .svg; needs matplotlib")
-    parser.add_argument("--from", dest="source", type=Path, help="a summary of gpu_run.py")
     parser.add_argument("--seconds", type=float, default=90)
     args = parser.parse_args()
-    if args.source:
-        result = json.loads(args.source.read_text(encoding="utf-8"))["rivals"]
-    elif _core.is_emulated() or not torch.cuda.is_available():
+    if _core.is_emulated() or not torch.cuda.is_available():
         print("rivals are compared on a GPU, with a real CUDA runtime", file=sys.stderr)
         return 1
-    else:
-        METHODS.update(RIVALS)
-        cells, methods = preset(False, {"rivals": SECTIONS["sizes"]}), ("auto", *RIVALS, LIMIT)
-        result = Bench(cells, methods, runs=9, seconds=args.seconds).run()
+    METHODS.update(RIVALS)
+    cells, methods = preset(False, {"rivals": SECTIONS["sizes"]}), ("auto", *RIVALS, LIMIT)
+    result = Bench(cells, methods, runs=9, seconds=args.seconds).run()
     print(text_of(result))
     if args.json:
         write_json(args.json, result)
-    if args.plot:
-        plot.save(result, args.plot)
     return 1 if result["summary"]["errors"] else 0
 
 

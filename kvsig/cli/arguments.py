@@ -92,18 +92,12 @@ def existing(text: str) -> Path:
     return path
 
 
-def output(*suffixes: str) -> Callable[[str], Path]:
-    """Make a reader of a file to be written: its folder is there, its suffix one of these."""
-
-    def read(text: str) -> Path:
-        path = Path(text)
-        if suffixes and path.suffix.lower() not in suffixes:
-            raise argparse.ArgumentTypeError(f"{text!r} does not end in {' or '.join(suffixes)}")
-        folder = path.resolve().parent
-        if not folder.is_dir():
-            raise argparse.ArgumentTypeError(f"{text}: there is no folder {folder}")
-        if path.is_dir():
-            raise argparse.ArgumentTypeError(f"{text} is a folder, not a file")
-        return path
-
-    return read
+def output(text: str) -> Path:
+    """Read the path of a file to be written: its folder is there."""
+    path = Path(text)
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: there is no folder {folder}")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder, not a file")
+    return path

@@ -1,4 +1,4 @@
-"""``kvsig bench``: page copies by every path, as tables, JSON and plots."""
+"""``kvsig bench``: page copies by every path, as tables and JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kvsig.cli.arguments import (
     positive,
     size,
 )
-from kvsig.tools import cells, plot, runtimes
+from kvsig.tools import cells, runtimes
 from kvsig.tools.cells import CHOICES, LIMIT, PATHS, SECTIONS
 from kvsig.tools.models import MODELS
 from kvsig.tools.report import bytes_text, count_text, source_text, table, wrap, write_json
@@ -83,15 +83,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         dest="source",
         type=existing,
         metavar="FILE",
-        help="measure nothing: show, and plot, a result that --json has written",
+        help="measure nothing: show a result that --json has written",
     )
-    parser.add_argument("--json", type=output(), metavar="FILE", help="write the result as JSON")
-    parser.add_argument(
-        "--plot",
-        type=output(".png", ".svg"),
-        metavar="FILE",
-        help="plot GB/s over page size, .png or .svg",
-    )
+    parser.add_argument("--json", type=output, metavar="FILE", help="write the result as JSON")
     parser.set_defaults(run=run)
 
 
@@ -101,16 +95,8 @@ def option(name: str) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, or show what was measured before.
-
-    Returns
-    -------
-    int
-        0; 1 if a method moved wrong bytes or a cell failed.
-    """
+    """Measure, or show what was measured; 1 if a method moved wrong bytes or a cell failed."""
     check_together(args)
-    if args.plot is not None:
-        plot.pyplot()  # says now, not after minutes, if it is missing
     if args.source is not None:
         result = read_result(args.source)
     else:
@@ -119,8 +105,6 @@ def run(args: argparse.Namespace) -> int:
                 print(f"{wrap(preface)}\n", flush=True)
             result = measure(args)
     print(text_of(result))
-    if args.plot is not None:
-        plot.save(result, args.plot)
     found = result.get("summary", {})
     return 1 if found.get("errors") or found.get("verified") is False else 0
 
@@ -157,8 +141,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from kvsig.tools.measuring import Bench
 
     emulated = not runtimes.real_device()
-    if emulated and args.plot is not None:
-        raise ValueError("--plot is of GB/s, and the emulated runtime has no speed: use a GPU")
     chosen = {name: getattr(args, name) for name in SELECTORS if getattr(args, name)}
     if chosen:
         try:

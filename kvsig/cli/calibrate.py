@@ -35,22 +35,16 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument(
         "--output",
-        type=output(),
+        type=output,
         metavar="FILE",
         help="keep it in this file, not in the cache folder",
     )
-    parser.add_argument("--json", type=output(), metavar="FILE", help="write measurements as JSON")
+    parser.add_argument("--json", type=output, metavar="FILE", help="write measurements as JSON")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, fit, print and keep.
-
-    Returns
-    -------
-    int
-        0.
-    """
+    """Measure, fit, print and keep."""
     from kvsig.planning import costs
     from kvsig.tools import calibration, fitting
     from kvsig.tools.measuring import SCHEMA

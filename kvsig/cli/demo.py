@@ -76,13 +76,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo on each runtime there is to run it on.
-
-    Returns
-    -------
-    int
-        0 if every byte is right, else 1.
-    """
+    """Run the demo on each runtime there is to run it on; 0 if every byte is right, else 1."""
     specs, preface = runtimes.choose()
 
     def say(text: str = "", indent: str = "") -> None:

@@ -91,24 +91,9 @@ class Meter:
 
 
 def measure(seconds: float = 12.0) -> tuple[str, list[Sample]]:
-    """Measure what copies cost on the current GPU.
+    """Measure what copies cost on the current GPU: its name, and medians of every cell.
 
-    Parameters
-    ----------
-    seconds : float
-        Time for measuring; every cell is timed three times at least, which takes a few.
-
-    Returns
-    -------
-    name : str
-        Of the device, as CUDA gives it.
-    samples : list of Sample
-        Medians of every cell that the cost model asks for.
-
-    Raises
-    ------
-    ValueError
-        On the emulated runtime, or where torch sees no GPU.
+    Every cell is timed three times at least, which takes a few seconds.
     """
     meter = Meter()
     deadline = time.monotonic() + seconds

@@ -40,16 +40,8 @@ COMPARED = 6
 def bound_runtime() -> dict[str, Any]:
     """Say what kvsig is bound to, as far as it matters to page copies.
 
-    Returns
-    -------
-    dict
-        ``function`` is a sentence on the batch function: its prototype, or why it is not used;
-        ``batches`` says whether copies can go out in batches.
-
-    Raises
-    ------
-    ValueError
-        If the runtime is a real one and torch sees no GPU.
+    ``function`` is a sentence on the batch function: its prototype, or why it is not used;
+    ``batches`` says whether copies can go out in batches.
     """
     real = real_device()
     info = kvsig.info()
@@ -93,26 +85,6 @@ def default_tokens(model: Model, emulated: bool) -> int:
 class Demo:
     """A KV cache on both sides, some pages of it that move, and some that have no part.
 
-    Parameters
-    ----------
-    model : Model
-        Shape of the cache.
-    tokens : int
-        Tokens that move, rounded up to whole pages.
-    page_size : int
-        Tokens per page.
-    layout : {"page_first_direct", "layer_first"}
-        Layout of the host pool.
-    seed : int
-        Of the choice of pages, and of the bytes.
-
-    Attributes
-    ----------
-    pages, tokens, bytes : int
-        That move, each way.
-    spare : dict
-        Side -> pages that have no part.
-
     Raises
     ------
     ValueError
@@ -120,7 +92,7 @@ class Demo:
     """
 
     def __init__(self, model: Model, tokens: int, page_size: int, layout: str, seed: int) -> None:
-        self.model, self.seed = model, seed
+        self.seed = seed
         self.pages = -(-tokens // page_size)
         self.tokens = self.pages * page_size
         self.bytes = self.tokens * model.token_bytes
@@ -129,6 +101,7 @@ class Demo:
         ours = self.pages + max(1, self.pages // 16)
         shape = shape_of(model, page_size)
         self.cell = Cell(pages=ours, direction="both", layout=layout, **shape)
+        #: Side -> pages that have no part.
         self.spare = {"device": 2 * (ours - self.pages), "host": 2 * ours - self.pages}
         self.device = target()
         self.check_memory()
@@ -154,11 +127,7 @@ class Demo:
     def run(self, path: str, runs: int) -> dict[str, Any]:
         """Fill, offload, clobber, load, and compare; then time both ways where there is a GPU.
 
-        Returns
-        -------
-        dict
-            ``offload`` and ``load``, each the report and the times; ``one_copy``, the times of
-            one big copy; ``wrong``, a list of texts.
+        Returns the report and times of each way, the times of one big copy, and what is wrong.
         """
         memory = Memory(self.device, self.cell.pool_bytes, self.seed)
         job = Job(self.cell, memory, self.seed)

@@ -95,13 +95,10 @@ _MANY, _ROWS = 1024, 64
 
 
 def cells() -> list[Cell]:
-    """List what a calibration measures.
+    """List what a calibration measures, at most 256 MiB each.
 
-    Returns
-    -------
-    list of Cell
-        Both ways: one large copy; one small one; and of each method, many small and many large
-        copies. At most 256 MiB each; together well below a second on a PCIe 4 link.
+    Both ways: one large copy; one small one; and of each method, many small and many large
+    copies. Together it takes well below a second on a PCIe 4 link.
     """
     found = []
     for way in WAYS:
@@ -119,20 +116,10 @@ def cells() -> list[Cell]:
 
 
 def fit(samples: Iterable[Sample], device_name: str) -> CostModel:
-    """Read the figures of a device off what was measured.
+    """Read the figures of a device off what was measured of `cells`.
 
-    Parameters
-    ----------
-    samples : iterable of Sample
-        Of `cells`; where batches cannot be used, without those.
-    device_name : str
-        Name of the device that they were measured on.
-
-    Returns
-    -------
-    CostModel
-        The figures, with ``source="calibrated"``; none is negative, and one that was not
-        measured is that of `builtin`.
+    None is negative, and one that was not measured, as where batches cannot be used, is that of
+    `builtin`.
     """
     found = {sample.cell: sample for sample in samples}
     start = builtin(device_name)

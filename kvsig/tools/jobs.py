@@ -79,27 +79,22 @@ class Job:
     seed : int
         Of the page numbers.
 
-    Attributes
-    ----------
-    near : list of list of Tensor
-        Device tensors (pages, bytes), by kind and layer.
-    far : list of Tensor
-        Host pools, by kind.
-    pages : dict
-        Direction -> device pages and host pages; the two directions share none.
-    origin : dict of dict
-        Side -> page -> the page of the other side that it must hold.
     """
 
     def __init__(self, cell: Cell, memory: Memory, seed: int) -> None:
         self.cell = cell
         self.memory = memory
         shape = (cell.kinds, cell.layers, cell.pool_pages, cell.page_bytes)
-        self.near = self._device_planes(shape)
+        whole = memory.near[: cell.pool_bytes].view(shape)
+        #: Device tensors (pages, bytes), by kind and layer.
+        self.near = [list(kind.unbind(0)) for kind in whole.unbind(0)]
+        if cell.spacing == "separate":
+            self.near = [[torch.empty_like(layer) for layer in kind] for kind in self.near]
         self.far_bytes = memory.far[: cell.pool_bytes]
         pools: tuple[int, ...] = shape
         if cell.layout == "page_first_direct":
             pools = (cell.kinds, cell.pool_pages, cell.layers, 1, cell.page_bytes)
+        #: Host pools, by kind.
         self.far = list(self.far_bytes.view(pools).unbind(0))
         two = cell.kinds == 2
         self.cache = kvsig.PagedKVCache(
@@ -111,16 +106,11 @@ class Job:
         rng = np.random.default_rng(seed)
         near, far = page_numbers(cell, rng), page_numbers(cell, rng)
         other = 1 if cell.direction == "both" else 0
+        #: Direction -> device pages and host pages; the two directions share none.
         self.pages = {"offload": (near[0], far[0]), "load": (near[other], far[other])}
+        #: Side -> page -> the page of the other side that it must hold.
         self.origin: dict[str, dict[int, int]] = {side: {} for side in SIDES}
         self.drop()
-
-    def _device_planes(self, shape: tuple[int, int, int, int]) -> list[list[torch.Tensor]]:
-        whole = self.memory.near[: self.cell.pool_bytes].view(shape)
-        planes = [list(kind.unbind(0)) for kind in whole.unbind(0)]
-        if self.cell.spacing == "separate":
-            return [[torch.empty_like(layer) for layer in kind] for kind in planes]
-        return planes
 
     def by_plane(self, pool: torch.Tensor) -> torch.Tensor:
         """View bytes that lie as the host pools do as (kinds, layers, pages, bytes)."""

@@ -151,13 +151,7 @@ class Bench:
         }
 
     def run(self) -> dict[str, Any]:
-        """Measure every cell that there is time for.
-
-        Returns
-        -------
-        dict
-            The result, as ``--json`` writes it.
-        """
+        """Measure every cell that there is time for; the result is what ``--json`` writes."""
         begin = time.monotonic()
         end = begin + self.seconds
         pool = max((cell.pool_bytes for cell in self.cells), default=0)
@@ -332,19 +326,11 @@ def close(series: list[Series]) -> list[Series]:
 
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:
-    """Compare auto with the fastest other method in every cell.
+    """Compare auto with the fastest path that was forced, in every cell of a result.
 
-    Parameters
-    ----------
-    result : dict
-        Of `Bench.run`.
-
-    Returns
-    -------
-    dict
-        ``compared``, the number of cells; ``worst``, the least ratio; ``behind``, the cells in
-        which auto has less than 0.95 of the best other path of kvsig; ``verified``, whether
-        every method that was compared byte by byte was right; ``errors`` of cells that failed.
+    ``compared`` is the number of cells; ``worst`` the least ratio; ``behind`` the cells in which
+    auto has less than 0.95 of the best; ``verified`` whether every method that was compared byte
+    by byte was right; ``errors`` those of cells that failed.
     """
     behind: list[dict[str, Any]] = []
     ratios = []

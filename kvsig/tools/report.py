@@ -13,10 +13,9 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +86,11 @@ def columns() -> int | None:
     return shutil.get_terminal_size((0, 0)).columns or None
 
 
-def wrap(text: str, indent: str = "", width: int | None = None) -> str:
+def wrap(text: str, indent: str = "") -> str:
     """Wrap a sentence, every line but the first behind `indent`."""
-    if width is None:
-        width = min(columns() or WIDEST, WIDEST)
     return textwrap.fill(
         text,
-        max(width, len(indent) + 20),
+        max(min(columns() or WIDEST, WIDEST), len(indent) + 20),
         subsequent_indent=indent,
         break_long_words=False,
         break_on_hyphens=False,
@@ -277,19 +274,7 @@ def source_text(source: dict[str, Any]) -> list[str]:
 
 def write_json(path: Path, data: Any) -> None:
     """Replace a file as a whole: a reader never sees half of it."""
-    text = json.dumps(data, ensure_ascii=False, indent=1) + "\n"
-    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make a file of the same suffix, and put it in the place of `path`."""
-    descriptor, name = tempfile.mkstemp(suffix=path.suffix, prefix=path.stem, dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    temporary = path.with_name(path.name + ".tmp")
+    text = json.dumps(data, ensure_ascii=False, indent=1)
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(path)

@@ -1,17 +1,14 @@
-"""``kvsig bench``: arguments, tables, files and pictures."""
+"""``kvsig bench``: arguments, tables and files."""
 
 from __future__ import annotations
 
-import builtins
-import importlib.util
 import json
-from typing import Any
 
 import pytest
 from tools.invented import gpu_result
 
 from kvsig import cli
-from kvsig.tools import plot, report
+from kvsig.tools import report
 
 SMALL = ["--page-bytes", "512,2K", "--pages", "8", "--layers", "3", "--runs", "3"]
 
@@ -24,18 +21,6 @@ def main(*args: str) -> int:
 def on_emulated(monkeypatch, emulated_runtime):
     monkeypatch.setenv("KVSIG_CUDART", "emulated:13.0")
     emulated_runtime("13.0")
-
-
-@pytest.fixture
-def no_matplotlib(monkeypatch):
-    real = builtins.__import__
-
-    def refuse(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.partition(".")[0] == "matplotlib":
-            raise ImportError("no matplotlib")
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
 
 
 class TestResults:
@@ -92,7 +77,6 @@ class TestRefusals:
             (["--order", "random,odd"], "'odd' is not one of: random, runs8, sorted, reversed"),
             (["--model", "gpt"], "'gpt' is not one of: llama3-8b, llama3-70b-tp8, deepseek-v3"),
             (["--kinds", "3"], "'3' is not one of: 1, 2"),
-            (["--plot", "speed.pdf"], "'speed.pdf' does not end in .png or .svg"),
         ],
     )
     def test_wrong_values(self, args, text, capsys):
@@ -146,32 +130,3 @@ class TestRefusals:
         path.write_text("no")
         assert main("--from", str(path)) == 2
         assert f"{path} is not JSON: " in capsys.readouterr().err
-
-
-class TestPlot:
-    def test_without_matplotlib(self, no_matplotlib, tmp_path, capsys):
-        assert main("--quick", "--plot", str(tmp_path / "x.svg")) == 1
-        assert capsys.readouterr().err == (
-            "kvsig bench: --plot needs matplotlib, which is not installed:"
-            " pip install 'kvsig[plot]'\n"
-        )
-
-    def test_of_the_emulated_runtime(self, on_emulated, monkeypatch, tmp_path, capsys):
-        monkeypatch.setattr(plot, "pyplot", lambda: None)
-        assert main("--quick", "--plot", str(tmp_path / "x.png")) == 1
-        assert capsys.readouterr().err == (
-            "kvsig bench: --plot is of GB/s, and the emulated runtime has no speed: use a GPU\n"
-        )
-
-    @pytest.mark.skipif(
-        importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed"
-    )
-    @pytest.mark.parametrize("suffix", ["png", "svg"])
-    def test_picture(self, suffix, tmp_path):
-        path = tmp_path / "result.json"
-        report.write_json(path, gpu_result())
-        picture = tmp_path / f"speed.{suffix}"
-        assert main("--from", str(path), "--plot", str(picture)) == 0
-        assert picture.stat().st_size > 1000
-        if suffix == "svg":
-            assert "bytes per page" in picture.read_text()

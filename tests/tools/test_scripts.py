@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tools.invented import gpu_result
+
+from kvsig.tools import report
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 
 
 def script(name: str, *args: str) -> subprocess.CompletedProcess[str]:
+    search = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
         [sys.executable, str(BENCHMARKS / f"{name}.py"), *args],
         capture_output=True,
         text=True,
-        env={"KVSIG_CUDART": "emulated:13.0", "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"KVSIG_CUDART": "emulated:13.0", "PYTHONPATH": search},
         check=False,
     )
 
@@ -100,6 +106,36 @@ def test_against_judges_as_it_says(monkeypatch):
         assert found["reported"]["worst"] == 0.1, "reported, not judged"
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed"
+)
+class TestPlot:
+    @pytest.mark.parametrize("suffix", ["png", "svg"])
+    def test_picture(self, suffix, tmp_path):
+        report.write_json(tmp_path / "result.json", gpu_result())
+        picture = tmp_path / f"speed.{suffix}"
+        done = script("plot", str(tmp_path / "result.json"), str(picture))
+        assert done.returncode == 0, done.stderr
+        assert picture.stat().st_size > 1000
+        if suffix == "svg":
+            assert "bytes per page" in picture.read_text()
+
+    def test_the_summary_that_is_kept(self, tmp_path):
+        picture = tmp_path / "speed.svg"
+        summary = BENCHMARKS / "results/h100/summary.json"
+        done = script("plot", str(summary), str(picture), "--part", "quick")
+        assert done.returncode == 0, done.stderr
+        assert "strided" in picture.read_text()
+
+    def test_a_result_without_speeds(self, tmp_path):
+        result = gpu_result()
+        result["provenance"] = result["provenance"] | {"emulated": True}
+        report.write_json(tmp_path / "result.json", result)
+        done = script("plot", str(tmp_path / "result.json"), str(tmp_path / "x.svg"))
+        assert done.returncode == 1
+        assert done.stderr == "there are no GB/s of at least two page sizes in the result\n"
+
+
 class TestGpuRun:
     @pytest.mark.parametrize(
         ("args", "text"),
@@ -133,7 +169,6 @@ class TestGpuRun:
     def test_condensed_keeps_what_tables_need(self, monkeypatch):
         monkeypatch.syspath_prepend(str(BENCHMARKS))
         import gpu_run
-        from tools.invented import gpu_result
 
         from kvsig.cli.bench import text_of
 
