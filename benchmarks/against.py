@@ -112,12 +112,11 @@ def verdict(cells: list[dict[str, Any]]) -> dict[str, Any]:
     for name, rows in groups.items():
         if rows:
             worst = min(rows, key=lambda row: float(row[key]))
-            place = Cell(**{name: worst[name] for name in Cell.__dataclass_fields__})
             found[name] = {
                 "cells": len(rows),
                 "median": round(statistics.median(row[key] for row in rows), 4),
                 "worst": worst[key],
-                "worst_cell": describe(place),
+                "worst_cell": describe(Cell.of(worst)),
             }
     small = [c for c in cells if c["section"] == "small calls"]
     if small:
@@ -135,11 +134,10 @@ def text_of(result: dict[str, Any]) -> str:
     """Write all cells, and what they say together."""
     rows = [["cell", "old ms", "new ms", "new/old", "host old µs", "host new µs", "host"]]
     for row in result["cells"]:
-        cell = Cell(**{name: row[name] for name in Cell.__dataclass_fields__})
         times = [f"{row[k]:.3f}" if k in row else "-" for k in ("old_ms", "new_ms")]
         times += [f"{row['ms_ratio']:.3f}" if "ms_ratio" in row else "-"]
         times += [f"{1e3 * row[k]:.1f}" for k in ("old_host_ms", "new_host_ms")]
-        rows.append([describe(cell), *times, f"{row['host_ms_ratio']:.3f}"])
+        rows.append([describe(Cell.of(row)), *times, f"{row['host_ms_ratio']:.3f}"])
     lines = table(rows, left=True)
     lines += ["", "new over old, above 1 is faster"]
     for name in ("judged", "reported", "small_calls"):

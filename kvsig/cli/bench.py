@@ -58,18 +58,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     choose = parser.add_argument_group("selectors")
     for name, (read, text) in SELECTORS.items():
         choose.add_argument(option(name), type=many(read), metavar="LIST", help=text)
-    parser.add_argument(
-        "--method",
-        type=many(one_of(METHODS)),
-        metavar="LIST",
-        help=f"{', '.join(METHODS)} (default: all)",
-    )
-    parser.add_argument(
-        "--section",
-        type=many(one_of(SECTIONS)),
-        metavar="LIST",
-        help=f"sections of the preset: {', '.join(SECTIONS)} (default: all)",
-    )
+    for name, words, text in (("method", METHODS, ""), ("section", SECTIONS, "of the preset: ")):
+        text += f"{', '.join(words)} (default: all)"
+        parser.add_argument(option(name), type=many(one_of(words)), metavar="LIST", help=text)
     parser.add_argument("--quick", action="store_true", help="a small preset, under a minute")
     parser.add_argument(
         "--seconds", type=positive, help="time for all cells (default: 300, with --quick 45)"
@@ -160,22 +151,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 # --- Text --------------------------------------------------------------------------------------
 
 
-def title(cell: dict[str, Any]) -> str:
-    """What the cells of one table have in common."""
-    shape = f"{count_text(cell['layers'], 'layer')} of "
-    shape += "K and V" if cell["kinds"] == 2 else "one latent"
-    words = [cell["direction"], cell["order"] + " pages", cell["layout"]]
-    words.append("all layers in one call" if cell["scope"] == "all" else "one call per layer")
-    if cell["spacing"] != "even":
-        words.append("layers allocated separately")
-    return ", ".join([f"{cell['model'] + ': ' if cell['model'] else ''}{shape}", *words])
-
-
 def text_of(result: dict[str, Any]) -> str:
     """Write a result as tables, one for the cells that are alike but in pages."""
     tables: dict[str, list[dict[str, Any]]] = {}
     for cell in result["cells"]:
-        tables.setdefault(title(cell), []).append(cell)
+        tables.setdefault(cells.shape_text(cells.Cell.of(cell)), []).append(cell)
     lines = source_text(result["provenance"])
     for head, alike in tables.items():
         lines += ["", wrap(head)]

@@ -20,6 +20,8 @@ from kvsig.tools.report import table as aligned
 __all__ = ["markdown", "register", "run"]
 
 KINDS = {"function": "functions", "struct": "structs", "enum": "enums", "alias": "aliases"}
+#: Releases, or folders by their version, and what was found in each.
+Results = Sequence[tuple[str, list[headers.Result]]]
 
 EPILOG = """\
 examples:
@@ -33,10 +35,6 @@ Exit code 1 if anything differs, 2 for arguments that name nothing to check. The
 $CC, or cc. Releases are kept in
 $KVSIG_RELEASES_CACHE, or kvsig/releases in the user's cache folder.
 """
-
-
-#: Releases, or folders by their version, and what was found in each.
-Results = Sequence[tuple[str, list[headers.Result]]]
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -70,11 +68,6 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.set_defaults(run=run)
 
 
-def _read(folder: Path, table: registry.Registry) -> headers.Header:
-    own = headers.locate(folder) / headers.COMMON
-    return headers.read(folder, table, [] if own.is_file() else [releases.crt()])
-
-
 def _wanted(
     args: argparse.Namespace, table: registry.Registry
 ) -> tuple[list[str], list[str], list[str]]:
@@ -92,23 +85,21 @@ def _wanted(
             chosen.append(text)
         else:
             folders.append(text)
-    for release in chosen:
-        releases.package(release)
-    for folder in folders:
-        headers.locate(folder)
-    if args.releases is not None:
-        return chosen or list(table.verified), folders, names
-    if not folders:
+    if args.releases is None and not folders:
         roots = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
         folders = [root for root in roots if root and Path(root).is_dir()][:1]
-        for folder in folders:
-            headers.locate(folder)
         if not folders:
             raise headers.NoHeaders(
                 "no headers to check: give a folder of CUDA headers, set CUDA_HOME,"
                 " or use --releases to fetch some"
             )
-    return [], folders, names
+    for release in chosen:
+        releases.package(release)
+    for folder in folders:
+        headers.locate(folder)
+    if args.releases is not None and not chosen:
+        chosen = list(table.verified)
+    return chosen, folders, names
 
 
 def _read_all(
@@ -120,7 +111,9 @@ def _read_all(
 
     def read(item: tuple[str, bool]) -> tuple[str, headers.Header]:
         text, fetched = item
-        header = _read(releases.include(text) if fetched else Path(text), table)
+        folder = releases.include(text) if fetched else Path(text)
+        own = headers.locate(folder) / headers.COMMON
+        header = headers.read(folder, table, [] if own.is_file() else [releases.crt()])
         version = registry.format_version(next(iter(header.versions.values())))
         return (text if fetched else version), header
 

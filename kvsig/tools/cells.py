@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from kvsig.tools.models import MODELS, Model
@@ -24,6 +24,7 @@ __all__ = [
     "describe",
     "preset",
     "product",
+    "shape_text",
 ]
 
 #: Field of `Cell` -> the values that it takes: every combination is a cell.
@@ -119,6 +120,11 @@ class Cell:
     model: str = ""
     page_size: int = 0
 
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Cell:
+        """The cell that a row of a result is of."""
+        return cls(**{field.name: row[field.name] for field in fields(cls)})
+
     @property
     def ways(self) -> tuple[str, ...]:
         """Directions of the transfers that the cell is made of."""
@@ -145,19 +151,20 @@ class Cell:
         return self.pool_pages * self.layers * self.kinds * self.page_bytes
 
 
+def shape_text(cell: Cell) -> str:
+    """Write all of a cell but its pages."""
+    planes = "K and V" if cell.kinds == 2 else "one latent"
+    words = [f"{count_text(cell.layers, 'layer')} of {planes}"]
+    words += [cell.direction, f"{cell.order} pages", cell.layout]
+    words.append("all layers in one call" if cell.scope == "all" else "one call per layer")
+    if cell.spacing == "separate":
+        words.append("layers allocated separately")
+    return (f"{cell.model}: " if cell.model else "") + ", ".join(words)
+
+
 def describe(cell: Cell) -> str:
     """Write a cell in one line."""
-    words = [f"{count_text(cell.pages, 'page')} of {bytes_text(cell.page_bytes)}"]
-    if cell.model:
-        words.append(f"{cell.model} page_size {cell.page_size}")
-    words += [count_text(cell.layers, "layer"), cell.direction, cell.order]
-    if cell.layout != "page_first_direct":
-        words.append(cell.layout)
-    if cell.scope == "layer":
-        words.append("layer by layer")
-    if cell.spacing == "separate":
-        words.append("separate layers")
-    return ", ".join(words)
+    return f"{count_text(cell.pages, 'page')} of {bytes_text(cell.page_bytes)}, {shape_text(cell)}"
 
 
 def auto_pages(cell: Cell, emulated: bool) -> int:
@@ -179,11 +186,11 @@ def shape_of(model: Model, page_size: int) -> dict[str, Any]:
     }
 
 
-def make(emulated: bool, **fields: Any) -> Cell:
+def make(emulated: bool, **values: Any) -> Cell:
     """Make a cell; pages and the shape of a model are filled in where they are not said."""
-    if "model" in fields:
-        fields |= shape_of(MODELS[fields["model"]], fields.get("page_size", 16))
-    cell = Cell(**{"pages": 0} | fields)
+    if "model" in values:
+        values |= shape_of(MODELS[values["model"]], values.get("page_size", 16))
+    cell = Cell(**{"pages": 0} | values)
     return cell if cell.pages else replace(cell, pages=auto_pages(cell, emulated))
 
 
@@ -203,13 +210,13 @@ def product(emulated: bool, **values: Iterable[Any]) -> list[Cell]:
     ValueError
         If a cell needs more memory than a cell may have.
     """
-    fields: dict[str, Iterable[Any]] = {"direction": WAYS}
+    given: dict[str, Iterable[Any]] = {"direction": WAYS}
     if "model" not in values:
-        fields["page_bytes"] = PAGE_BYTES
-    fields |= values
+        given["page_bytes"] = PAGE_BYTES
+    given |= values
     cells = [
-        make(emulated, **dict(zip(fields, chosen, strict=True)))
-        for chosen in itertools.product(*fields.values())
+        make(emulated, **dict(zip(given, chosen, strict=True)))
+        for chosen in itertools.product(*given.values())
     ]
     for cell in cells:
         if cell.pool_bytes > POOL_BYTES:
@@ -227,7 +234,7 @@ def preset(emulated: bool, sections: Mapping[str, list[Fields]] = SECTIONS) -> l
     return [
         cell
         for section, parts in sections.items()
-        for fields in parts
-        for cell in product(emulated, section=(section,), **fields)
+        for part in parts
+        for cell in product(emulated, section=(section,), **part)
         if not emulated or cell.bytes <= EMULATED_MOST
     ]

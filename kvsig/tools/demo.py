@@ -76,10 +76,7 @@ def default_tokens(model: Model, emulated: bool) -> int:
     """Choose the tokens where none are asked for."""
     if emulated:
         return EMULATED_TOKENS
-    tokens = GPU_TOKENS
-    while tokens * model.token_bytes < GPU_BYTES:
-        tokens *= 2
-    return tokens
+    return max(GPU_TOKENS, -(-GPU_BYTES // model.token_bytes))
 
 
 class Demo:

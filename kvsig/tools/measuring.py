@@ -348,8 +348,8 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
         best = min(others, key=lambda name: others[name])
         ratios.append(others[best])
         if others[best] < 0.95:
-            place = Cell(**{name: cell[name] for name in Cell.__dataclass_fields__})
-            behind.append({"cell": describe(place), "best": best, "ratio": others[best]})
+            place = describe(Cell.of(cell))
+            behind.append({"cell": place, "best": best, "ratio": others[best]})
     return {
         "compared": len(ratios),
         "worst": min(ratios, default=None),

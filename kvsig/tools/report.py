@@ -11,7 +11,6 @@ import os
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import textwrap
 import time
@@ -23,7 +22,6 @@ __all__ = [
     "Progress",
     "bytes_text",
     "columns",
-    "commit",
     "count_text",
     "provenance",
     "source_text",
@@ -206,19 +204,6 @@ class Progress:
 # --- Where a result is from, and files ---------------------------------------------------------
 
 
-def commit() -> str | None:
-    """Name the commit that kvsig runs from, with ``-dirty`` behind a changed one.
-
-    ``KVSIG_COMMIT`` says it where the code is a copy, and no checkout of its own.
-    """
-    said = os.environ.get("KVSIG_COMMIT")
-    root = Path(__file__).resolve().parents[2]
-    if said or not (root / ".git").exists() or shutil.which("git") is None:
-        return said or None
-    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-
-
 def versions() -> dict[str, Any]:
     """Say when and by which versions and commit a result was made."""
     import numpy as np
@@ -228,7 +213,7 @@ def versions() -> dict[str, Any]:
 
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
+        "commit": os.environ.get("KVSIG_COMMIT"),
         "kvsig": kvsig.__version__,
         "machine": platform.machine(),
         "cpus": os.cpu_count(),

@@ -19,7 +19,10 @@ def test_copies_and_bytes():
 
 
 def test_one_page_is_not_pages():
-    assert cells.describe(Cell(3 << 19, 1, layers=1)) == "1 page of 1.5 MiB, 1 layer, load, random"
+    assert cells.describe(Cell(3 << 19, 1, layers=1)) == (
+        "1 page of 1.5 MiB, 1 layer of K and V, load, random pages, page_first_direct,"
+        " all layers in one call"
+    )
 
 
 def test_the_preset_has_every_choice():

@@ -66,7 +66,8 @@ class TestEmulated:
 
         assert re.fullmatch(
             r"RuntimeError: batch: layer 0 K: device page \d+ does not hold host page \d+,"
-            r" in 8 pages of 512 B, 2 layers, load, random",
+            r" in 8 pages of 512 B, 2 layers of K and V, load, random pages, page_first_direct,"
+            r" all layers in one call",
             self.spoil(monkeypatch, spoil),
         )
 

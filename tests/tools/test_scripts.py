@@ -162,6 +162,29 @@ class TestGpuRun:
         assert path.stat().st_size < 300_000
         assert "computing beside transfers needs a GPU" in (tmp_path / "run.log").read_text()
 
+    def test_the_commit_is_that_of_the_checkout(self, monkeypatch, tmp_path):
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+        import gpu_run
+
+        for name in ("GIT_DIR", "GIT_WORK_TREE"):
+            monkeypatch.delenv(name, raising=False)
+        file = tmp_path / "a.py"
+        assert gpu_run.commit(tmp_path) is None, "no checkout"
+
+        def git(*args):
+            command = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org", *args]
+            done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+            return done.stdout.strip()
+
+        git("init", "-q")
+        assert gpu_run.commit(tmp_path) is None, "no commit yet"
+        file.write_text("1\n")
+        git("add", "-A")
+        git("commit", "-qm", "one")
+        assert gpu_run.commit(tmp_path) == git("rev-parse", "HEAD")
+        file.write_text("2\n")
+        assert gpu_run.commit(tmp_path) == git("rev-parse", "HEAD") + "-dirty"
+
     def test_results_in_the_tree_are_small(self):
         kept = [path.stat().st_size for path in (BENCHMARKS / "results").rglob("*.json")]
         assert kept and sum(kept) < 300_000
