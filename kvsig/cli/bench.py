@@ -144,8 +144,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         sections = args.section or SECTIONS
         wanted = cells.preset(emulated, {name: SECTIONS[name] for name in sections})
     methods, seconds = args.method or METHODS, float(args.seconds or (45 if args.quick else 300))
-    save = functools.partial(write_json, args.json) if args.json is not None else None
-    return Bench(wanted, methods, runs=args.runs, seconds=seconds, seed=args.seed, save=save).run()
+    bench = Bench(wanted, methods, args.runs, seconds, args.seed)
+    if args.json is not None:
+        bench.save = functools.partial(write_json, args.json)
+    return bench.run()
 
 
 # --- Text --------------------------------------------------------------------------------------

@@ -78,45 +78,29 @@ POOL_BYTES = 2 * GIB
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One transfer to be measured.
+    """One transfer to be measured; `CHOICES` has the values of its words."""
 
-    Parameters
-    ----------
-    page_bytes : int
-        Bytes of one page of one plane (K or V of one layer): of one copy.
-    pages : int
-        Pages that move, of every plane.
-    layers, kinds : int
-        Layers; 2 for K and V, 1 for a latent.
-    direction : {"offload", "load", "both"}
-        "both" is an offload and a load of as many pages at once, on two streams.
-    order : {"random", "runs8", "sorted", "reversed"}
-        Page numbers: random on both sides; runs of 8 neighbours in random places; ascending or
-        descending neighbours on both sides.
-    layout : {"page_first_direct", "layer_first"}
-        Of the host pool.
-    scope : {"all", "layer"}
-        All layers in one call, or one call per layer.
-    spacing : {"even", "separate"}
-        Device layers as slices of one tensor, or allocated one by one.
-    section : str
-        Group of the preset that the cell belongs to.
-    model : str
-        Name of the model whose shape it is; empty where it is none's.
-    page_size : int
-        Tokens per page, where the cell is a model's; else 0.
-    """
-
+    #: Bytes of one page of one plane (K or V of one layer): of one copy.
     page_bytes: int
+    #: Pages that move, of every plane.
     pages: int
     layers: int = 32
+    #: 2 for K and V, 1 for a latent.
     kinds: int = 2
+    #: "both" is an offload and a load of as many pages at once, on two streams.
     direction: str = "load"
+    #: Page numbers: random on both sides; runs of 8 neighbours in random places; ascending or
+    #: descending neighbours on both sides.
     order: str = "random"
+    #: Of the host pool.
     layout: str = "page_first_direct"
+    #: All layers in one call, or one call per layer.
     scope: str = "all"
+    #: Device layers as slices of one tensor, or allocated one by one.
     spacing: str = "even"
+    #: Of the preset that the cell belongs to.
     section: str = "chosen"
+    #: Whose shape it is, and its tokens per page; empty and 0 where it is none's.
     model: str = ""
     page_size: int = 0
 

@@ -14,30 +14,20 @@ __all__ = ["Cell", "Sample", "cells", "fit", "predict"]
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One thing to be measured.
+    """One thing to be measured."""
 
-    Parameters
-    ----------
-    method : {"batch", "loop", "strided"}
-        How the bytes are moved.
-    direction : {"offload", "load"}
-        Which way.
-    width : int
-        Bytes of one copy, or of one row of a strided copy.
-    rows : int
-        Rows of a strided copy, otherwise 1.
-    copies : int
-        Number of copies (of strided copies: operations).
-    batch_size : int
-        Copies per batch call; 1 for the other methods.
-    """
-
+    #: "batch", "loop" or "strided".
     method: str
+    #: "offload" or "load".
     direction: str
+    #: Bytes of one copy, or of one row of a strided copy.
     width: int
+    #: Rows of a strided copy, otherwise 1.
     rows: int
+    #: Number of copies; of strided copies: operations.
     copies: int
-    batch_size: int = 1
+    #: Copies per batch call; 1 for the other methods.
+    batch_size: int
 
     @property
     def calls(self) -> int:
@@ -89,30 +79,27 @@ def predict(costs: DirectionCosts, cell: Cell) -> float:
     return max(host, engine) + min(host, engine) / calls + costs.latency
 
 
-# What is measured, by direction: each figure of `DirectionCosts` is read off one or two of these.
 _SMALL, _LARGE, _WHOLE = 512, 64 << 10, 256 << 20
-_MANY, _ROWS = 1024, 64
+_MANY, _ROWS, _BATCHED = 1024, 64, 4096
+#: What is measured each way, at most 256 MiB each: method, width, rows, copies, copies per call.
+#: Each figure of `DirectionCosts` is read off one or two of these.
+_SHAPES = {
+    "one whole": ("loop", _WHOLE, 1, 1, 1),
+    "one small": ("loop", _SMALL, 1, 1, 1),
+    "small": ("loop", _SMALL, 1, _MANY, 1),
+    "large": ("loop", _LARGE, 1, _MANY, 1),
+    "strided": ("strided", _SMALL, 1, _MANY, 1),
+    "rows": ("strided", _SMALL, _ROWS, _MANY, 1),
+    "small by 64": ("batch", _SMALL, 1, _BATCHED, 64),
+    "small by 256": ("batch", _SMALL, 1, _BATCHED, 256),
+    "large by 64": ("batch", _LARGE, 1, _BATCHED, 64),
+    "large by 256": ("batch", _LARGE, 1, _BATCHED, 256),
+}
 
 
 def cells() -> list[Cell]:
-    """List what a calibration measures, at most 256 MiB each.
-
-    Both ways: one large copy; one small one; and of each method, many small and many large
-    copies. Together it takes well below a second on a PCIe 4 link.
-    """
-    found = []
-    for way in WAYS:
-        found += [
-            Cell("loop", way, _WHOLE, 1, 1),
-            Cell("loop", way, _SMALL, 1, 1),
-            Cell("loop", way, _SMALL, 1, _MANY),
-            Cell("loop", way, _LARGE, 1, _MANY),
-            Cell("strided", way, _SMALL, 1, _MANY),
-            Cell("strided", way, _SMALL, _ROWS, _MANY),
-        ]
-        for width in (_SMALL, _LARGE):
-            found += [Cell("batch", way, width, 1, 4 * _MANY, size) for size in (64, 256)]
-    return found
+    """List what a calibration measures; it takes well below a second on a PCIe 4 link."""
+    return [Cell(method, way, *rest) for way in WAYS for method, *rest in _SHAPES.values()]
 
 
 def fit(samples: Iterable[Sample], device_name: str) -> CostModel:
@@ -134,34 +121,33 @@ def fit(samples: Iterable[Sample], device_name: str) -> CostModel:
 def _fit_direction(
     way: str, samples: Mapping[Cell, Sample], start: DirectionCosts
 ) -> DirectionCosts:
-    def total(method: str, width: int, rows: int, copies: int, size: int = 1) -> float:
-        return samples[Cell(method, way, width, rows, copies, size)].us
-
-    def host(method: str, width: int, rows: int, copies: int, size: int = 1) -> float:
-        return samples[Cell(method, way, width, rows, copies, size)].submit_us
-
+    named = {
+        name: samples[cell]
+        for name, (method, *rest) in _SHAPES.items()
+        if (cell := Cell(method, way, *rest)) in samples
+    }
+    total = {name: sample.us for name, sample in named.items()}
+    host = {name: sample.submit_us for name, sample in named.items()}
     found: dict[str, float] = {}
     try:
         # Host times are read off small copies, engine times off large ones: there the engine is
         # the slower of the two.
-        byte = found["byte"] = total("loop", _WHOLE, 1, 1) / _WHOLE
-        found["loop_submit"] = host("loop", _SMALL, 1, _MANY) / _MANY
-        found["loop_engine"] = total("loop", _LARGE, 1, _MANY) / _MANY - _LARGE * byte
-        one = total("loop", _SMALL, 1, 1)
-        found["latency"] = one - found["loop_submit"] - found["loop_engine"]
-        found["strided_submit"] = host("strided", _SMALL, 1, _MANY) / _MANY
-        single = total("strided", _SMALL, 1, _MANY) / _MANY
-        rows = total("strided", _SMALL, _ROWS, _MANY) / _MANY
+        byte = found["byte"] = total["one whole"] / _WHOLE
+        found["loop_submit"] = host["small"] / _MANY
+        found["loop_engine"] = total["large"] / _MANY - _LARGE * byte
+        found["latency"] = total["one small"] - found["loop_submit"] - found["loop_engine"]
+        found["strided_submit"] = host["strided"] / _MANY
+        single, rows = total["strided"] / _MANY, total["rows"] / _MANY
         found["strided_engine"] = single - _SMALL * byte
         found["strided_row"] = (rows - single) / (_ROWS - 1) - _SMALL * byte
         # The same copies in four times as many calls: the difference is the calls'.
-        many, extra = 4 * _MANY, 4 * _MANY // 64 - 4 * _MANY // 256
-        full = host("batch", _SMALL, 1, many, 256)
-        call = found["call_submit"] = max(0.0, host("batch", _SMALL, 1, many, 64) - full) / extra
-        found["copy_submit"] = (full - call * many / 256) / many
-        full = total("batch", _LARGE, 1, many, 256)
-        call = found["call_engine"] = max(0.0, total("batch", _LARGE, 1, many, 64) - full) / extra
-        found["copy_engine"] = (full - call * many / 256) / many - _LARGE * byte
+        few, more = _BATCHED / 256, _BATCHED / 64 - _BATCHED / 256
+        full = host["small by 256"]
+        call = found["call_submit"] = max(0.0, host["small by 64"] - full) / more
+        found["copy_submit"] = (full - call * few) / _BATCHED
+        full = total["large by 256"]
+        call = found["call_engine"] = max(0.0, total["large by 64"] - full) / more
+        found["copy_engine"] = (full - call * few) / _BATCHED - _LARGE * byte
     except KeyError:
         pass  # not all was measured: the rest stays as it was
     return replace(start, **{name: max(0.0, value) for name, value in found.items()})

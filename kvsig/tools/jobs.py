@@ -24,32 +24,20 @@ OTHER = {"device": "host", "host": "device"}
 def page_numbers(cell: Cell, rng: np.random.Generator) -> tuple[I64, I64]:
     """Distinct page numbers of one side: those that move, and those of the other direction."""
     total, count = cell.pool_pages, cell.pages
-    if cell.order == "sorted":
-        order = np.arange(total)
-    elif cell.order == "reversed":
-        order = np.arange(total)[::-1]
-        # Descending inside each half as well.
-        return order[count:].copy(), order[:count].copy()
-    elif cell.order == "runs8":
+    order = np.arange(total)
+    if cell.order == "runs8":
         run = math.gcd(8, count)  # shorter ones where the pages are not a multiple of 8
         order = (rng.permutation(total // run)[:, None] * run + np.arange(run)).ravel()
-    else:
+    elif cell.order == "random":
         order = rng.permutation(total)
-    order = order.astype(np.int64)
-    return order[:count].copy(), order[count:].copy()
+    step = -1 if cell.order == "reversed" else 1
+    return order[:count][::step].copy(), order[count:][::step].copy()
 
 
 class Memory:
     """Device and pinned memory that all cells use in turn, so that it is allocated once.
 
-    Parameters
-    ----------
-    device : torch.device
-        A GPU, or the CPU for the emulated runtime.
-    nbytes : int
-        Of each side.
-    seed : int
-        Of the bytes.
+    The device is the CPU for the emulated runtime.
     """
 
     def __init__(self, device: torch.device, nbytes: int, seed: int) -> None:
@@ -68,18 +56,7 @@ class Memory:
 
 
 class Job:
-    """The data of one cell, and the calls that every method is made of.
-
-    Parameters
-    ----------
-    cell : Cell
-        What is transferred.
-    memory : Memory
-        Where; the job writes over what was there.
-    seed : int
-        Of the page numbers.
-
-    """
+    """The data of one cell in some memory, and the calls that every method is made of."""
 
     def __init__(self, cell: Cell, memory: Memory, seed: int) -> None:
         self.cell = cell

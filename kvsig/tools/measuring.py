@@ -98,24 +98,9 @@ def time_once(stream: torch.cuda.Stream, submit: Callable[[], Any]) -> tuple[flo
     return start.elapsed_time(end), host_ms
 
 
+@dataclass
 class Bench:
-    """Measures cells.
-
-    Parameters
-    ----------
-    cells : sequence of Cell
-        In the order to measure.
-    methods : sequence of str
-        Of `METHODS`.
-    runs : int
-        Timed runs of the fastest methods in a cell; fewer where the time is short, and three of
-        methods that are clearly slower.
-    seconds : float
-        Time for everything. Cells that it does not last for are left out, and named.
-    seed : int
-        Of page numbers and bytes.
-    save : callable, optional
-        Given the whole result after each cell, so that an interrupted run loses nothing.
+    """Measures cells, in the order given.
 
     Raises
     ------
@@ -123,29 +108,32 @@ class Bench:
         If the runtime is a real one and torch sees no GPU.
     """
 
-    def __init__(
-        self,
-        cells: Sequence[Cell],
-        methods: Sequence[str] = tuple(METHODS),
-        *,
-        runs: int = 15,
-        seconds: float = 300.0,
-        seed: int = 0,
-        save: Callable[[dict[str, Any]], None] | None = None,
-    ) -> None:
-        self.cells, self.methods = list(cells), list(methods)
-        self.runs, self.seconds, self.seed = runs, seconds, seed
-        self.save = save or (lambda result: None)
+    cells: Sequence[Cell]
+    #: Of `METHODS`.
+    methods: Sequence[str] = tuple(METHODS)
+    #: Timed runs of the fastest methods in a cell; fewer where the time is short, and three of
+    #: methods that are clearly slower.
+    runs: int = 15
+    #: Time for everything. Cells that it does not last for are left out, and named.
+    seconds: float = 300.0
+    #: Of page numbers and bytes.
+    seed: int = 0
+    #: Given the whole result after each cell, so that an interrupted run loses nothing.
+    save: Callable[[dict[str, Any]], None] = lambda result: None
+
+    def __post_init__(self) -> None:
         self.device = target()
         self.real = self.device.type == "cuda"
         #: One that is timed, and one for each way where both are measured at once.
         self.streams = [make_stream(self.device) for _ in range(3)]
-        self.shuffled = random.Random(seed)
+        self.shuffled = random.Random(self.seed)
         self.result: dict[str, Any] = {
             "schema": SCHEMA,
             "kind": "bench",
             "provenance": provenance(),
-            "options": {"methods": self.methods, "runs": runs, "seconds": seconds, "seed": seed},
+            "options": {
+                name: getattr(self, name) for name in ("methods", "runs", "seconds", "seed")
+            },
             "cells": [],
             "skipped": [],
         }
@@ -221,11 +209,9 @@ class Bench:
                 if self.real:
                     own.wait_stream(stream)
                 whole += runner(way, own)
-            for own in others:
-                if self.real:
+            if self.real:
+                for own in others:
                     stream.wait_stream(own)
-                else:
-                    own.synchronize()
             return whole
 
         return both
@@ -248,8 +234,8 @@ class Bench:
         """Wait for all work: memory that it works on must not go before it has ended."""
         if self.real:
             torch.cuda.synchronize()
-        else:
-            self.streams[0].synchronize()
+        for stream in self.streams:
+            stream.synchronize()
 
     def time_all(self, series: list[Series], deadline: float) -> None:
         """Time methods in turn, as often as asked for or as there is time."""

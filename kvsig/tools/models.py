@@ -12,29 +12,18 @@ ITEM_BYTES = 2
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """Shape of the KV cache of one model, as one GPU holds it.
+    """Shape of the KV cache of one model, as one GPU holds it."""
 
-    Parameters
-    ----------
-    name : str
-        Name on the command line.
-    title : str
-        One line for people.
-    layers : int
-        Number of layers.
-    tensors : int
-        Tensors per layer: 2 for K and V, 1 for a latent (MLA).
-    heads : int
-        KV heads per layer on one GPU; 1 where the cache is one latent.
-    width : int
-        Elements per head and token (of K, and of V), or the width of the latent.
-    """
-
+    #: On the command line.
     name: str
+    #: One line for people.
     title: str
     layers: int
+    #: Per layer: 2 for K and V, 1 for a latent (MLA).
     tensors: int
+    #: KV heads per layer on one GPU; 1 where the cache is one latent.
     heads: int
+    #: Elements per head and token (of K, and of V), or the width of the latent.
     width: int
 
     @property

@@ -152,20 +152,14 @@ def _blocks(widths: list[int], labels: int, room: int) -> list[list[int]]:
 
 
 class Progress:
-    """Progress on stderr: one line that is rewritten on a terminal, else a line now and then.
-
-    Parameters
-    ----------
-    label : str
-        What is running, in front of the lines that are not rewritten.
-    """
+    """Progress on stderr: one line that is rewritten on a terminal, else a line now and then."""
 
     #: Seconds between two updates, on a terminal and elsewhere.
     INTERVALS = (0.1, 10.0)
     BAR = 20
 
     def __init__(self, label: str) -> None:
-        self.label = label
+        self.label = label  # what is running, in front of lines that are not rewritten
         self.terminal = sys.stderr.isatty()
         self.interval = self.INTERVALS[0 if self.terminal else 1]
         self.begin = time.monotonic()
