@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kvsig.tools.cells import WAYS, Cell, describe, grid, models, quick
+from kvsig.tools.cells import QUICK, SECTIONS, Cell, describe, preset
 from kvsig.tools.measuring import SCHEMA
 from kvsig.tools.report import Progress, count_text, table, write_json
 
@@ -28,6 +28,12 @@ ROOT = Path(__file__).resolve().parents[1]
 WORKER = Path(__file__).resolve().parent / "worker.py"
 ROUNDS, RUNS, SMALL_RUNS = 6, 5, 200
 KIB = 1 << 10
+#: Calls so small that they are all overhead, of one layer and few pages; then what is judged.
+CELLS = {
+    "small calls": [{"layers": (1,), "pages": (1, 16, 256), "page_bytes": (4 * KIB,)}],
+    **QUICK,
+    "models": SECTIONS["models"],
+}
 #: What the new one must not be slower than, of cells of all layers in one call and 64 KiB pages.
 MEDIAN, EACH = 0.97, 0.92
 
@@ -72,12 +78,6 @@ class Side:
         self.process.wait(timeout=30)
 
 
-def small_cells() -> list[Cell]:
-    """Calls so small that they are all overhead: one layer, few pages."""
-    fields = {"layers": (1,), "direction": WAYS, "pages": (1, 16, 256), "page_bytes": (4 * KIB,)}
-    return grid(False, "small calls", fields)
-
-
 def measure(old: Side, new: Side, cell: Cell, rounds: int, runs: int) -> dict[str, Any]:
     """Measure a cell on both sides, in turn."""
     found: dict[Side, list[dict[str, Any]]] = {old: [], new: []}
@@ -112,12 +112,11 @@ def verdict(cells: list[dict[str, Any]]) -> dict[str, Any]:
     for name, rows in groups.items():
         if rows:
             worst = min(rows, key=lambda row: float(row[key]))
-            place = Cell(**{name: worst[name] for name in Cell.__dataclass_fields__})
             found[name] = {
                 "cells": len(rows),
                 "median": round(statistics.median(row[key] for row in rows), 4),
                 "worst": worst[key],
-                "worst_cell": describe(place),
+                "worst_cell": describe(Cell.of(worst)),
             }
     small = [c for c in cells if c["section"] == "small calls"]
     if small:
@@ -127,9 +126,7 @@ def verdict(cells: list[dict[str, Any]]) -> dict[str, Any]:
             "worst": min(c["host_ms_ratio"] for c in small),
         }
     judged = found.get("judged")
-    found["met"] = bool(
-        judged is None or (judged["median"] >= MEDIAN and judged["worst"] >= EACH)
-    )
+    found["met"] = bool(judged is None or (judged["median"] >= MEDIAN and judged["worst"] >= EACH))
     return found
 
 
@@ -137,11 +134,10 @@ def text_of(result: dict[str, Any]) -> str:
     """Write all cells, and what they say together."""
     rows = [["cell", "old ms", "new ms", "new/old", "host old µs", "host new µs", "host"]]
     for row in result["cells"]:
-        cell = Cell(**{name: row[name] for name in Cell.__dataclass_fields__})
         times = [f"{row[k]:.3f}" if k in row else "-" for k in ("old_ms", "new_ms")]
         times += [f"{row['ms_ratio']:.3f}" if "ms_ratio" in row else "-"]
         times += [f"{1e3 * row[k]:.1f}" for k in ("old_host_ms", "new_host_ms")]
-        rows.append([describe(cell), *times, f"{row['host_ms_ratio']:.3f}"])
+        rows.append([describe(Cell.of(row)), *times, f"{row['host_ms_ratio']:.3f}"])
     lines = table(rows, left=True)
     lines += ["", "new over old, above 1 is faster"]
     for name in ("judged", "reported", "small_calls"):
@@ -165,9 +161,7 @@ def main() -> int:
     sides = [Side(path.resolve()) for path in (args.old, ROOT)]
     old, new = sides
     emulated = os.environ.get("KVSIG_CUDART", "").startswith("emulated")
-    cells = small_cells() + quick(emulated) + models(emulated)
-    if emulated:
-        cells = [cell for cell in cells if cell.bytes <= 32 << 20]
+    cells = preset(emulated, CELLS)
     result: dict[str, Any] = {"schema": SCHEMA, "kind": "against", "cells": [], "skipped": 0}
     deadline = time.monotonic() + args.seconds
     with Progress("against") as progress:

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ import torch
 
 import kvsig
 from kvsig import _core
-from kvsig.tools.cells import LIMIT, PATHS, WAYS, Cell, make
+from kvsig.tools.cells import LIMIT, PATHS, Cell, product
 from kvsig.tools.jobs import Job, Memory
 from kvsig.tools.measuring import SCHEMA
-from kvsig.tools.methods import METHODS, Outcome, Runner, Unavailable
+from kvsig.tools.methods import METHODS, Unavailable
 from kvsig.tools.report import bytes_text, provenance, source_text, spread, table, write_json
 
 #: Rows and columns of the matrices, products timed together, turns at most.
@@ -64,7 +65,7 @@ class Product:
         events[-1].synchronize()
         return [a.elapsed_time(b) for a, b in itertools.pairwise(events)][1:]
 
-    def beside(self, submit: Callable[[], Outcome]) -> tuple[list[float], float]:
+    def beside(self, submit: Callable[[], kvsig.Report]) -> tuple[list[float], float]:
         """Times of products beside transfers that another thread submits, and their GB/s."""
         stop, going = threading.Event(), threading.Event()
         moved, failures = [0], []
@@ -123,11 +124,11 @@ def compute(
     """
     device = torch.device("cuda", torch.cuda.current_device())
     cases = [
-        make(False, page_bytes=page, scope=scope, direction=way)
+        cell
         for scope, page in TRANSFERS
-        for way in WAYS
+        for cell in product(False, page_bytes=(page,), scope=(scope,))
     ]
-    product = Product(device)
+    products = Product(device)
     memory = Memory(device, max(cell.pool_bytes for cell in cases), seed)
     result: dict[str, Any] = {"product": f"{ROWS}^3 bf16", "cells": []}
     deadline = time.monotonic() + seconds
@@ -136,26 +137,25 @@ def compute(
         if left <= 0:
             break
         end = time.monotonic() + left / (len(cases) - done)
-        result["cells"].append(_case(product, cell, memory, methods, seed, end))
+        result["cells"].append(_case(products, cell, memory, methods, seed, end))
     return result
 
 
 def _case(
-    product: Product, cell: Cell, memory: Memory, methods: Sequence[str], seed: int, end: float
+    products: Product, cell: Cell, memory: Memory, methods: Sequence[str], seed: int, end: float
 ) -> dict[str, Any]:
     """Time products alone and beside one transfer by each method, in turn."""
     job = Job(cell, memory, seed)
     runs: dict[str, Callable[[], tuple[list[float], float]]] = {
-        "alone": lambda: (product.alone(), 0.0)
+        "alone": lambda: (products.alone(), 0.0)
     }
     notes: dict[str, str] = {}
     for name in methods:
         try:
-            runner = METHODS[name](job)
-            submit = _submission(runner, job, product.moving)
+            submit = partial(METHODS[name](job), cell.direction, products.moving)
             submit()
             torch.cuda.synchronize()
-            runs[name] = _beside(product, submit)
+            runs[name] = partial(products.beside, submit)
         except (Unavailable, kvsig.BindError, kvsig.CudaError) as error:
             notes[name] = str(error)
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -181,16 +181,6 @@ def _case(
         for name, values in times.items()
     }
     return asdict(cell) | {"methods": rows, "notes": notes}
-
-
-def _submission(runner: Runner, job: Job, stream: Any) -> Callable[[], Outcome]:
-    return lambda: runner(job, job.cell.direction, stream)
-
-
-def _beside(
-    product: Product, submit: Callable[[], Outcome]
-) -> Callable[[], tuple[list[float], float]]:
-    return lambda: product.beside(submit)
 
 
 def text_of(result: dict[str, Any]) -> str:

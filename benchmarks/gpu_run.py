@@ -323,6 +323,14 @@ class Run:
         return self.measured("against", [str(HERE / "against.py"), str(old), *limit], seconds, 70)
 
 
+def commit(root: Path) -> str | None:
+    """Name the commit of a checkout, with ``-dirty`` behind a changed one; None for a copy."""
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+
+
 def condensed(result: dict[str, Any]) -> dict[str, Any]:
     """Keep of a result what tables and plots need."""
     kept = dict(result)
@@ -367,7 +375,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("parts", nargs="?", default=",".join(DEFAULT))
     parser.add_argument("--cudart", type=Path, help="folder of libcudart-VERSION folders")
     parser.add_argument("--against", type=Path, help="another checkout of kvsig")
-    parser.add_argument("--commit", default=os.environ.get("KVSIG_COMMIT"))
+    parser.add_argument("--commit", default=os.environ.get("KVSIG_COMMIT") or commit(ROOT))
     parser.add_argument("--seconds", type=float, default=570, help="for everything")
     parser.add_argument("--scale", type=float, default=1, help="stretches every part's time")
     args = parser.parse_args()

@@ -1,17 +1,14 @@
 """kvsig beside other projects' ways of moving the same pages.
 
-    PYTHONPATH=. python benchmarks/rivals.py --json FILE --plot FILE
-    PYTHONPATH=. python benchmarks/rivals.py --from benchmarks/results/h100/summary.json --plot FILE
+    PYTHONPATH=. python benchmarks/rivals.py --json FILE
 
-Needs a GPU, but for showing what was measured before; measures those of the others that are
-installed. Each is a method like kvsig's
-own: add one by a function that gets a job ready and returns its runner.
+Needs a GPU; measures those of the others that are installed. Each is a method like kvsig's own:
+add one by a function that gets a job ready and returns its runner. `plot.py` draws the result.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,13 +18,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvsig import _core
+from kvsig import Report, _core
 from kvsig.cli.bench import text_of
-from kvsig.tools import plot
-from kvsig.tools.cells import LIMIT, PAGE_BYTES, WAYS, grid
+from kvsig.tools.cells import LIMIT, SECTIONS, preset
 from kvsig.tools.jobs import Job
-from kvsig.tools.measuring import Bench, Options
-from kvsig.tools.methods import METHODS, Outcome, Runner, Unavailable
+from kvsig.tools.measuring import Bench
+from kvsig.tools.methods import METHODS, Runner, Unavailable
 from kvsig.tools.report import write_json
 
 U64 = npt.NDArray[np.uint64]
@@ -65,14 +61,13 @@ def one_call(job: Job) -> Runner:
     if refusal is not None:
         raise Unavailable(refusal)
 
-    def run(job: Job, direction: str, stream: Any) -> Outcome:
-        outcome = Outcome()
+    def run(direction: str, stream: Any) -> Report:
+        whole = Report()
         for layers in layer_calls(job):
             to, of = packed(job, direction, layers, job.cell.pages)
             size, handle = job.cell.page_bytes, stream.cuda_stream
-            report = _core.copy_batch(to, of, size, handle, "batch", len(to))
-            outcome.add(Outcome(report.copies, report.calls, report.bytes, report.path))
-        return outcome
+            whole += _core.copy_batch(to, of, size, handle, "batch", len(to))
+        return whole
 
     return run
 
@@ -81,7 +76,7 @@ def torch_copy(job: Job) -> Runner:
     """``Tensor.copy_`` per page, on some of the pages where there are many."""
     pages = few_pages(job)
 
-    def run(job: Job, direction: str, stream: Any) -> Outcome:
+    def run(direction: str, stream: Any) -> Report:
         near, far = (numbers[:pages].tolist() for numbers in job.pages[direction])
         count = 0
         with torch.cuda.stream(stream):
@@ -94,8 +89,7 @@ def torch_copy(job: Job) -> Runner:
                         else:
                             tensor[here].copy_(rows[there], non_blocking=True)
                     count += pages
-        size = job.cell.page_bytes
-        return Outcome(count, count, count * size, "torch", whole=pages == job.cell.pages)
+        return Report("torch", None, count, count, count * job.cell.page_bytes)
 
     return run
 
@@ -104,6 +98,7 @@ class Select:
     """torch's ``index_select`` through a staging buffer: gather, one big copy, scatter."""
 
     def __init__(self, job: Job) -> None:
+        self.job = job
         cell = job.cell
         if cell.page_bytes % 8:
             raise Unavailable("pages are not a multiple of 8 bytes")
@@ -117,46 +112,48 @@ class Select:
             for way, (near, far) in job.pages.items()
         }
 
-    def __call__(self, job: Job, direction: str, stream: Any) -> Outcome:
-        calls = 0
+    def __call__(self, direction: str, stream: Any) -> Report:
+        job, calls = self.job, 0
         with torch.cuda.stream(stream):
             for kind in range(job.cell.kinds):
                 for layers in layer_calls(job):
                     move = self.offload if direction == "offload" else self.load
-                    move(job, kind, layers, stream)
+                    move(kind, layers, stream)
                     calls += 1
-        return Outcome(calls, calls, job.cell.bytes, "torch")
+        return Report("torch", None, calls, calls, job.cell.bytes)
 
-    def slots(self, job: Job, kind: int, layers: list[int]) -> Iterable[tuple[Any, Any]]:
+    def slots(self, kind: int, layers: list[int]) -> Iterable[tuple[Any, Any]]:
         """Device layers and their places in the staging buffer."""
+        job = self.job
         for place, layer in enumerate(layers):
             slot = self.near[place] if job.cell.layout == "layer_first" else self.near[:, place]
             yield job.near[kind][layer].view(torch.int64), slot
 
-    def block(self, job: Job, kind: int, layers: list[int]) -> tuple[Any, int]:
+    def block(self, kind: int, layers: list[int]) -> tuple[Any, int]:
         """Host pages of some layers, and the dimension that pages are along."""
+        job = self.job
         pool = job.far[kind].view(torch.int64)
         part = slice(layers[0], layers[-1] + 1)
         return (pool[part], 1) if job.cell.layout == "layer_first" else (pool[:, part, 0], 0)
 
-    def offload(self, job: Job, kind: int, layers: list[int], stream: Any) -> None:
+    def offload(self, kind: int, layers: list[int], stream: Any) -> None:
         """Gather on the device, copy, wait, and scatter on the host."""
         near, far = self.index["offload"]
-        for rows, slot in self.slots(job, kind, layers):
+        for rows, slot in self.slots(kind, layers):
             slot.copy_(torch.index_select(rows, 0, near))
         self.far.copy_(self.near, non_blocking=True)
         stream.synchronize()
-        block, dim = self.block(job, kind, layers)
+        block, dim = self.block(kind, layers)
         block.index_copy_(dim, far, self.far)
 
-    def load(self, job: Job, kind: int, layers: list[int], stream: Any) -> None:
+    def load(self, kind: int, layers: list[int], stream: Any) -> None:
         """Gather on the host, copy, and scatter on the device."""
         near, far = self.index["load"]
-        block, dim = self.block(job, kind, layers)
+        block, dim = self.block(kind, layers)
         stream.synchronize()  # the copy before may still read the staging buffer
         torch.index_select(block, dim, far, out=self.far)
         self.near.copy_(self.far, non_blocking=True)
-        for rows, slot in self.slots(job, kind, layers):
+        for rows, slot in self.slots(kind, layers):
             rows.index_copy_(0, near, slot)
 
 
@@ -171,8 +168,8 @@ def bindings(job: Job) -> Runner:
     attributes = runtime.cudaMemcpyAttributes()
     attributes.srcAccessOrder = runtime.cudaMemcpySrcAccessOrder.cudaMemcpySrcAccessOrderStream
 
-    def run(job: Job, direction: str, stream: Any) -> Outcome:
-        outcome = Outcome()
+    def run(direction: str, stream: Any) -> Report:
+        whole = Report()
         for layers in layer_calls(job):
             to, of = packed(job, direction, layers, job.cell.pages)
             count, size = len(to), job.cell.page_bytes
@@ -180,8 +177,8 @@ def bindings(job: Job) -> Runner:
             answer = runtime.cudaMemcpyBatchAsync(*lists, [attributes], [0], 1, stream.cuda_stream)
             if int(answer[0]) != 0:
                 raise Unavailable(f"cuda.bindings cudaMemcpyBatchAsync answered {answer[0]!r}")
-            outcome.add(Outcome(count, 1, count * size, "batch"))
-        return outcome
+            whole += Report("batch", None, count, 1, count * size)
+        return whole
 
     return run
 
@@ -196,16 +193,15 @@ def cuda_core(job: Job) -> Runner:
     Device(torch.cuda.current_device()).set_current()
     pages, size = few_pages(job), job.cell.page_bytes
 
-    def run(job: Job, direction: str, stream: Any) -> Outcome:
+    def run(direction: str, stream: Any) -> Report:
         own = Stream.from_handle(stream.cuda_stream)
-        outcome = Outcome()
+        moved = Report()
         for layers in layer_calls(job):
             ends = packed(job, direction, layers, pages)
             to, of = ([Buffer.from_handle(place, size) for place in end.tolist()] for end in ends)
             copy_batch(own, of, to)
-            whole = pages == job.cell.pages
-            outcome.add(Outcome(len(to), 1, len(to) * size, "batch", whole=whole))
-        return outcome
+            moved += Report("batch", None, len(to), 1, len(to) * size)
+        return moved
 
     return run
 
@@ -222,25 +218,17 @@ RIVALS = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path, help=".png or .svg; needs matplotlib")
-    parser.add_argument("--from", dest="source", type=Path, help="a summary of gpu_run.py")
     parser.add_argument("--seconds", type=float, default=90)
     args = parser.parse_args()
-    if args.source:
-        result = json.loads(args.source.read_text(encoding="utf-8"))["rivals"]
-    elif _core.is_emulated() or not torch.cuda.is_available():
+    if _core.is_emulated() or not torch.cuda.is_available():
         print("rivals are compared on a GPU, with a real CUDA runtime", file=sys.stderr)
         return 1
-    else:
-        METHODS.update(RIVALS)
-        fields = {"direction": WAYS, "page_bytes": PAGE_BYTES}
-        options = Options(methods=("auto", *RIVALS, LIMIT), runs=9, seconds=args.seconds)
-        result = Bench(grid(False, "rivals", fields), options).run()
+    METHODS.update(RIVALS)
+    cells, methods = preset(False, {"rivals": SECTIONS["sizes"]}), ("auto", *RIVALS, LIMIT)
+    result = Bench(cells, methods, runs=9, seconds=args.seconds).run()
     print(text_of(result))
     if args.json:
         write_json(args.json, result)
-    if args.plot:
-        plot.save(result, args.plot)
     return 1 if result["summary"]["errors"] else 0
 
 

@@ -33,6 +33,40 @@ def run(*arguments: str) -> int:
     return code
 
 
+def expected(table: registry.Registry, release: str) -> list[headers.Result]:
+    """What the check of a release finds if everything agrees, without its headers.
+
+    Aliases are left out: whether a header knows a name of a type is not in the registry.
+    """
+    version = registry.parse_version(release.rpartition(".")[0])
+    results = []
+    apart = {library.name for library in table.libraries.values() if library.optional}
+    for function in table.functions.values():
+        variant = function.select(version)
+        status = "agrees" if variant else "absent"
+        if (
+            variant
+            and variant.pinned
+            and not (variant.pinned <= version < registry.next_major(variant.pinned))
+        ):
+            status = "pinned"
+        since: int | None = variant.since if variant else None
+        if function.library in apart:
+            status, since = "unchecked", None
+        results.append(
+            headers.Result("function", function.name, function.library, version, status, since)
+        )
+    types: list[registry.Struct | registry.Enum]
+    types = [*table.structs.values(), *table.enums.values()]
+    for item in types:
+        kind = "struct" if item.name in table.structs else "enum"
+        status, since = "agrees" if item.since <= version else "absent", item.since
+        if item.library in apart:
+            status, since = "unchecked", None
+        results.append(headers.Result(kind, item.name, item.library, version, status, since))
+    return results
+
+
 SMALL = """
 [library.cudart]
 header = "cuda_runtime_api.h"

@@ -15,15 +15,13 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import TextIO
 
 import kvsig
 from kvsig.cli.arguments import UsageError
 
 __all__ = ["COMMANDS", "main"]
 
-#: Modules of this package that are subcommands, in the order of the help text. One that is not
-#: part of this installation is left out.
+#: Modules of this package that are subcommands, in the order of the help text.
 COMMANDS = ("info", "demo", "check", "bench", "calibrate")
 FAILED, WRONG_ARGUMENTS = 1, 2
 
@@ -104,14 +102,7 @@ def open_closed_streams() -> None:
             setattr(sys, name, os.fdopen(number, "w", encoding="utf-8"))
 
 
-def show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
+def show_warning(message: Warning | str, *where: object, **more: object) -> None:
     """Print a warning without the line of source that it comes from."""
     print(f"kvsig: warning: {message}", file=sys.stderr)
 
@@ -134,15 +125,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.set_defaults(run=None, command=None, traceback=False)
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name in COMMANDS:
-        module_name = f"{__name__}.{name}"
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            if error.name != module_name:
-                raise
-            continue
-        module.register(subparsers)
-    for subparser in dict.fromkeys(subparsers.choices.values()):
+        importlib.import_module(f"{__name__}.{name}").register(subparsers)
+    for subparser in subparsers.choices.values():
         subparser.add_argument(
             "--traceback", action="store_true", help="show Python's traceback of an error"
         )

@@ -17,7 +17,6 @@ __all__ = [
     "one_of",
     "output",
     "positive",
-    "release",
     "size",
 ]
 
@@ -68,32 +67,21 @@ def one_of(values: Iterable[str]) -> Callable[[str], str]:
 
 def size(text: str) -> int:
     """Read a number of bytes, with K or M behind it where it is in KiB or MiB: ``1.5M``."""
+    refusal = argparse.ArgumentTypeError(
+        f"{text!r} is not a number of bytes up to 1 GiB, such as 512, 64K or 1.5M"
+    )
     found = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]*)", text)
-    unit = UNITS.get(found[2].upper()) if found else None
-    if found is None or unit is None:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a number of bytes up to 1 GiB, such as 512, 64K or 1.5M"
-        )
+    if found is None or found[2].upper() not in UNITS:
+        raise refusal
     try:
-        value = Decimal(found[1]) * unit
+        value = Decimal(found[1]) * UNITS[found[2].upper()]
     except InvalidOperation:
         raise argparse.ArgumentTypeError(f"{text!r}: {found[1]!r} is not a number") from None
     if value != int(value):
         raise argparse.ArgumentTypeError(f"{text!r} is {value:f} bytes, not a whole number of them")
     if not 1 <= value <= MOST_BYTES:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a number of bytes up to 1 GiB, such as 512, 64K or 1.5M"
-        )
+        raise refusal
     return int(value)
-
-
-def release(text: str) -> str:
-    """Read the full version of a CUDA release, as NVIDIA's packages have it."""
-    if not re.fullmatch(r"\d+\.\d+\.\d+", text):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not the full version of a release, such as 13.0.96"
-        )
-    return text
 
 
 def existing(text: str) -> Path:
@@ -104,18 +92,12 @@ def existing(text: str) -> Path:
     return path
 
 
-def output(*suffixes: str) -> Callable[[str], Path]:
-    """Make a reader of a file to be written: its folder is there, its suffix one of these."""
-
-    def read(text: str) -> Path:
-        path = Path(text)
-        if suffixes and path.suffix.lower() not in suffixes:
-            raise argparse.ArgumentTypeError(f"{text!r} does not end in {' or '.join(suffixes)}")
-        folder = path.resolve().parent
-        if not folder.is_dir():
-            raise argparse.ArgumentTypeError(f"{text}: there is no folder {folder}")
-        if path.is_dir():
-            raise argparse.ArgumentTypeError(f"{text} is a folder, not a file")
-        return path
-
-    return read
+def output(text: str) -> Path:
+    """Read the path of a file to be written: its folder is there."""
+    path = Path(text)
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: there is no folder {folder}")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder, not a file")
+    return path

@@ -1,10 +1,11 @@
-"""``kvsig bench``: page copies by every path, as tables, JSON and plots."""
+"""``kvsig bench``: page copies by every path, as tables and JSON."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from kvsig.cli.arguments import (
     positive,
     size,
 )
+from kvsig.tools import cells, runtimes
 from kvsig.tools.cells import CHOICES, LIMIT, PATHS, SECTIONS
 from kvsig.tools.models import MODELS
 from kvsig.tools.report import bytes_text, count_text, source_text, table, wrap, write_json
@@ -33,23 +35,16 @@ with KVSIG_CUDART unset, the emulated runtime is used, which has no speeds.
 Without selectors a preset of cells is measured. With any of the selectors, every
 combination of the values given; values are separated by commas.
 """
-#: Heads of columns; methods that are not here have their own name.
-SHORT = {LIMIT: "limit"}
-#: Option -> field of a cell, and how its values are read.
-SELECTORS: dict[str, tuple[str, Any, str]] = {
-    "--page-bytes": ("page_bytes", size, "such as 256,4K,64K,1.5M"),
-    "--pages": ("pages", positive, "pages that move"),
-    "--layers": ("layers", positive, "default: 32"),
-    "--kinds": (
-        "kinds",
-        lambda text: int(one_of(("1", "2"))(text)),
-        "2: K and V (default), 1: one latent",
-    ),
-    "--model": ("model", one_of(MODELS), ", ".join(MODELS)),
-    "--page-size": ("page_size", positive, "tokens per page of --model"),
-} | {
-    f"--{name}": (name, one_of(values), ", ".join(values)) for name, values in CHOICES.items()
-}
+METHODS = (*PATHS, LIMIT)
+#: Field of a cell -> how a value of its option is read, and the help.
+SELECTORS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "page_bytes": (size, "such as 256,4K,64K,1.5M"),
+    "pages": (positive, "pages that move"),
+    "layers": (positive, "default: 32"),
+    "kinds": (lambda text: int(one_of("12")(text)), "2: K and V (default), 1: one latent"),
+    "model": (one_of(MODELS), ", ".join(MODELS)),
+    "page_size": (positive, "tokens per page of --model"),
+} | {name: (one_of(values), ", ".join(values)) for name, values in CHOICES.items()}
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -61,20 +56,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     choose = parser.add_argument_group("selectors")
-    for option, (name, read, text) in SELECTORS.items():
-        choose.add_argument(option, dest=name, type=many(read), metavar="LIST", help=text)
-    parser.add_argument(
-        "--method",
-        type=many(one_of((*PATHS, LIMIT))),
-        metavar="LIST",
-        help=f"{', '.join((*PATHS, LIMIT))} (default: all)",
-    )
-    parser.add_argument(
-        "--section",
-        type=many(one_of(SECTIONS)),
-        metavar="LIST",
-        help=f"sections of the preset: {', '.join(SECTIONS)} (default: all)",
-    )
+    for name, (read, text) in SELECTORS.items():
+        choose.add_argument(option(name), type=many(read), metavar="LIST", help=text)
+    for name, words, text in (("method", METHODS, ""), ("section", SECTIONS, "of the preset: ")):
+        text += f"{', '.join(words)} (default: all)"
+        parser.add_argument(option(name), type=many(one_of(words)), metavar="LIST", help=text)
     parser.add_argument("--quick", action="store_true", help="a small preset, under a minute")
     parser.add_argument(
         "--seconds", type=positive, help="time for all cells (default: 300, with --quick 45)"
@@ -84,51 +70,39 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     parser.add_argument("--seed", type=natural, default=0, help="of pages and bytes (default: 0)")
     parser.add_argument(
-        "--no-verify", action="store_true", help="do not compare bytes before timing"
-    )
-    parser.add_argument(
         "--from",
         dest="source",
         type=existing,
         metavar="FILE",
-        help="measure nothing: show, and plot, a result that --json has written",
+        help="measure nothing: show a result that --json has written",
     )
-    parser.add_argument("--json", type=output(), metavar="FILE", help="write the result as JSON")
-    parser.add_argument(
-        "--plot",
-        type=output(".png", ".svg"),
-        metavar="FILE",
-        help="plot GB/s over page size, .png or .svg",
-    )
+    parser.add_argument("--json", type=output, metavar="FILE", help="write the result as JSON")
     parser.set_defaults(run=run)
 
 
+def option(name: str) -> str:
+    """Name the option of a field of a cell."""
+    return "--" + name.replace("_", "-")
+
+
 def run(args: argparse.Namespace) -> int:
-    """Measure, or show what was measured before.
-
-    Returns
-    -------
-    int
-        0; 1 if a method moved wrong bytes or a cell failed.
-    """
+    """Measure, or show what was measured; 1 if a method moved wrong bytes or a cell failed."""
     check_together(args)
-    if args.plot is not None:
-        from kvsig.tools import plot
-
-        plot.pyplot()  # says now, not after minutes, if it is missing
-    result = read_result(args.source) if args.source is not None else measure(args)
+    if args.source is not None:
+        result = read_result(args.source)
+    else:
+        with runtimes.newest() as preface:
+            if preface:
+                print(f"{wrap(preface)}\n", flush=True)
+            result = measure(args)
     print(text_of(result))
-    if args.plot is not None:
-        from kvsig.tools import plot
-
-        plot.save(result, args.plot)
     found = result.get("summary", {})
     return 1 if found.get("errors") or found.get("verified") is False else 0
 
 
 def check_together(args: argparse.Namespace) -> None:
     """Refuse arguments that contradict each other."""
-    chosen = [option for option, (name, *_) in SELECTORS.items() if getattr(args, name)]
+    chosen = [option(name) for name in SELECTORS if getattr(args, name)]
     if args.section and (chosen or args.quick):
         raise UsageError(f"--section chooses from the preset: not with {(*chosen, '--quick')[0]}")
     if args.quick and chosen:
@@ -154,100 +128,56 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure what the arguments ask for, writing JSON on the way."""
-    from kvsig.tools import runtimes
-
-    def save(result: dict[str, Any]) -> None:
-        if args.json is not None:
-            write_json(args.json, result)
-
-    with runtimes.newest() as preface:
-        if preface:
-            print(f"{wrap(preface)}\n", flush=True)
-        return measure_cells(args, save)
-
-
-def measure_cells(args: argparse.Namespace, save: Any) -> dict[str, Any]:
-    """Measure the cells that the arguments choose."""
-    from kvsig.tools import cells, runtimes
-    from kvsig.tools.measuring import Bench, Options
+    """Measure the cells that the arguments choose, writing JSON on the way."""
+    from kvsig.tools.measuring import Bench
 
     emulated = not runtimes.real_device()
-    if emulated and args.plot is not None:
-        raise ValueError("--plot is of GB/s, and the emulated runtime has no speed: use a GPU")
-    values = {name: getattr(args, name) for name, *_ in SELECTORS.values()}
-    chosen = {name: value for name, value in values.items() if value}
+    chosen = {name: getattr(args, name) for name in SELECTORS if getattr(args, name)}
     if chosen:
         try:
             wanted = cells.product(emulated, **chosen)
         except ValueError as error:
             raise UsageError(error) from None
+    elif args.quick:
+        wanted = cells.preset(emulated, cells.QUICK)
     else:
-        wanted = cells.quick(emulated) if args.quick else cells.preset(emulated, args.section)
-    options = Options(
-        methods=tuple(args.method or (*PATHS, LIMIT)),
-        runs=args.runs,
-        seconds=float(args.seconds or (45 if args.quick else 300)),
-        seed=args.seed,
-        verify=not args.no_verify,
-    )
-    return Bench(wanted, options, save).run()
+        sections = args.section or SECTIONS
+        wanted = cells.preset(emulated, {name: SECTIONS[name] for name in sections})
+    methods, seconds = args.method or METHODS, float(args.seconds or (45 if args.quick else 300))
+    bench = Bench(wanted, methods, args.runs, seconds, args.seed)
+    if args.json is not None:
+        bench.save = functools.partial(write_json, args.json)
+    return bench.run()
 
 
 # --- Text --------------------------------------------------------------------------------------
 
 
-def groups(cells: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Cells of each table: alike in everything that is said above it."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for cell in cells:
-        found.setdefault(title(cell), []).append(cell)
-    return list(found.values())
-
-
-def title(cell: dict[str, Any]) -> str:
-    """What the cells of one table have in common."""
-    shape = f"{count_text(cell['layers'], 'layer')} of "
-    shape += "K and V" if cell["kinds"] == 2 else "one latent"
-    words = [cell["direction"], cell["order"] + " pages", cell["layout"]]
-    words.append("all layers in one call" if cell["scope"] == "all" else "one call per layer")
-    if cell["spacing"] != "even":
-        words.append("layers allocated separately")
-    return ", ".join([f"{cell['model'] + ': ' if cell['model'] else ''}{shape}", *words])
-
-
 def text_of(result: dict[str, Any]) -> str:
-    """Write a result as tables."""
-    emulated = result["provenance"]["emulated"]
+    """Write a result as tables, one for the cells that are alike but in pages."""
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for cell in result["cells"]:
+        tables.setdefault(cells.shape_text(cells.Cell.of(cell)), []).append(cell)
     lines = source_text(result["provenance"])
-    for cells in groups(result["cells"]):
-        names = list(dict.fromkeys(name for cell in cells for name in cell["methods"]))
-        lines += ["", wrap(title(cells[0]))]
-
-        if emulated:
-            lines += block(cells, names, "calls", lambda row: f"{row['calls']:,}")
+    for head, alike in tables.items():
+        lines += ["", wrap(head)]
+        if result["provenance"]["emulated"]:
+            lines += block(alike, "calls", "calls", ",")
         else:
-            lines += block(cells, names, "GB/s, and auto's share of the limit", gb_s_text, True)
-        lines += block(
-            cells, names, "host time per copy, ns", lambda row: f"{row['host_ns_per_copy']:,.0f}"
-        )
+            lines += block(alike, "GB/s, and auto's share of the limit", "gb_s", ".1f")
+        lines += block(alike, "host time per copy, ns", "host_ns_per_copy", ",.0f")
     return "\n".join([*lines, "", *summary_text(result)])
 
 
-def block(
-    cells: list[dict[str, Any]],
-    names: list[str],
-    head: str,
-    write: Callable[[dict[str, Any]], str],
-    share: bool = False,
-) -> list[str]:
-    """Write one figure of each method in each cell; with `share` also what auto reaches."""
-    rows = [["page", "pages", *(SHORT.get(name, name) for name in names)]]
-    rows[0] += ["of limit"] if share else []
-    for cell in cells:
+def block(alike: list[dict[str, Any]], head: str, figure: str, form: str) -> list[str]:
+    """Write one figure of each method in each cell; with GB/s also what auto reaches."""
+    names = list(dict.fromkeys(name for cell in alike for name in cell["methods"]))
+    share = ["of limit"] if figure == "gb_s" else []
+    rows = [["page", "pages", *("limit" if name == LIMIT else name for name in names), *share]]
+    for cell in alike:
         methods = cell["methods"]
         row = [bytes_text(cell["page_bytes"]), f"{cell['pages']:,}"]
-        row += [write(methods[name]) if name in methods else "-" for name in names]
+        row += [f"{methods[name][figure]:{form}}" if name in methods else "-" for name in names]
         if share:
             reached = methods.get("auto", {}).get("share")
             row.append("-" if reached is None else f"{reached:.0%}")
@@ -255,22 +185,14 @@ def block(
     return [f"  {head}", *table(rows, labels=2, indent="  ")]
 
 
-def gb_s_text(row: dict[str, Any]) -> str:
-    """GB/s of one method in one cell."""
-    return f"{row['gb_s']:.1f}"
-
-
 def summary_text(result: dict[str, Any]) -> list[str]:
     """Write what the cells say together."""
     found = result.get("summary", {})
     lines = []
-    if found.get("verified") is not None:
-        comparisons = count_text(found["verifications"], "comparison")
-        lines.append(
-            f"every byte was right in {comparisons}"
-            if found["verified"]
-            else "some bytes were WRONG"
-        )
+    if found.get("verified"):
+        lines.append(f"every byte was right in {count_text(found['verifications'], 'comparison')}")
+    elif found.get("verified") is False:
+        lines.append("some bytes were WRONG")
     lines += [f"FAILED: {error}" for error in found.get("errors", [])]
     if found.get("compared"):
         lines.append(
@@ -283,8 +205,9 @@ def summary_text(result: dict[str, Any]) -> list[str]:
         ]
     if result["skipped"]:
         count = len(result["skipped"])
-        left = f"{count_text(count, 'cell')} {'was' if count == 1 else 'were'} left out"
-        lines.append(f"{left}: --seconds was too short for {'it' if count == 1 else 'them'}")
+        were, them = ("was", "it") if count == 1 else ("were", "them")
+        left = f"{count_text(count, 'cell')} {were} left out"
+        lines.append(f"{left}: --seconds was too short for {them}")
     notes = dict.fromkeys(
         f"not measured: {name}: {text}"
         for cell in result["cells"]

@@ -8,7 +8,8 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 
 from kvsig import registry
@@ -16,9 +17,11 @@ from kvsig.check import headers, releases
 from kvsig.tools.report import Progress, count_text
 from kvsig.tools.report import table as aligned
 
-__all__ = ["expected", "markdown", "register", "run"]
+__all__ = ["markdown", "register", "run"]
 
 KINDS = {"function": "functions", "struct": "structs", "enum": "enums", "alias": "aliases"}
+#: Releases, or folders by their version, and what was found in each.
+Results = Sequence[tuple[str, list[headers.Result]]]
 
 EPILOG = """\
 examples:
@@ -32,15 +35,6 @@ Exit code 1 if anything differs, 2 for arguments that name nothing to check. The
 $CC, or cc. Releases are kept in
 $KVSIG_RELEASES_CACHE, or kvsig/releases in the user's cache folder.
 """
-
-
-@dataclass(frozen=True)
-class Checked:
-    """One release or folder, and what was found."""
-
-    release: str
-    header: headers.Header
-    results: list[headers.Result]
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -74,11 +68,6 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.set_defaults(run=run)
 
 
-def _read(folder: Path, table: registry.Registry) -> headers.Header:
-    own = headers.locate(folder) / headers.COMMON
-    return headers.read(folder, table, [] if own.is_file() else [releases.crt()])
-
-
 def _wanted(
     args: argparse.Namespace, table: registry.Registry
 ) -> tuple[list[str], list[str], list[str]]:
@@ -96,23 +85,21 @@ def _wanted(
             chosen.append(text)
         else:
             folders.append(text)
-    for release in chosen:
-        releases.package(release)
-    for folder in folders:
-        headers.locate(folder)
-    if args.releases is not None:
-        return chosen or list(table.verified), folders, names
-    if not folders:
+    if args.releases is None and not folders:
         roots = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
         folders = [root for root in roots if root and Path(root).is_dir()][:1]
-        for folder in folders:
-            headers.locate(folder)
         if not folders:
             raise headers.NoHeaders(
                 "no headers to check: give a folder of CUDA headers, set CUDA_HOME,"
                 " or use --releases to fetch some"
             )
-    return [], folders, names
+    for release in chosen:
+        releases.package(release)
+    for folder in folders:
+        headers.locate(folder)
+    if args.releases is not None and not chosen:
+        chosen = list(table.verified)
+    return chosen, folders, names
 
 
 def _read_all(
@@ -124,7 +111,9 @@ def _read_all(
 
     def read(item: tuple[str, bool]) -> tuple[str, headers.Header]:
         text, fetched = item
-        header = _read(releases.include(text) if fetched else Path(text), table)
+        folder = releases.include(text) if fetched else Path(text)
+        own = headers.locate(folder) / headers.COMMON
+        header = headers.read(folder, table, [] if own.is_file() else [releases.crt()])
         version = registry.format_version(next(iter(header.versions.values())))
         return (text if fetched else version), header
 
@@ -152,22 +141,20 @@ def run(args: argparse.Namespace) -> int:
         print(proposals.propose(table, [header for _, header in found], names).text, end="")
         return 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(lambda item: headers.check(table, item[1]), found)
-    done = [Checked(name, header, r) for (name, header), r in zip(found, results, strict=True)]
-    bad = sum(result.status == "differs" for checked in done for result in checked.results)
+        checked = list(pool.map(lambda item: headers.check(table, item[1]), found))
+    done = [(name, results) for (name, _), results in zip(found, checked, strict=True)]
+    bad = sum(result.status == "differs" for _, results in done for result in results)
     if args.json:
-        print(json.dumps({
-            "differences": bad,
-            "releases": [
-                {"release": c.release, "folder": str(c.header.folder),
-                 "versions": c.header.versions, "results": [asdict(r) for r in c.results]}
-                for c in done
-            ],
-        }, indent=1))  # fmt: skip
+        items = [
+            {"release": name, "folder": str(header.folder), "versions": header.versions,
+             "results": [asdict(result) for result in results]}
+            for (name, header), results in zip(found, checked, strict=True)
+        ]  # fmt: skip
+        print(json.dumps({"differences": bad, "releases": items}, indent=1))
     else:
-        print("\n".join(report(done)))
+        print("\n".join(report(done, bad)))
     if args.matrix and not bad:
-        args.matrix.write_text(markdown([(c.release, c.results) for c in done]))
+        args.matrix.write_text(markdown(done))
     return 1 if bad else 0
 
 
@@ -178,21 +165,20 @@ def cell(result: headers.Result) -> str:
     return {"differs": "DIFFERS", "absent": "-", "unchecked": "?"}.get(result.status, result.status)
 
 
-def _rows(done: Sequence[tuple[str, list[headers.Result]]], kind: str) -> list[list[str]]:
+def _rows(done: Results, kind: str) -> list[list[str]]:
     names = [r.name for r in done[0][1] if r.kind == kind]
     columns = [{r.name: cell(r) for r in results if r.kind == kind} for _, results in done]
     return [[name, *(column[name] for column in columns)] for name in names]
 
 
-def report(done: Sequence[Checked]) -> Iterable[str]:
+def report(done: Results, bad: int) -> Iterable[str]:
     """Lines of the table and of every difference."""
-    for checked in done:
-        for result in checked.results:
+    for release, results in done:
+        for result in results:
             if result.status == "differs":
-                yield from _difference(checked.release, result)
-    columns = [(c.release, c.results) for c in done]
+                yield from _difference(release, result)
     for kind, title in KINDS.items():
-        rows = [[title, *(c.release for c in done)], *_rows(columns, kind)]
+        rows = [[title, *(release for release, _ in done)], *_rows(done, kind)]
         yield from (*aligned(rows, left=True), "")
     yield (
         "A version says where the range of the variant begins that agrees with the header; yes:"
@@ -202,8 +188,7 @@ def report(done: Sequence[Checked]) -> Iterable[str]:
         "-: rightly absent. pinned: an older prototype is asked of the library, whatever this"
         " header says."
     )
-    bad = sum(r.status == "differs" for c in done for r in c.results)
-    missing = sorted({r.library for c in done for r in c.results if r.status == "unchecked"})
+    missing = sorted({r.library for _, results in done for r in results if r.status == "unchecked"})
     if missing:
         yield f"?: not checked, since the folder has no header of: {', '.join(missing)}."
     yield f"{count_text(len(done), 'release')} checked: " + (
@@ -224,12 +209,11 @@ def _difference(release: str, result: headers.Result) -> Iterable[str]:
 
 def _side_by_side(ours: str, theirs: str) -> Iterable[str]:
     """Two prototypes in two columns, a parameter to a line."""
-    columns = [["registry", *_parts(ours)], ["header", *_parts(theirs)]]
-    width = max(map(len, columns[0]))
-    for index in range(max(map(len, columns))):
-        left, right = (c[index] if index < len(c) else "" for c in columns)
-        mark = "  " if index == 0 or left == right else "! "
-        yield f"  {mark}{left.ljust(width)}  {right}".rstrip()
+    left, right = ["registry", *_parts(ours)], ["header", *_parts(theirs)]
+    width = max(map(len, left))
+    yield f"    {left.pop(0):{width}}  {right.pop(0)}"
+    for mine, other in zip_longest(left, right, fillvalue=""):
+        yield f"  {' ' if mine == other else '!'} {mine:{width}}  {other}".rstrip()
 
 
 def _parts(prototype: str) -> list[str]:
@@ -239,41 +223,7 @@ def _parts(prototype: str) -> list[str]:
     return [f"{head}(", *(f"  {part}" for part in rest.removesuffix(")").split(", "))]
 
 
-def expected(table: registry.Registry, release: str) -> list[headers.Result]:
-    """What the check of a release finds if everything agrees, without its headers.
-
-    Aliases are left out: whether a header knows a name of a type is not in the registry.
-    """
-    version = registry.parse_version(release.rpartition(".")[0])
-    results = []
-    apart = {library.name for library in table.libraries.values() if library.optional}
-    for function in table.functions.values():
-        variant = function.select(version)
-        status = "agrees" if variant else "absent"
-        if (
-            variant
-            and variant.pinned
-            and not (variant.pinned <= version < registry.next_major(variant.pinned))
-        ):
-            status = "pinned"
-        since: int | None = variant.since if variant else None
-        if function.library in apart:
-            status, since = "unchecked", None
-        results.append(
-            headers.Result("function", function.name, function.library, version, status, since)
-        )
-    types: list[registry.Struct | registry.Enum]
-    types = [*table.structs.values(), *table.enums.values()]
-    for item in types:
-        kind = "struct" if item.name in table.structs else "enum"
-        status, since = "agrees" if item.since <= version else "absent", item.since
-        if item.library in apart:
-            status, since = "unchecked", None
-        results.append(headers.Result(kind, item.name, item.library, version, status, since))
-    return results
-
-
-def markdown(done: Sequence[tuple[str, list[headers.Result]]]) -> str:
+def markdown(done: Results) -> str:
     """The table of all releases as a page of the documentation."""
     lines = [
         "# Releases that the registry was checked against",
@@ -285,10 +235,8 @@ def markdown(done: Sequence[tuple[str, list[headers.Result]]]) -> str:
         "agrees, and the registry has it in every release. *-*: absent, as the registry says.",
         "*pinned*: an older prototype is asked of the library, whatever this header says.",
     ]
-    for kind, title in KINDS.items():
-        if kind == "alias":
-            continue
-        rows = [[title.capitalize(), *(release for release, _ in done)]]
+    for kind in ("function", "struct", "enum"):
+        rows = [[KINDS[kind].capitalize(), *(release for release, _ in done)]]
         rows.append(["---"] * len(rows[0]))
         rows += [[f"`{name}`", *cells] for name, *cells in _rows(done, kind)]
         lines += ["", *(f"| {' | '.join(row)} |" for row in rows)]

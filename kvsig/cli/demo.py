@@ -5,16 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from kvsig.cli.arguments import natural, positive
+from kvsig.registry import format_version
 from kvsig.tools import runtimes
-from kvsig.tools.cells import CHOICES, PATHS
-from kvsig.tools.models import MODELS, Model
-from kvsig.tools.report import Progress, bytes_text, count_text, provenance, wrap
-
-if TYPE_CHECKING:
-    from kvsig.tools.demo import Demo
+from kvsig.tools.cells import CHOICES, PATHS, WAYS
+from kvsig.tools.models import MODELS
+from kvsig.tools.report import bytes_text, count_text, versions, wrap
 
 __all__ = ["register"]
 
@@ -78,45 +76,26 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo on each runtime there is to run it on.
-
-    Returns
-    -------
-    int
-        0 if every byte is right, else 1.
-    """
-    from kvsig import _core
-
-    model = MODELS[args.model]
+    """Run the demo on each runtime there is to run it on; 0 if every byte is right, else 1."""
     specs, preface = runtimes.choose()
 
-    def say(text: str = "") -> None:
+    def say(text: str = "", indent: str = "") -> None:
         if not args.json:
-            print(text, flush=True)
+            print(wrap(text, indent), flush=True)
 
     if preface:
-        say(wrap(f"{preface} There is one run for each prototype of {runtimes.BATCH}."))
+        say(f"{preface} There is one run for each prototype of {runtimes.BATCH}.")
         say()
     results = []
-    try:
-        for spec in specs:
-            if spec is not None:
-                _core.rebind(spec)
-            results.append(run_one(args, model, spec, say))
-            say()
-    finally:
-        if specs != [None]:
-            _core.rebind(None)
+    for spec in specs:
+        with runtimes.bound(spec):
+            results.append({"spec": spec} | run_one(args, say))
+        say()
     exact = all(result["bit_exact"] for result in results)
     if args.json:
-        arguments = provenance(runtime=False) | {
-            "model": args.model,
-            "page_size": args.page_size,
-            "layout": args.layout,
-            "path_asked": args.path or "default",
-            "seed": args.seed,
-        }
-        print(json.dumps(arguments | {"bit_exact": exact, "runs": results}, indent=2))
+        arguments = {name: getattr(args, name) for name in ("model", "page_size", "layout", "seed")}
+        arguments |= {"path_asked": args.path or "default", "bit_exact": exact, "runs": results}
+        print(json.dumps(versions() | arguments, indent=2))
     elif exact:
         say(f"Every byte is right{f', on each of {len(specs)} ABIs' if len(specs) > 1 else ''}.")
     else:
@@ -124,30 +103,36 @@ def run(args: argparse.Namespace) -> int:
     return 0 if exact else 1
 
 
-def run_one(
-    args: argparse.Namespace, model: Model, spec: str | None, say: Callable[[str], None]
-) -> dict[str, Any]:
+def run_one(args: argparse.Namespace, say: Callable[[str, str], None]) -> dict[str, Any]:
     """Run the demo on the runtime that kvsig is bound to, and tell about it."""
     from kvsig.tools import demo
 
-    runtime = {"spec": spec} | demo.bound_runtime()
+    def tell(label: str, text: str) -> None:
+        say(f"{label:<10}{text}", " " * 10)
+
+    model, runtime = MODELS[args.model], demo.bound_runtime()
     tokens = args.tokens or demo.default_tokens(model, runtime["emulated"])
     job = demo.Demo(model, tokens, args.page_size, args.layout, args.seed)
-    say_before(job, args, runtime, say)
-    with Progress("kvsig demo") as progress:
-        # The prototype is what is shown here, so its function is called where it can be.
-        path = args.path or ("batch" if runtime["batches"] else "auto")
-        result = job.run(path, args.runs, progress)
-    for direction in ("offload", "load"):
-        say_field(say, direction, transfer_text(result, direction))
+    tell("runtime", runtime_text(runtime))
+    tell("library", runtime["library"])
+    tell("function", runtime["function"])
+    tell("model", model.title)
+    tell(
+        "cache",
+        f"{count_text(job.tokens, 'token')} in {count_text(job.pages, 'page')} of "
+        f"{args.page_size}, host pool {args.layout}: {bytes_text(job.bytes)} each way",
+    )
+    # The prototype is what is shown here, so its function is called where it can be.
+    result = job.run(args.path or ("batch" if runtime["batches"] else "auto"), args.runs)
+    for direction in WAYS:
+        tell(direction, transfer_text(result, direction))
     wrong = result["wrong"]
     for text in wrong[:LISTED]:
-        say_field(say, "WRONG", text)
+        tell("WRONG", text)
     if len(wrong) > LISTED:
-        say_field(say, "WRONG", f"and {count_text(len(wrong) - LISTED, 'more page')}")
+        tell("WRONG", f"and {count_text(len(wrong) - LISTED, 'more page')}")
     if not wrong:
-        say_field(
-            say,
+        tell(
             "checked",
             f"{count_text(job.pages, 'page')} x {model.layers * model.tensors} tensors are right "
             f"on the host and back on the device; {count_text(job.spare['host'], 'host page')} and "
@@ -161,33 +146,12 @@ def run_one(
     )
 
 
-def say_before(
-    job: Demo, args: argparse.Namespace, runtime: dict[str, Any], say: Callable[[str], None]
-) -> None:
-    """Tell what will run, and on what."""
-    from kvsig.registry import format_version
-
+def runtime_text(runtime: dict[str, Any]) -> str:
+    """Write versions and device of a runtime."""
     text = f"CUDA {format_version(runtime['runtime_version'])}"
     if runtime["emulated"]:
-        text += ", emulated"
-    else:
-        driver = format_version(runtime["driver_version"])
-        text += f", driver {driver}, {runtime['device']}"
-    say_field(say, "runtime", text)
-    say_field(say, "library", runtime["library"])
-    say_field(say, "function", runtime["function"])
-    say_field(say, "model", job.model.title)
-    say_field(
-        say,
-        "cache",
-        f"{count_text(job.tokens, 'token')} in {count_text(job.pages, 'page')} of "
-        f"{args.page_size}, host pool {args.layout}: {bytes_text(job.bytes)} each way",
-    )
-
-
-def say_field(say: Callable[[str], None], label: str, text: str) -> None:
-    """Print a label and its text, wrapped."""
-    say(wrap(f"{label:<10}{text}", " " * 10))
+        return f"{text}, emulated"
+    return f"{text}, driver {format_version(runtime['driver_version'])}, {runtime['device']}"
 
 
 def transfer_text(result: dict[str, Any], direction: str) -> str:

@@ -29,13 +29,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what kvsig is bound to.
-
-    Returns
-    -------
-    int
-        0, or 1 where no CUDA runtime can be used.
-    """
+    """Print what kvsig is bound to; 1 where no CUDA runtime can be used."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they are a part of what is printed

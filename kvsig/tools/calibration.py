@@ -9,8 +9,8 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from kvsig.tools.measuring import time_once
 from kvsig.tools.report import Progress
 from kvsig.tools.runtimes import real_device
 
-__all__ = ["Compared", "Meter", "changes", "compare", "measure"]
+__all__ = ["Meter", "changes", "compare", "measure"]
 
 U64 = npt.NDArray[np.uint64]
 #: Bytes of each side that copies are scattered over; no cell moves more than half of it.
@@ -34,40 +34,8 @@ SPAN = 512 << 20
 LEAST_RUNS, MOST_RUNS = 3, 15
 
 
-@dataclass(frozen=True, slots=True)
-class Compared:
-    """One cell: measured, and predicted by two sets of figures.
-
-    Parameters
-    ----------
-    sample : Sample
-        What was measured.
-    before_us, after_us : float
-        Predicted by the figures that kvsig had before, and by the new ones.
-    """
-
-    sample: Sample
-    before_us: float
-    after_us: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON."""
-        submit = self.sample.submit_seconds
-        return asdict(self.sample.cell) | {
-            "us": round(self.sample.seconds * 1e6, 3),
-            "submit_us": None if submit is None else round(submit * 1e6, 3),
-            "before_us": round(self.before_us, 3),
-            "after_us": round(self.after_us, 3),
-        }
-
-
 class Meter:
     """Measures cells on the GPU: scattered copies of pinned memory, on a stream of its own.
-
-    Parameters
-    ----------
-    seed : int
-        Of the addresses.
 
     Raises
     ------
@@ -75,7 +43,7 @@ class Meter:
         On the emulated runtime, or where torch sees no GPU.
     """
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self) -> None:
         if not real_device():
             raise ValueError(
                 "the CUDA runtime in use is the emulated one, whose times say nothing about a GPU:"
@@ -88,78 +56,49 @@ class Meter:
         self.far = torch.empty(SPAN // 8, dtype=torch.int64, pin_memory=True)
         self.far.copy_(self.near)
         torch.cuda.synchronize(self.device)
-        self.rng = np.random.default_rng(seed)
-        self.limit = _core.batch_refusal(int(self.stream.cuda_stream))
+        self.rng = np.random.default_rng(0)
 
-    def scattered(self, base: int, width: int, count: int) -> U64:
-        """Addresses of so many places of one width, random and apart."""
-        places = self.rng.permutation(SPAN // width)[:count].astype(np.uint64)
-        return base + places * np.uint64(width)
+    def places(self, span: int, width: int, count: int) -> U64:
+        """Offsets of so many places of one width in a span, random and apart."""
+        return self.rng.permutation(span // width)[:count].astype(np.uint64) * np.uint64(width)
 
-    def plain(self, cell: Cell) -> Callable[[], Any]:
-        """Make the call of a cell of plain copies."""
-        near = self.scattered(self.near.data_ptr(), cell.width, cell.copies)
-        far = self.scattered(self.far.data_ptr(), cell.width, cell.copies)
-        to, of = (far, near) if cell.direction == "offload" else (near, far)
-        handle, path, size = int(self.stream.cuda_stream), cell.method, cell.batch_size
-        return lambda: _core.copy_batch(to, of, cell.width, handle, path, size)
-
-    def strided(self, cell: Cell) -> Callable[[], Any]:
-        """Make the call of a cell of strided copies: all layers of a page, one copy each."""
+    def submitter(self, cell: Cell) -> Callable[[], Any]:
+        """Make the call of a cell; a strided copy is of all layers of a page."""
         width, rows, count = cell.width, cell.rows, cell.copies
         pitch = SPAN // rows // width * width  # from one layer to the next on the device
         if pitch < count * width:
             raise ValueError(f"{cell} does not fit into {SPAN} bytes")
-        pages = self.rng.permutation(pitch // width)[:count].astype(np.uint64)
-        blocks = self.rng.permutation(SPAN // (width * rows))[:count].astype(np.uint64)
-        near = np.uint64(self.near.data_ptr()) + pages * np.uint64(width)
-        far = np.uint64(self.far.data_ptr()) + blocks * np.uint64(width * rows)
+        near = self.near.data_ptr() + self.places(pitch, width, count)
+        far = self.far.data_ptr() + self.places(SPAN, width * rows, count)
         ends = [(near, pitch), (far, width)]
         if cell.direction == "offload":
             ends.reverse()
-        ops = np.ones((count, 9), np.uint64)  # dst, dpitch, drows, src, spitch, srows, ...
-        (ops[:, 0], ops[:, 1]), (ops[:, 3], ops[:, 4]) = ends
-        ops[:, 6], ops[:, 7] = width, rows
-        ops[:, 2] = ops[:, 5] = rows
+        (to, to_pitch), (of, of_pitch) = ends
         handle = int(self.stream.cuda_stream)
+        if cell.method != "strided":
+            return lambda: _core.copy_batch(to, of, width, handle, cell.method, cell.batch_size)
+        ops = np.empty((count, 9), np.uint64)
+        columns: tuple[Any, ...] = (to, to_pitch, rows, of, of_pitch, rows, width, rows, 1)
+        for column, values in enumerate(columns):
+            ops[:, column] = values
         return lambda: _core.copy_strided(ops, handle)
 
-    def submitter(self, cell: Cell) -> Callable[[], Any]:
-        """Make the call of a cell."""
-        return self.strided(cell) if cell.method == "strided" else self.plain(cell)
-
     def run(self, submit: Callable[[], Any]) -> tuple[float, float]:
-        """Time one submission: seconds until the end, and until the call had returned."""
+        """Time one submission: microseconds until the end, and until the call had returned."""
         self.stream.synchronize()
         ms, host_ms = time_once(self.stream, submit)
-        return ms / 1e3, host_ms / 1e3
+        return ms * 1e3, host_ms * 1e3
 
 
-def measure(seconds: float = 12.0, seed: int = 0) -> tuple[str, list[Sample]]:
-    """Measure what copies cost on the current GPU.
+def measure(seconds: float = 12.0) -> tuple[str, list[Sample]]:
+    """Measure what copies cost on the current GPU: its name, and medians of every cell.
 
-    Parameters
-    ----------
-    seconds : float
-        Time for measuring; every cell is timed three times at least, which takes a few.
-    seed : int
-        Of the addresses.
-
-    Returns
-    -------
-    name : str
-        Of the device, as CUDA gives it.
-    samples : list of Sample
-        Medians of every cell that the cost model asks for.
-
-    Raises
-    ------
-    ValueError
-        On the emulated runtime, or where torch sees no GPU.
+    Every cell is timed three times at least, which takes a few seconds.
     """
-    meter = Meter(seed)
+    meter = Meter()
     deadline = time.monotonic() + seconds
-    cells = [cell for cell in fitting.cells() if cell.method != "batch" or meter.limit is None]
+    batches = _core.batch_refusal(int(meter.stream.cuda_stream)) is None
+    cells = [cell for cell in fitting.cells() if batches or cell.method != "batch"]
     calls = [meter.submitter(cell) for cell in cells]
     runs: list[list[tuple[float, float]]] = [[] for _ in cells]
     for submit in calls:
@@ -180,38 +119,28 @@ def measure(seconds: float = 12.0, seed: int = 0) -> tuple[str, list[Sample]]:
     finally:
         gc.enable()
     return torch.cuda.get_device_name(meter.device), [
-        Sample(
-            cell,
-            statistics.median(total for total, _ in times),
-            statistics.median(submit for _, submit in times),
-        )
+        Sample(cell, *map(statistics.median, zip(*times, strict=True)))
         for cell, times in zip(cells, runs, strict=True)
     ]
 
 
-def compare(samples: Sequence[Sample], before: CostModel, after: CostModel) -> list[Compared]:
-    """Predict measured cells by the figures that there were, and by new ones."""
-    return [
-        Compared(
-            sample,
-            fitting.predict(getattr(before, sample.cell.direction), sample.cell),
-            fitting.predict(getattr(after, sample.cell.direction), sample.cell),
+def compare(samples: Iterable[Sample], before: CostModel, after: CostModel) -> list[dict[str, Any]]:
+    """Say of each cell what was measured, and what old and new figures predict."""
+    rows = []
+    for sample in samples:
+        cell = sample.cell
+        old, new = (
+            fitting.predict(getattr(model, cell.direction), cell) for model in (before, after)
         )
-        for sample in samples
-    ]
+        times = {"us": sample.us, "submit_us": sample.submit_us, "before_us": old, "after_us": new}
+        rows.append(asdict(cell) | {name: round(us, 3) for name, us in times.items()})
+    return rows
 
 
 def changes(before: CostModel, after: CostModel) -> list[tuple[str, str, float, float]]:
     """List direction, name, old and new value of every figure that is another one now."""
-    return [
-        (direction, figure.name, *values)
-        for direction in WAYS
-        for figure in fields(getattr(before, direction))
-        if len(set(values := figures(figure.name, direction, before, after))) > 1
-    ]
-
-
-def figures(name: str, direction: str, *models: CostModel) -> tuple[float, float]:
-    """Values of a figure in two models."""
-    before, after = (float(getattr(getattr(model, direction), name)) for model in models)
-    return before, after
+    found = []
+    for way in WAYS:
+        old, new = asdict(getattr(before, way)), asdict(getattr(after, way))
+        found += [(way, name, old[name], new[name]) for name in old if old[name] != new[name]]
+    return found

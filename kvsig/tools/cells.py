@@ -6,8 +6,8 @@ Standard library only: the command line reads its choices from here.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from kvsig.tools.models import MODELS, Model
@@ -17,16 +17,18 @@ __all__ = [
     "CHOICES",
     "LIMIT",
     "PATHS",
+    "QUICK",
     "SECTIONS",
+    "WAYS",
     "Cell",
     "describe",
     "preset",
     "product",
-    "quick",
+    "shape_text",
 ]
 
-#: Field of `Cell` -> the values that it takes.
-Fields = dict[str, Sequence[Any]]
+#: Field of `Cell` -> the values that it takes: every combination is a cell.
+Fields = Mapping[str, Iterable[Any]]
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
@@ -34,6 +36,7 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 PATHS = ("auto", "batch", "strided", "loop", "kernel")
 #: The method that gives the limit: one big copy.
 LIMIT = "one-copy"
+WAYS = ("offload", "load")
 #: Field of `Cell` -> its values, the first one being the default.
 CHOICES = {
     "direction": ("offload", "load", "both"),
@@ -42,69 +45,69 @@ CHOICES = {
     "scope": ("all", "layer"),
     "spacing": ("even", "separate"),
 }
-SECTIONS = {
-    "sizes": "page sizes, all layers in one call",
-    "layers": "page sizes, one call per layer",
-    "orders": "orders of pages, in both layouts",
-    "pages": "few pages",
-    "models": "shapes of three models",
-    "spacing": "device layers allocated separately",
-    "both": "both directions at once",
-}
 PAGE_BYTES = tuple(256 << i for i in range(13))
 QUICK_BYTES = (4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB)
 MIDDLE_BYTES = (4 * KIB, 16 * KIB, 64 * KIB)
-MODEL_PAGES = (1, 16, 64)
-WAYS = ("offload", "load")
+#: Shapes of models, by tokens per page.
+MODEL_FIELDS: dict[str, Iterable[Any]] = {"model": MODELS, "page_size": (1, 16, 64)}
+LAYER_BY_LAYER: dict[str, Iterable[Any]] = {"scope": ("layer",)}
+#: Section of the preset -> its cells.
+SECTIONS: dict[str, list[Fields]] = {
+    "sizes": [{"page_bytes": PAGE_BYTES}],
+    "layers": [LAYER_BY_LAYER | {"page_bytes": PAGE_BYTES}],
+    "orders": [
+        {"layout": CHOICES["layout"], "order": CHOICES["order"], "page_bytes": MIDDLE_BYTES}
+    ],
+    "pages": [{"scope": CHOICES["scope"], "page_bytes": (4 * KIB, 32 * KIB), "pages": (1, 4, 16)}],
+    "models": [MODEL_FIELDS, LAYER_BY_LAYER | MODEL_FIELDS | {"direction": ("load",)}],
+    "spacing": [{"spacing": ("separate",), "page_bytes": MIDDLE_BYTES}],
+    "both": [{"direction": ("both",), "page_bytes": (16 * KIB, 64 * KIB, 256 * KIB)}],
+}
+#: A few page sizes, each way, all layers in one call and layer by layer.
+QUICK: dict[str, list[Fields]] = {
+    "sizes": [{"page_bytes": QUICK_BYTES}],
+    "layers": [LAYER_BY_LAYER | {"page_bytes": QUICK_BYTES}],
+}
 #: A cell moves no more than this, unless pages are asked for by number.
 MOST_BYTES, MOST_COPIES, EMULATED_BYTES, EMULATED_COPIES = 256 * MIB, 16384, MIB, 2048
+#: Cells of a preset that move more are left out on the emulated runtime: they only take time.
+EMULATED_MOST = 16 * MIB
 #: Bytes of each side of a cell at most.
 POOL_BYTES = 2 * GIB
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One transfer to be measured.
+    """One transfer to be measured; `CHOICES` has the values of its words."""
 
-    Parameters
-    ----------
-    page_bytes : int
-        Bytes of one page of one plane (K or V of one layer): of one copy.
-    pages : int
-        Pages that move, of every plane.
-    layers, kinds : int
-        Layers; 2 for K and V, 1 for a latent.
-    direction : {"offload", "load", "both"}
-        "both" is an offload and a load of as many pages at once, on two streams.
-    order : {"random", "runs8", "sorted", "reversed"}
-        Page numbers: random on both sides; runs of 8 neighbours in random places; ascending or
-        descending neighbours on both sides.
-    layout : {"page_first_direct", "layer_first"}
-        Of the host pool.
-    scope : {"all", "layer"}
-        All layers in one call, or one call per layer.
-    spacing : {"even", "separate"}
-        Device layers as slices of one tensor, or allocated one by one.
-    section : str
-        Group of the preset that the cell belongs to.
-    model : str
-        Name of the model whose shape it is; empty where it is none's.
-    page_size : int
-        Tokens per page, where the cell is a model's; else 0.
-    """
-
+    #: Bytes of one page of one plane (K or V of one layer): of one copy.
     page_bytes: int
+    #: Pages that move, of every plane.
     pages: int
     layers: int = 32
+    #: 2 for K and V, 1 for a latent.
     kinds: int = 2
+    #: "both" is an offload and a load of as many pages at once, on two streams.
     direction: str = "load"
+    #: Page numbers: random on both sides; runs of 8 neighbours in random places; ascending or
+    #: descending neighbours on both sides.
     order: str = "random"
+    #: Of the host pool.
     layout: str = "page_first_direct"
+    #: All layers in one call, or one call per layer.
     scope: str = "all"
+    #: Device layers as slices of one tensor, or allocated one by one.
     spacing: str = "even"
+    #: Of the preset that the cell belongs to.
     section: str = "chosen"
+    #: Whose shape it is, and its tokens per page; empty and 0 where it is none's.
     model: str = ""
     page_size: int = 0
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Cell:
+        """The cell that a row of a result is of."""
+        return cls(**{field.name: row[field.name] for field in fields(cls)})
 
     @property
     def ways(self) -> tuple[str, ...]:
@@ -132,26 +135,27 @@ class Cell:
         return self.pool_pages * self.layers * self.kinds * self.page_bytes
 
 
+def shape_text(cell: Cell) -> str:
+    """Write all of a cell but its pages."""
+    planes = "K and V" if cell.kinds == 2 else "one latent"
+    words = [f"{count_text(cell.layers, 'layer')} of {planes}"]
+    words += [cell.direction, f"{cell.order} pages", cell.layout]
+    words.append("all layers in one call" if cell.scope == "all" else "one call per layer")
+    if cell.spacing == "separate":
+        words.append("layers allocated separately")
+    return (f"{cell.model}: " if cell.model else "") + ", ".join(words)
+
+
 def describe(cell: Cell) -> str:
     """Write a cell in one line."""
-    words = [f"{count_text(cell.pages, 'page')} of {bytes_text(cell.page_bytes)}"]
-    if cell.model:
-        words.append(f"{cell.model} page_size {cell.page_size}")
-    words += [count_text(cell.layers, "layer"), cell.direction, cell.order]
-    if cell.layout != "page_first_direct":
-        words.append(cell.layout)
-    if cell.scope == "layer":
-        words.append("layer by layer")
-    if cell.spacing == "separate":
-        words.append("separate layers")
-    return ", ".join(words)
+    return f"{count_text(cell.pages, 'page')} of {bytes_text(cell.page_bytes)}, {shape_text(cell)}"
 
 
-def auto_pages(page_bytes: int, planes: int, emulated: bool) -> int:
+def auto_pages(cell: Cell, emulated: bool) -> int:
     """Pages that a cell moves where no number is given."""
     most_bytes = EMULATED_BYTES if emulated else MOST_BYTES
     most_copies = EMULATED_COPIES if emulated else MOST_COPIES
-    pages = min(most_bytes // (page_bytes * planes), most_copies // planes)
+    pages = min(most_bytes // cell.page_bytes, most_copies) // (cell.layers * cell.kinds)
     return max(2, pages // 8 * 8 if pages >= 8 else pages)
 
 
@@ -166,93 +170,22 @@ def shape_of(model: Model, page_size: int) -> dict[str, Any]:
     }
 
 
-def make(emulated: bool, **fields: Any) -> Cell:
-    """Make a cell, with as many pages as are right where the fields do not say it."""
-    if not fields.get("pages"):
-        planes = fields.get("layers", 32) * fields.get("kinds", 2)
-        fields["pages"] = auto_pages(fields["page_bytes"], planes, emulated)
-    return Cell(**fields)
+def make(emulated: bool, **values: Any) -> Cell:
+    """Make a cell; pages and the shape of a model are filled in where they are not said."""
+    if "model" in values:
+        values |= shape_of(MODELS[values["model"]], values.get("page_size", 16))
+    cell = Cell(**{"pages": 0} | values)
+    return cell if cell.pages else replace(cell, pages=auto_pages(cell, emulated))
 
 
-def grid(emulated: bool, section: str, fields: Fields) -> list[Cell]:
-    """Every combination of the values of some fields, the last field varying fastest."""
-    return [
-        make(emulated, section=section, **dict(zip(fields, values, strict=True)))
-        for values in itertools.product(*fields.values())
-    ]
-
-
-def preset(emulated: bool, sections: Iterable[str] | None = None) -> list[Cell]:
-    """Cells of the benchmark where no dimension is chosen.
-
-    Parameters
-    ----------
-    emulated : bool
-        Small transfers: larger ones only take time.
-    sections : iterable of str, optional
-        Of `SECTIONS`; by default all.
-
-    Raises
-    ------
-    ValueError
-        If a section is none.
-    """
-    wanted = list(SECTIONS) if sections is None else list(sections)
-    fields: dict[str, Fields] = {
-        "sizes": {"direction": WAYS, "page_bytes": PAGE_BYTES},
-        "layers": {"scope": ("layer",), "direction": WAYS, "page_bytes": PAGE_BYTES},
-        "orders": {"layout": CHOICES["layout"], "order": CHOICES["order"], "direction": WAYS}
-        | {"page_bytes": MIDDLE_BYTES},
-        "pages": {"scope": CHOICES["scope"], "direction": WAYS}
-        | {"page_bytes": (4 * KIB, 32 * KIB), "pages": (1, 4, 16)},
-        "spacing": {"spacing": ("separate",), "direction": WAYS, "page_bytes": MIDDLE_BYTES},
-        "both": {"direction": ("both",), "page_bytes": (16 * KIB, 64 * KIB, 256 * KIB)},
-    }
-    cells: list[Cell] = []
-    for section in wanted:
-        if section == "models":
-            cells += models(emulated)
-        elif section in fields:
-            cells += grid(emulated, section, fields[section])
-        else:
-            raise ValueError(f"section {section!r} is not one of: {', '.join(SECTIONS)}")
-    return [cell for cell in cells if not emulated or cell.bytes <= 32 * MIB]
-
-
-def quick(emulated: bool) -> list[Cell]:
-    """Few page sizes, each way, all layers in one call and layer by layer."""
-    sizes = [size for size in QUICK_BYTES if not emulated or size <= 64 * KIB]
-    scopes = (("sizes", "all"), ("layers", "layer"))
-    return [
-        cell
-        for section, scope in scopes
-        for cell in grid(
-            emulated, section, {"scope": (scope,), "direction": WAYS, "page_bytes": sizes}
-        )
-    ]
-
-
-def models(emulated: bool, names: Sequence[str] = tuple(MODELS)) -> list[Cell]:
-    """Shapes of models: offloads of all layers at once, loads layer by layer and at once."""
-    return [
-        make(
-            emulated, direction=way, scope=scope, section="models",
-            **shape_of(MODELS[name], page_size),
-        )
-        for name in names
-        for page_size in MODEL_PAGES
-        for way, scope in (("offload", "all"), ("load", "all"), ("load", "layer"))
-    ]  # fmt: skip
-
-
-def product(emulated: bool, **values: Sequence[Any]) -> list[Cell]:
+def product(emulated: bool, **values: Iterable[Any]) -> list[Cell]:
     """Every combination of the values given; a dimension that is not given has its default.
 
     Parameters
     ----------
     emulated : bool
         Small transfers, where ``pages`` is not given.
-    **values : sequence
+    **values : iterable
         By fields of `Cell`. ``model`` and ``page_size`` take the place of ``page_bytes``,
         ``layers`` and ``kinds``.
 
@@ -261,23 +194,13 @@ def product(emulated: bool, **values: Sequence[Any]) -> list[Cell]:
     ValueError
         If a cell needs more memory than a cell may have.
     """
-    names, tokens = values.pop("model", ()), values.pop("page_size", (16,))
-    if names:
-        shapes = [shape_of(MODELS[name], size) for name in names for size in tokens]
-    else:
-        shapes = [
-            {"layers": layers, "kinds": kinds, "page_bytes": size}
-            for layers in values.pop("layers", (32,))
-            for kinds in values.pop("kinds", (2,))
-            for size in values.pop("page_bytes", PAGE_BYTES)
-        ]
-    pages = values.pop("pages", (0,))
-    fields = {"direction": WAYS} | values
+    given: dict[str, Iterable[Any]] = {"direction": WAYS}
+    if "model" not in values:
+        given["page_bytes"] = PAGE_BYTES
+    given |= values
     cells = [
-        make(emulated, pages=count, **dict(zip(fields, chosen, strict=True)), **shape)
-        for chosen in itertools.product(*fields.values())
-        for shape in shapes
-        for count in pages
+        make(emulated, **dict(zip(given, chosen, strict=True)))
+        for chosen in itertools.product(*given.values())
     ]
     for cell in cells:
         if cell.pool_bytes > POOL_BYTES:
@@ -288,3 +211,14 @@ def product(emulated: bool, **values: Sequence[Any]) -> list[Cell]:
                 " fewer --pages or --layers"
             )
     return cells
+
+
+def preset(emulated: bool, sections: Mapping[str, list[Fields]] = SECTIONS) -> list[Cell]:
+    """Cells of some sections; small ones only on the emulated runtime."""
+    return [
+        cell
+        for section, parts in sections.items()
+        for part in parts
+        for cell in product(emulated, section=(section,), **part)
+        if not emulated or cell.bytes <= EMULATED_MOST
+    ]

@@ -7,7 +7,11 @@ every page of both sides is compared: those that had to move, and those that had
 
 from __future__ import annotations
 
+import re
 import statistics
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,16 +40,8 @@ COMPARED = 6
 def bound_runtime() -> dict[str, Any]:
     """Say what kvsig is bound to, as far as it matters to page copies.
 
-    Returns
-    -------
-    dict
-        ``function`` is a sentence on the batch function: its prototype, or why it is not used;
-        ``batches`` says whether copies can go out in batches.
-
-    Raises
-    ------
-    ValueError
-        If the runtime is a real one and torch sees no GPU.
+    ``function`` is a sentence on the batch function: its prototype, or why it is not used;
+    ``batches`` says whether copies can go out in batches.
     """
     real = real_device()
     info = kvsig.info()
@@ -80,34 +76,11 @@ def default_tokens(model: Model, emulated: bool) -> int:
     """Choose the tokens where none are asked for."""
     if emulated:
         return EMULATED_TOKENS
-    tokens = GPU_TOKENS
-    while tokens * model.token_bytes < GPU_BYTES:
-        tokens *= 2
-    return tokens
+    return max(GPU_TOKENS, -(-GPU_BYTES // model.token_bytes))
 
 
 class Demo:
     """A KV cache on both sides, some pages of it that move, and some that have no part.
-
-    Parameters
-    ----------
-    model : Model
-        Shape of the cache.
-    tokens : int
-        Tokens that move, rounded up to whole pages.
-    page_size : int
-        Tokens per page.
-    layout : {"page_first_direct", "layer_first"}
-        Layout of the host pool.
-    seed : int
-        Of the choice of pages, and of the bytes.
-
-    Attributes
-    ----------
-    pages, tokens, bytes : int
-        That move, each way.
-    spare : dict
-        Side -> pages that have no part.
 
     Raises
     ------
@@ -116,7 +89,7 @@ class Demo:
     """
 
     def __init__(self, model: Model, tokens: int, page_size: int, layout: str, seed: int) -> None:
-        self.model, self.seed = model, seed
+        self.seed = seed
         self.pages = -(-tokens // page_size)
         self.tokens = self.pages * page_size
         self.bytes = self.tokens * model.token_bytes
@@ -125,42 +98,33 @@ class Demo:
         ours = self.pages + max(1, self.pages // 16)
         shape = shape_of(model, page_size)
         self.cell = Cell(pages=ours, direction="both", layout=layout, **shape)
+        #: Side -> pages that have no part.
         self.spare = {"device": 2 * (ours - self.pages), "host": 2 * ours - self.pages}
         self.device = target()
         self.check_memory()
 
     def check_memory(self) -> None:
         """Refuse a cache that does not fit."""
-        device = (1 + COMPARED) * self.cell.pool_bytes
+        host, device = self.cell.pool_bytes, (1 + COMPARED) * self.cell.pool_bytes
         if self.device.type == "cuda":
             self.require(device, torch.cuda.mem_get_info(self.device)[0], "GPU")
-            # torch rounds pinned blocks up to a power of two.
-            self.require_host(1 << (self.cell.pool_bytes - 1).bit_length())
+            host = 1 << (host - 1).bit_length()  # torch rounds pinned blocks up
         else:
-            self.require_host(self.cell.pool_bytes + device)
+            host += device
+        self.require(host, available_memory(), "host")
 
-    def require_host(self, needed: int) -> None:
-        """Refuse a cache for which there is too little host memory."""
-        free = available_memory()
-        if free is not None:
-            self.require(needed, free, "host")
-
-    def require(self, needed: int, free: int, side: str) -> None:
-        """Refuse a cache for which there is too little memory."""
-        if needed > free:
+    def require(self, needed: int, free: int | None, side: str) -> None:
+        """Refuse a cache for which there is too little memory, where it is known how much."""
+        if free is not None and needed > free:
             raise ValueError(
                 f"a cache of {self.tokens:,} tokens needs {bytes_text(needed)} of {side} memory "
                 f"and {bytes_text(free)} is free; ask for fewer --tokens"
             )
 
-    def run(self, path: str, runs: int, progress: Progress) -> dict[str, Any]:
+    def run(self, path: str, runs: int) -> dict[str, Any]:
         """Fill, offload, clobber, load, and compare; then time both ways where there is a GPU.
 
-        Returns
-        -------
-        dict
-            ``offload`` and ``load``, each the report and the times; ``one_copy``, the times of
-            one big copy; ``wrong``, a list of texts.
+        Returns the report and times of each way, the times of one big copy, and what is wrong.
         """
         memory = Memory(self.device, self.cell.pool_bytes, self.seed)
         job = Job(self.cell, memory, self.seed)
@@ -170,35 +134,33 @@ class Demo:
         job.fill()
         job.before = job.after  # nothing is undone: the memory of a second copy is free
         stream = make_stream(self.device)
-        result: dict[str, Any] = {"one_copy": {}}
+        result: dict[str, Any] = {}
         wrong: list[str] = []
-        for way in progress.through(WAYS, "moving and comparing"):
-            if way == "load":
-                job.clobber("offload", CLOBBER)
-            job.expect(way)
-            if memory.real:
-                torch.cuda.synchronize(self.device)
-            (report,) = job.kvsig(way, path, stream)
-            stream.synchronize()
-            result[way] = report_dict(report)
-            wrong += [text for text in job.wrong() if text not in wrong]
+        with Progress("kvsig demo") as progress:
+            for done, way in enumerate(WAYS):
+                progress.show(done, len(WAYS), "moving and comparing")
+                if way == "load":
+                    job.clobber("offload", CLOBBER)
+                job.expect(way)
+                if memory.real:
+                    torch.cuda.synchronize(self.device)
+                result[way] = job.transfer(path, way, stream).to_dict()
+                stream.synchronize()
+                wrong += [text for text in job.wrong() if text not in wrong]
         job.drop()
+        result["one_copy"] = {}
         if memory.real:
-            self.time(job, path, stream, runs, result)
+            # One big copy is the most that the link can give.
+            limit = METHODS[LIMIT](job)
+            for way in WAYS:
+                result["one_copy"]["bytes"] = size = limit(way, stream).bytes
+                result["one_copy"][way] = timed(partial(limit, way, stream), size, stream, runs)
+                move = partial(job.transfer, path, way, stream)
+                result[way] |= timed(move, self.bytes, stream, runs)
         return result | {"wrong": wrong}
 
-    def time(self, job: Job, path: str, stream: Any, runs: int, result: dict[str, Any]) -> None:
-        """Time both ways, and one big copy, the most that the link can give; medians."""
-        limit = METHODS[LIMIT](job)
-        for way in WAYS:
-            moved = result[way]["bytes"]
-            result[way] |= timed(lambda w=way: job.kvsig(w, path, stream), moved, stream, runs)
-            size = limit(job, way, stream).bytes
-            result["one_copy"] |= {"bytes": size}
-            result["one_copy"][way] = timed(lambda w=way: limit(job, w, stream), size, stream, runs)
 
-
-def timed(submit: Any, moved: int, stream: Any, runs: int) -> dict[str, float]:
+def timed(submit: Callable[[], Any], moved: int, stream: Any, runs: int) -> dict[str, float]:
     """Time a call several times: medians of ms, of ms on the host, and the rate that it makes."""
     times = [time_once(stream, submit) for _ in range(runs)]
     ms, host_ms = (statistics.median(column) for column in zip(*times, strict=True))
@@ -206,18 +168,10 @@ def timed(submit: Any, moved: int, stream: Any, runs: int) -> dict[str, float]:
     return {"ms": round(ms, 4), "host_ms": round(host_ms, 4), "gb_per_s": rate}
 
 
-def report_dict(report: Any) -> dict[str, Any]:
-    """Turn a transfer's report into JSON."""
-    return {name: getattr(report, name) for name in ("path", "reason", "copies", "calls", "bytes")}
-
-
 def available_memory() -> int | None:
     """Bytes of host memory that can be taken without swapping, where Linux tells."""
     try:
-        with open("/proc/meminfo") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     except OSError:
-        pass
-    return None
+        return None
+    return int(found[1]) << 10 if found else None

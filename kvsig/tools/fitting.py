@@ -7,35 +7,26 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from kvsig.planning.costs import CostModel, DirectionCosts, builtin
+from kvsig.tools.cells import WAYS
 
 __all__ = ["Cell", "Sample", "cells", "fit", "predict"]
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One thing to be measured.
+    """One thing to be measured."""
 
-    Parameters
-    ----------
-    method : {"batch", "loop", "strided"}
-        How the bytes are moved.
-    direction : {"offload", "load"}
-        Which way.
-    width : int
-        Bytes of one copy, or of one row of a strided copy.
-    rows : int
-        Rows of a strided copy, otherwise 1.
-    copies : int
-        Number of copies (of strided copies: operations).
-    batch_size : int
-        Copies per batch call; 1 for the other methods.
-    """
-
+    #: "batch", "loop" or "strided".
     method: str
+    #: "offload" or "load".
     direction: str
+    #: Bytes of one copy, or of one row of a strided copy.
     width: int
+    #: Rows of a strided copy, otherwise 1.
     rows: int
+    #: Number of copies; of strided copies: operations.
     copies: int
+    #: Copies per batch call; 1 for the other methods.
     batch_size: int
 
     @property
@@ -46,38 +37,29 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A measured cell.
+    """A measured cell: microseconds until the last byte is there, and until the call returned.
 
-    Parameters
-    ----------
-    cell : Cell
-        What was measured.
-    seconds : float
-        From the first call to the arrival of the last byte.
-    submit_seconds : float
-        From the first call to the return of the last one.
+    Raises
+    ------
+    ValueError
+        If a time is not positive.
     """
 
     cell: Cell
-    seconds: float
-    submit_seconds: float
+    us: float
+    submit_us: float
+
+    def __post_init__(self) -> None:
+        for us in (self.us, self.submit_us):
+            if not (math.isfinite(us) and us > 0):
+                raise ValueError(f"{self.cell}: measured {us} µs, needs a time above 0")
 
 
 def predict(costs: DirectionCosts, cell: Cell) -> float:
-    """Time that a cell should take.
+    """Time that a cell should take by the figures of its direction, in microseconds.
 
-    Parameters
-    ----------
-    costs : DirectionCosts
-        Figures of the cell's direction.
-    cell : Cell
-        What is moved, and how.
-
-    Returns
-    -------
-    float
-        Microseconds. The longer of host time and engine time, plus what the first call
-        keeps the other one waiting, plus the latency: as the planner predicts it.
+    It is the longer of host time and engine time, plus what the first call keeps the other one
+    waiting, plus the latency: as the planner predicts it.
     """
     many, calls = float(cell.copies), float(cell.calls)
     byte = cell.width * costs.byte
@@ -97,108 +79,75 @@ def predict(costs: DirectionCosts, cell: Cell) -> float:
     return max(host, engine) + min(host, engine) / calls + costs.latency
 
 
-# What is measured, by direction: each figure of `DirectionCosts` is read off one or two of these.
 _SMALL, _LARGE, _WHOLE = 512, 64 << 10, 256 << 20
-_MANY, _ROWS = 1024, 64
+_MANY, _ROWS, _BATCHED = 1024, 64, 4096
+#: What is measured each way, at most 256 MiB each: method, width, rows, copies, copies per call.
+#: Each figure of `DirectionCosts` is read off one or two of these.
+_SHAPES = {
+    "one whole": ("loop", _WHOLE, 1, 1, 1),
+    "one small": ("loop", _SMALL, 1, 1, 1),
+    "small": ("loop", _SMALL, 1, _MANY, 1),
+    "large": ("loop", _LARGE, 1, _MANY, 1),
+    "strided": ("strided", _SMALL, 1, _MANY, 1),
+    "rows": ("strided", _SMALL, _ROWS, _MANY, 1),
+    "small by 64": ("batch", _SMALL, 1, _BATCHED, 64),
+    "small by 256": ("batch", _SMALL, 1, _BATCHED, 256),
+    "large by 64": ("batch", _LARGE, 1, _BATCHED, 64),
+    "large by 256": ("batch", _LARGE, 1, _BATCHED, 256),
+}
 
 
 def cells() -> list[Cell]:
-    """List what a calibration measures.
+    """List what a calibration measures; it takes well below a second on a PCIe 4 link."""
+    return [Cell(method, way, *rest) for way in WAYS for method, *rest in _SHAPES.values()]
 
-    Returns
-    -------
-    list of Cell
-        Both ways: one large copy; one small one; and of each method, many small and many large
-        copies. At most 256 MiB each; together well below a second on a PCIe 4 link.
+
+def fit(samples: Iterable[Sample], device_name: str) -> CostModel:
+    """Read the figures of a device off what was measured of `cells`.
+
+    None is negative, and one that was not measured, as where batches cannot be used, is that of
+    `builtin`.
     """
-    found = []
-    for direction in ("offload", "load"):
-        found += [
-            Cell("loop", direction, _WHOLE, 1, 1, 1),
-            Cell("loop", direction, _SMALL, 1, 1, 1),
-            Cell("loop", direction, _SMALL, 1, _MANY, 1),
-            Cell("loop", direction, _LARGE, 1, _MANY, 1),
-            Cell("strided", direction, _SMALL, 1, _MANY, 1),
-            Cell("strided", direction, _SMALL, _ROWS, _MANY, 1),
-        ]
-        for width in (_SMALL, _LARGE):
-            found += [Cell("batch", direction, width, 1, 4 * _MANY, size) for size in (64, 256)]
-    return found
-
-
-def fit(
-    samples: Iterable[Sample], device_name: str, start: CostModel | None = None
-) -> CostModel:
-    """Read the figures of a device off what was measured.
-
-    Parameters
-    ----------
-    samples : iterable of Sample
-        Of `cells`; where batches cannot be used, without those.
-    device_name : str
-        Name of the device that they were measured on.
-    start : CostModel, optional
-        Figures to begin with; those of `builtin` if not given. A figure that was not measured
-        keeps its value.
-
-    Returns
-    -------
-    CostModel
-        The figures, with ``source="calibrated"``. None is negative.
-
-    Raises
-    ------
-    ValueError
-        If a time is not positive or a direction is unknown.
-    """
-    start = builtin(device_name) if start is None else start
-    sides: dict[str, dict[Cell, Sample]] = {"offload": {}, "load": {}}
-    for sample in samples:
-        cell = sample.cell
-        for seconds in (sample.seconds, sample.submit_seconds):
-            if not (math.isfinite(seconds) and seconds > 0):
-                raise ValueError(f"{cell}: measured {seconds} s, needs a time above 0")
-        if cell.direction not in sides:
-            raise ValueError(f"{cell}: direction is 'offload' or 'load'")
-        sides[cell.direction][replace(cell, direction="")] = sample
-    return CostModel(
-        device_name,
-        "calibrated",
-        _fit_direction(sides["offload"], start.offload),
-        _fit_direction(sides["load"], start.load),
-        start.batch_sizes,
+    found = {sample.cell: sample for sample in samples}
+    start = builtin(device_name)
+    return replace(
+        start,
+        source="calibrated",
+        offload=_fit_direction("offload", found, start.offload),
+        load=_fit_direction("load", found, start.load),
     )
 
 
-def _fit_direction(samples: Mapping[Cell, Sample], start: DirectionCosts) -> DirectionCosts:
-    def total(method: str, width: int, rows: int, copies: int, size: int = 1) -> float:
-        return samples[Cell(method, "", width, rows, copies, size)].seconds * 1e6
-
-    def host(method: str, width: int, rows: int, copies: int, size: int = 1) -> float:
-        return samples[Cell(method, "", width, rows, copies, size)].submit_seconds * 1e6
-
+def _fit_direction(
+    way: str, samples: Mapping[Cell, Sample], start: DirectionCosts
+) -> DirectionCosts:
+    named = {
+        name: samples[cell]
+        for name, (method, *rest) in _SHAPES.items()
+        if (cell := Cell(method, way, *rest)) in samples
+    }
+    total = {name: sample.us for name, sample in named.items()}
+    host = {name: sample.submit_us for name, sample in named.items()}
     found: dict[str, float] = {}
     try:
         # Host times are read off small copies, engine times off large ones: there the engine is
         # the slower of the two.
-        byte = found["byte"] = total("loop", _WHOLE, 1, 1) / _WHOLE
-        found["loop_submit"] = host("loop", _SMALL, 1, _MANY) / _MANY
-        found["loop_engine"] = total("loop", _LARGE, 1, _MANY) / _MANY - _LARGE * byte
-        one = total("loop", _SMALL, 1, 1)
-        found["latency"] = one - found["loop_submit"] - found["loop_engine"]
-        found["strided_submit"] = host("strided", _SMALL, 1, _MANY) / _MANY
-        single = total("strided", _SMALL, 1, _MANY) / _MANY
-        rows = total("strided", _SMALL, _ROWS, _MANY) / _MANY
+        byte = found["byte"] = total["one whole"] / _WHOLE
+        found["loop_submit"] = host["small"] / _MANY
+        found["loop_engine"] = total["large"] / _MANY - _LARGE * byte
+        found["latency"] = total["one small"] - found["loop_submit"] - found["loop_engine"]
+        found["strided_submit"] = host["strided"] / _MANY
+        single, rows = total["strided"] / _MANY, total["rows"] / _MANY
         found["strided_engine"] = single - _SMALL * byte
         found["strided_row"] = (rows - single) / (_ROWS - 1) - _SMALL * byte
         # The same copies in four times as many calls: the difference is the calls'.
-        many, extra = 4 * _MANY, 4 * _MANY // 64 - 4 * _MANY // 256
-        full = host("batch", _SMALL, 1, many, 256)
-        call = found["call_submit"] = max(0.0, host("batch", _SMALL, 1, many, 64) - full) / extra
-        found["copy_submit"] = (full - call * many / 256) / many
-        full = total("batch", _LARGE, 1, many, 256)
-        call = found["call_engine"] = max(0.0, total("batch", _LARGE, 1, many, 64) - full) / extra
-        found["copy_engine"] = (full - call * many / 256) / many - _LARGE * byte
+        few, more = _BATCHED / 256, _BATCHED / 64 - _BATCHED / 256
+        full = host["small by 256"]
+        call = found["call_submit"] = max(0.0, host["small by 64"] - full) / more
+        found["copy_submit"] = (full - call * few) / _BATCHED
+        full = total["large by 256"]
+        call = found["call_engine"] = max(0.0, total["large by 64"] - full) / more
+        found["copy_engine"] = (full - call * few) / _BATCHED - _LARGE * byte
     except KeyError:
         pass  # not all was measured: the rest stays as it was
     return replace(start, **{name: max(0.0, value) for name, value in found.items()})

@@ -24,32 +24,20 @@ OTHER = {"device": "host", "host": "device"}
 def page_numbers(cell: Cell, rng: np.random.Generator) -> tuple[I64, I64]:
     """Distinct page numbers of one side: those that move, and those of the other direction."""
     total, count = cell.pool_pages, cell.pages
-    if cell.order == "sorted":
-        order = np.arange(total)
-    elif cell.order == "reversed":
-        order = np.arange(total)[::-1]
-        # Descending inside each half as well.
-        return order[count:].copy(), order[:count].copy()
-    elif cell.order == "runs8":
+    order = np.arange(total)
+    if cell.order == "runs8":
         run = math.gcd(8, count)  # shorter ones where the pages are not a multiple of 8
         order = (rng.permutation(total // run)[:, None] * run + np.arange(run)).ravel()
-    else:
+    elif cell.order == "random":
         order = rng.permutation(total)
-    order = order.astype(np.int64)
-    return order[:count].copy(), order[count:].copy()
+    step = -1 if cell.order == "reversed" else 1
+    return order[:count][::step].copy(), order[count:][::step].copy()
 
 
 class Memory:
     """Device and pinned memory that all cells use in turn, so that it is allocated once.
 
-    Parameters
-    ----------
-    device : torch.device
-        A GPU, or the CPU for the emulated runtime.
-    nbytes : int
-        Of each side.
-    seed : int
-        Of the bytes.
+    The device is the CPU for the emulated runtime.
     """
 
     def __init__(self, device: torch.device, nbytes: int, seed: int) -> None:
@@ -68,42 +56,23 @@ class Memory:
 
 
 class Job:
-    """The data of one cell, and the calls that every method is made of.
-
-    Parameters
-    ----------
-    cell : Cell
-        What is transferred.
-    memory : Memory
-        Where; the job writes over what was there.
-    seed : int
-        Of the page numbers.
-
-    Attributes
-    ----------
-    near : list of list of Tensor
-        Device tensors (pages, bytes), by kind and layer.
-    far : list of Tensor
-        Host pools, by kind.
-    pages : dict
-        Direction -> device pages and host pages; the two directions share none.
-    origin : dict of dict
-        Side -> page -> the page of the other side that it must hold.
-    """
+    """The data of one cell in some memory, and the calls that every method is made of."""
 
     def __init__(self, cell: Cell, memory: Memory, seed: int) -> None:
         self.cell = cell
         self.memory = memory
         shape = (cell.kinds, cell.layers, cell.pool_pages, cell.page_bytes)
-        self.near = self._device_planes(shape)
+        whole = memory.near[: cell.pool_bytes].view(shape)
+        #: Device tensors (pages, bytes), by kind and layer.
+        self.near = [list(kind.unbind(0)) for kind in whole.unbind(0)]
+        if cell.spacing == "separate":
+            self.near = [[torch.empty_like(layer) for layer in kind] for kind in self.near]
         self.far_bytes = memory.far[: cell.pool_bytes]
+        pools: tuple[int, ...] = shape
         if cell.layout == "page_first_direct":
-            pools = self.far_bytes.view(
-                cell.kinds, cell.pool_pages, cell.layers, 1, cell.page_bytes
-            )
-        else:
-            pools = self.far_bytes.view(shape)
-        self.far = list(pools.unbind(0))
+            pools = (cell.kinds, cell.pool_pages, cell.layers, 1, cell.page_bytes)
+        #: Host pools, by kind.
+        self.far = list(self.far_bytes.view(pools).unbind(0))
         two = cell.kinds == 2
         self.cache = kvsig.PagedKVCache(
             device=tuple(self.near) if two else self.near[0],
@@ -114,21 +83,11 @@ class Job:
         rng = np.random.default_rng(seed)
         near, far = page_numbers(cell, rng), page_numbers(cell, rng)
         other = 1 if cell.direction == "both" else 0
+        #: Direction -> device pages and host pages; the two directions share none.
         self.pages = {"offload": (near[0], far[0]), "load": (near[other], far[other])}
+        #: Side -> page -> the page of the other side that it must hold.
         self.origin: dict[str, dict[int, int]] = {side: {} for side in SIDES}
         self.drop()
-
-    def _device_planes(self, shape: tuple[int, int, int, int]) -> list[list[torch.Tensor]]:
-        if self.cell.spacing == "separate":
-            return [
-                [
-                    torch.empty(shape[2:], dtype=torch.uint8, device=self.memory.device)
-                    for _ in range(shape[1])
-                ]
-                for _ in range(shape[0])
-            ]
-        whole = self.memory.near[: self.cell.pool_bytes].view(shape)
-        return [list(kind.unbind(0)) for kind in whole.unbind(0)]
 
     def by_plane(self, pool: torch.Tensor) -> torch.Tensor:
         """View bytes that lie as the host pools do as (kinds, layers, pages, bytes)."""
@@ -141,14 +100,16 @@ class Job:
         """Host pages of one plane, (pages, bytes)."""
         return self.by_plane(self.far_bytes)[kind, layer]
 
-    def kvsig(self, direction: str, path: str, stream: Any) -> list[Any]:
-        """Transfer through the cache; reports of the calls."""
+    def transfer(self, path: str, direction: str, stream: Any) -> kvsig.Report:
+        """Transfer through the cache, in one call or in one for each layer."""
         near, far = self.pages[direction]
-        cache = self.cache
-        layers = [None] if self.cell.scope == "all" else range(self.cell.layers)
-        if direction == "offload":
-            return [cache.offload(near, far, layers=i, stream=stream, path=path) for i in layers]
-        return [cache.load(far, near, layers=i, stream=stream, path=path) for i in layers]
+        report = kvsig.Report()
+        for layer in [None] if self.cell.scope == "all" else range(self.cell.layers):
+            if direction == "offload":
+                report += self.cache.offload(near, far, layers=layer, stream=stream, path=path)
+            else:
+                report += self.cache.load(far, near, layers=layer, stream=stream, path=path)
+        return report
 
     # Verification: the whole of both sides is compared, also what must stay as it was.
 

@@ -24,14 +24,13 @@ import torch
 import kvsig
 from kvsig.tools.cells import LIMIT, PATHS, Cell, describe
 from kvsig.tools.jobs import Job, Memory
-from kvsig.tools.methods import METHODS, Outcome, Runner, Unavailable
+from kvsig.tools.methods import METHODS, Runner, Unavailable
 from kvsig.tools.report import Progress, count_text, provenance, spread
 from kvsig.tools.runtimes import real_device
 
 __all__ = [
     "SCHEMA",
     "Bench",
-    "Options",
     "Series",
     "make_stream",
     "ratio",
@@ -47,39 +46,13 @@ SCHEMA = 2
 FEW_RUNS, CLOSE = 3, 1.5
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How to measure.
-
-    Parameters
-    ----------
-    methods : sequence of str
-        Of `METHODS`.
-    runs : int
-        Timed runs of the fastest methods in a cell; fewer where the time is short, and three of
-        methods that are clearly slower.
-    seconds : float
-        Time for everything. Cells that it does not last for are left out, and named.
-    seed : int
-        Of page numbers and bytes.
-    verify : bool
-        Compare bytes once per cell and method.
-    """
-
-    methods: Sequence[str] = tuple(METHODS)
-    runs: int = 15
-    seconds: float = 300.0
-    seed: int = 0
-    verify: bool = True
-
-
 @dataclass(slots=True)
 class Series:
     """Timed runs of one method in one cell, a run per turn; `ms` only on a GPU."""
 
     name: str
-    submit: Callable[[], Outcome]
-    outcome: Outcome = field(default_factory=Outcome)
+    submit: Callable[[], kvsig.Report]
+    report: kvsig.Report = field(default_factory=kvsig.Report)
     verified: bool | None = None
     ms: list[float] = field(default_factory=list)
     host_ms: list[float] = field(default_factory=list)
@@ -87,12 +60,12 @@ class Series:
     @property
     def ms_per_byte(self) -> float:
         """Median time of a byte."""
-        return statistics.median(self.ms) / max(self.outcome.bytes, 1)
+        return statistics.median(self.ms) / max(self.report.bytes, 1)
 
 
 def ratio(mine: Series, other: Series) -> float:
     """How many times as fast one method was as another: the median over turns of both."""
-    share = mine.outcome.bytes / max(other.outcome.bytes, 1)
+    share = mine.report.bytes / max(other.report.bytes, 1)
     # Turns are counted from the first one on, and those of slow methods end earlier.
     return share * statistics.median(b / a for a, b in zip(mine.ms, other.ms, strict=False))
 
@@ -125,17 +98,9 @@ def time_once(stream: torch.cuda.Stream, submit: Callable[[], Any]) -> tuple[flo
     return start.elapsed_time(end), host_ms
 
 
+@dataclass
 class Bench:
-    """Measures cells.
-
-    Parameters
-    ----------
-    cells : sequence of Cell
-        In the order to measure.
-    options : Options
-        How.
-    save : callable, optional
-        Given the whole result after each cell, so that an interrupted run loses nothing.
+    """Measures cells, in the order given.
 
     Raises
     ------
@@ -143,49 +108,50 @@ class Bench:
         If the runtime is a real one and torch sees no GPU.
     """
 
-    def __init__(
-        self,
-        cells: Sequence[Cell],
-        options: Options,
-        save: Callable[[dict[str, Any]], None] | None = None,
-    ) -> None:
-        self.cells = list(cells)
-        self.options = options
-        self.save = save or (lambda result: None)
+    cells: Sequence[Cell]
+    #: Of `METHODS`.
+    methods: Sequence[str] = tuple(METHODS)
+    #: Timed runs of the fastest methods in a cell; fewer where the time is short, and three of
+    #: methods that are clearly slower.
+    runs: int = 15
+    #: Time for everything. Cells that it does not last for are left out, and named.
+    seconds: float = 300.0
+    #: Of page numbers and bytes.
+    seed: int = 0
+    #: Given the whole result after each cell, so that an interrupted run loses nothing.
+    save: Callable[[dict[str, Any]], None] = lambda result: None
+
+    def __post_init__(self) -> None:
         self.device = target()
         self.real = self.device.type == "cuda"
         #: One that is timed, and one for each way where both are measured at once.
         self.streams = [make_stream(self.device) for _ in range(3)]
-        self.shuffled = random.Random(options.seed)
+        self.shuffled = random.Random(self.seed)
         self.result: dict[str, Any] = {
             "schema": SCHEMA,
             "kind": "bench",
             "provenance": provenance(),
-            "options": asdict(options) | {"methods": list(options.methods)},
+            "options": {
+                name: getattr(self, name) for name in ("methods", "runs", "seconds", "seed")
+            },
             "cells": [],
             "skipped": [],
         }
 
     def run(self) -> dict[str, Any]:
-        """Measure every cell that there is time for.
-
-        Returns
-        -------
-        dict
-            The result, as ``--json`` writes it.
-        """
+        """Measure every cell that there is time for; the result is what ``--json`` writes."""
         begin = time.monotonic()
-        end = begin + self.options.seconds
+        end = begin + self.seconds
         pool = max((cell.pool_bytes for cell in self.cells), default=0)
-        memory = Memory(self.device, pool, self.options.seed)
+        memory = Memory(self.device, pool, self.seed)
         with Progress("kvsig bench") as progress:
             for done, cell in enumerate(self.cells):
                 progress.show(done, len(self.cells), describe(cell))
-                left = end - time.monotonic()
-                if left <= 0:
+                now = time.monotonic()
+                if now >= end:
                     self.result["skipped"] = [asdict(cell) for cell in self.cells[done:]]
                     break
-                deadline = time.monotonic() + left / (len(self.cells) - done)
+                deadline = now + (end - now) / (len(self.cells) - done)
                 self.result["cells"].append(self.entry(cell, memory, deadline))
                 self.result["seconds"] = round(time.monotonic() - begin, 1)
                 self.save(self.result)
@@ -195,31 +161,28 @@ class Bench:
 
     def entry(self, cell: Cell, memory: Memory, deadline: float) -> dict[str, Any]:
         """Measure one cell; an error is a part of what is written down, and loses no other."""
-        place = asdict(cell) | {"copies": cell.copies, "bytes": cell.bytes}
+        entry: dict[str, Any] = asdict(cell) | {"copies": cell.copies, "bytes": cell.bytes}
+        entry |= {"methods": {}, "notes": {}}
         try:
-            series, notes = self.measure(cell, memory, deadline)
-            return place | {"methods": self.rows(cell, series), "notes": notes}
+            series = self.verified(Job(cell, memory, self.seed), entry["notes"])
+            self.time_all(series, deadline)
+            entry["methods"] = self.rows(cell, series)
         except Exception as error:
             self.synchronize()
             if self.real:
                 torch.cuda.empty_cache()
-            text = f"{type(error).__name__}: {error}"
-            return place | {"methods": {}, "notes": {}, "error": text}
+            entry["error"] = f"{type(error).__name__}: {error}"
+        return entry
 
-    def measure(
-        self, cell: Cell, memory: Memory, deadline: float
-    ) -> tuple[list[Series], dict[str, str]]:
-        """Verify every method of a cell, then time them in turn; and why some were left out."""
-        job = Job(cell, memory, self.options.seed)
+    def verified(self, job: Job, notes: dict[str, str]) -> list[Series]:
+        """Run every method once and compare its bytes; note why some cannot be used."""
         job.fill()
-        for way in cell.ways:
+        for way in job.cell.ways:
             job.expect(way)
-        notes: dict[str, str] = {}
         ready = []
-        for name in self.options.methods:
+        for name in self.methods:
             try:
-                runner = METHODS[name](job)
-                one = Series(name, self.submission(runner, job))
+                one = Series(name, self.submission(METHODS[name](job), job.cell))
                 self.first(job, one)
                 ready.append(one)
             except (Unavailable, kvsig.BindError, kvsig.CudaError) as error:
@@ -232,39 +195,35 @@ class Bench:
         # The copies for verification are not needed any more; sources keep their bytes.
         job.restore()
         job.drop()
-        self.time_all(ready, deadline)
-        return ready, notes
+        return ready
 
-    def submission(self, runner: Runner, job: Job) -> Callable[[], Outcome]:
+    def submission(self, runner: Runner, cell: Cell) -> Callable[[], kvsig.Report]:
         """Make a call that submits a whole cell: one way, or both on streams of their own."""
-        stream = self.streams[0]
-        if job.cell.direction != "both":
-            return lambda: runner(job, job.cell.direction, stream)
+        stream, *others = self.streams
+        if cell.direction != "both":
+            return lambda: runner(cell.direction, stream)
 
-        def both() -> Outcome:
-            whole = Outcome()
-            for way, own in zip(job.cell.ways, self.streams[1:], strict=True):
+        def both() -> kvsig.Report:
+            whole = kvsig.Report()
+            for way, own in zip(cell.ways, others, strict=True):
                 if self.real:
                     own.wait_stream(stream)
-                whole.add(runner(job, way, own))
-            for own in self.streams[1:]:
-                if self.real:
+                whole += runner(way, own)
+            if self.real:
+                for own in others:
                     stream.wait_stream(own)
-                else:
-                    own.synchronize()
             return whole
 
         return both
 
     def first(self, job: Job, one: Series) -> None:
-        """Run a method once: to warm it up, and to compare every byte."""
-        verify = self.options.verify and one.name != LIMIT
-        if verify:
+        """Run a method once: to warm it up, and to compare every byte where it moves them all."""
+        if one.name != LIMIT:
             job.restore()
         self.synchronize()
-        one.outcome = one.submit()
+        one.report = one.submit()
         self.synchronize()
-        if verify and one.outcome.whole:
+        if one.name != LIMIT and one.report.bytes == job.cell.bytes:
             wrong = job.wrong()
             one.verified = not wrong
             if wrong:
@@ -275,8 +234,8 @@ class Bench:
         """Wait for all work: memory that it works on must not go before it has ended."""
         if self.real:
             torch.cuda.synchronize()
-        else:
-            self.streams[0].synchronize()
+        for stream in self.streams:
+            stream.synchronize()
 
     def time_all(self, series: list[Series], deadline: float) -> None:
         """Time methods in turn, as often as asked for or as there is time."""
@@ -284,7 +243,7 @@ class Bench:
         gc.collect()
         gc.disable()
         try:
-            for turn in range(self.options.runs):
+            for turn in range(self.runs):
                 if turn >= FEW_RUNS and time.monotonic() > deadline:
                     break
                 if turn == FEW_RUNS and self.real:
@@ -303,30 +262,33 @@ class Bench:
     def time_one(self, one: Series) -> None:
         """Time one submission."""
         self.synchronize()
-        if not self.real:
+        if self.real:
+            ms, host_ms = time_once(self.streams[0], one.submit)
+            one.ms.append(ms)
+        else:
             begin = time.perf_counter()
             one.submit()
-            one.host_ms.append((time.perf_counter() - begin) * 1e3)
+            host_ms = (time.perf_counter() - begin) * 1e3
             self.synchronize()
-            return
-        ms, host_ms = time_once(self.streams[0], one.submit)
-        one.ms.append(ms)
         one.host_ms.append(host_ms)
 
     def rows(self, cell: Cell, series: list[Series]) -> dict[str, Any]:
         """Write down what each method gave."""
         by_name = {one.name: one for one in series}
+        auto, limit = by_name.get("auto"), by_name.get(LIMIT)
         found: dict[str, Any] = {}
         for one in series:
-            outcome = one.outcome
-            copies = cell.copies if outcome.whole else outcome.copies
+            report = one.report
+            # Of the pages that were asked for; some methods move only a part of them.
+            part = report.bytes != cell.bytes or one is limit
+            copies = report.copies if part else cell.copies
             row = {
                 "runs": len(one.host_ms),
-                "path": outcome.path,
-                "reason": outcome.reason,
-                "calls": outcome.calls,
-                "operations": outcome.copies,
-                "bytes": outcome.bytes,
+                "path": report.path,
+                "reason": report.reason,
+                "calls": report.calls,
+                "operations": report.copies,
+                "bytes": report.bytes,
                 "verified": one.verified,
                 "host_ms": spread(one.host_ms),
                 "host_ns_per_copy": round(statistics.median(one.host_ms) * 1e6 / copies, 1),
@@ -334,10 +296,10 @@ class Bench:
             if self.real:
                 row["ms"] = spread(one.ms)
                 row["gb_s"] = round(1 / one.ms_per_byte / 1e6, 3)
-                if "auto" in by_name and one.name != "auto":
-                    row["auto_ratio"] = round(ratio(by_name["auto"], one), 4)
-                if LIMIT in by_name:
-                    row["share"] = round(ratio(one, by_name[LIMIT]), 4)
+                if auto is not None and one is not auto:
+                    row["auto_ratio"] = round(ratio(auto, one), 4)
+                if limit is not None:
+                    row["share"] = round(ratio(one, limit), 4)
             found[one.name] = row
         return found
 
@@ -350,26 +312,21 @@ def close(series: list[Series]) -> list[Series]:
 
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:
-    """Compare auto with the fastest other method in every cell.
+    """Compare auto with the fastest path that was forced, in every cell of a result.
 
-    Parameters
-    ----------
-    result : dict
-        Of `Bench.run`.
-
-    Returns
-    -------
-    dict
-        ``compared``, the number of cells; ``worst``, the least ratio; ``behind``, the cells in
-        which auto has less than 0.95 of the best other path of kvsig; ``verified``, whether
-        every method that was compared byte by byte was right; ``errors`` of cells that failed.
+    ``compared`` is the number of cells; ``worst`` the least ratio; ``behind`` the cells in which
+    auto has less than 0.95 of the best; ``verified`` whether every method that was compared byte
+    by byte was right; ``errors`` those of cells that failed.
     """
     behind: list[dict[str, Any]] = []
     ratios = []
+    checked = []
     for cell in result["cells"]:
+        rows = cell["methods"]
+        checked += [row["verified"] for row in rows.values() if row["verified"] is not None]
         others = {
             name: float(row["auto_ratio"])
-            for name, row in cell["methods"].items()
+            for name, row in rows.items()
             if name in PATHS and "auto_ratio" in row
         }
         if not others:
@@ -377,14 +334,8 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
         best = min(others, key=lambda name: others[name])
         ratios.append(others[best])
         if others[best] < 0.95:
-            place = Cell(**{name: cell[name] for name in Cell.__dataclass_fields__})
-            behind.append({"cell": describe(place), "best": best, "ratio": others[best]})
-    checked = [
-        row["verified"]
-        for cell in result["cells"]
-        for row in cell["methods"].values()
-        if row.get("verified") is not None
-    ]
+            place = describe(Cell.of(cell))
+            behind.append({"cell": place, "best": best, "ratio": others[best]})
     return {
         "compared": len(ratios),
         "worst": min(ratios, default=None),

@@ -8,70 +8,29 @@ beside the package add other projects' functions.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
+from kvsig import Report
 from kvsig.tools.cells import LIMIT, PATHS
 from kvsig.tools.jobs import LIMIT_BYTES, Job
 
-__all__ = ["METHODS", "Method", "Outcome", "Runner", "Unavailable"]
+__all__ = ["METHODS", "Method", "Runner", "Unavailable"]
+
+#: Submits a job in one direction on a stream.
+Runner = Callable[[str, Any], Report]
+Method = Callable[[Job], Runner]
 
 
 class Unavailable(Exception):
     """A method cannot be used here; the text says why."""
 
 
-@dataclass(slots=True)
-class Outcome:
-    """What one submission of a method was made of.
-
-    Parameters
-    ----------
-    copies, calls, bytes : int
-        That were submitted.
-    path : str
-        That was taken.
-    reason : str or None
-        Why kvsig took another path than the one asked for.
-    whole : bool
-        Whether it was the whole cell, and can be verified.
-    """
-
-    copies: int = 0
-    calls: int = 0
-    bytes: int = 0
-    path: str = ""
-    reason: str | None = None
-    whole: bool = True
-
-    def add(self, other: Outcome) -> None:
-        """Count another submission in."""
-        self.copies += other.copies
-        self.calls += other.calls
-        self.bytes += other.bytes
-        self.path, self.reason = other.path, other.reason
-        self.whole &= other.whole
-
-
-#: Submits a job in one direction on a stream.
-Runner = Callable[[Job, str, Any], Outcome]
-Method = Callable[[Job], Runner]
-
-
 def kvsig_path(path: str) -> Method:
     """Make the method that asks kvsig for a path."""
-
-    def run(job: Job, direction: str, stream: Any) -> Outcome:
-        outcome = Outcome()
-        for report in job.kvsig(direction, path, stream):
-            outcome.add(
-                Outcome(report.copies, report.calls, report.bytes, report.path, report.reason)
-            )
-        return outcome
-
-    return lambda job: run
+    return lambda job: partial(job.transfer, path)
 
 
 def one_copy(job: Job) -> Runner:
@@ -82,14 +41,12 @@ def one_copy(job: Job) -> Runner:
     count = min(max(job.cell.bytes, LIMIT_BYTES), room) // len(ways)
     part = {way: slice(i * count, (i + 1) * count) for i, way in enumerate(ways)}
 
-    def run(job: Job, direction: str, stream: Any) -> Outcome:
+    def run(direction: str, stream: Any) -> Report:
         near, far = job.memory.near[part[direction]], job.memory.far[part[direction]]
+        to, of = (far, near) if direction == "offload" else (near, far)
         with torch.cuda.stream(stream):
-            if direction == "offload":
-                far.copy_(near, non_blocking=True)
-            else:
-                near.copy_(far, non_blocking=True)
-        return Outcome(1, 1, count, "one copy", whole=False)
+            to.copy_(of, non_blocking=True)
+        return Report("one copy", None, 1, 1, count)
 
     return run
 

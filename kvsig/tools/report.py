@@ -11,31 +11,28 @@ import os
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 __all__ = [
     "Progress",
     "bytes_text",
     "columns",
-    "commit",
     "count_text",
     "provenance",
     "source_text",
     "spread",
     "table",
     "time_text",
+    "versions",
     "wrap",
     "write_json",
 ]
 
-T = TypeVar("T")
 #: Sentences are not written wider than this, however wide the terminal is.
 WIDEST = 100
 
@@ -82,24 +79,16 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 # --- Lines -------------------------------------------------------------------------------------
 
 
-def columns(stream: Any = None) -> int | None:
+def columns() -> int | None:
     """Columns to write for: ``$COLUMNS``, those of the terminal, or None where it is none."""
-    stream = sys.stdout if stream is None else stream
-    said = os.environ.get("COLUMNS", "")
-    if said.isdecimal() and int(said) > 0:
-        return int(said)
-    if stream is not None and stream.isatty():
-        return shutil.get_terminal_size().columns
-    return None
+    return shutil.get_terminal_size((0, 0)).columns or None
 
 
-def wrap(text: str, indent: str = "", width: int | None = None) -> str:
+def wrap(text: str, indent: str = "") -> str:
     """Wrap a sentence, every line but the first behind `indent`."""
-    if width is None:
-        width = min(columns() or WIDEST, WIDEST)
     return textwrap.fill(
         text,
-        max(width, len(indent) + 20),
+        max(min(columns() or WIDEST, WIDEST), len(indent) + 20),
         subsequent_indent=indent,
         break_long_words=False,
         break_on_hyphens=False,
@@ -163,20 +152,14 @@ def _blocks(widths: list[int], labels: int, room: int) -> list[list[int]]:
 
 
 class Progress:
-    """Progress on stderr: one line that is rewritten on a terminal, else a line now and then.
-
-    Parameters
-    ----------
-    label : str
-        What is running, in front of the lines that are not rewritten.
-    """
+    """Progress on stderr: one line that is rewritten on a terminal, else a line now and then."""
 
     #: Seconds between two updates, on a terminal and elsewhere.
     INTERVALS = (0.1, 10.0)
     BAR = 20
 
     def __init__(self, label: str) -> None:
-        self.label = label
+        self.label = label  # what is running, in front of lines that are not rewritten
         self.terminal = sys.stderr.isatty()
         self.interval = self.INTERVALS[0 if self.terminal else 1]
         self.begin = time.monotonic()
@@ -206,56 +189,25 @@ class Progress:
 
     def line(self, done: int, total: int, text: str) -> str:
         """Write the line for this terminal, cut where it would not fit."""
-        width = (columns(sys.stderr) or WIDEST) - 1
+        width = shutil.get_terminal_size().columns - 1
         filled = self.BAR * done // max(total, 1)
         bar = f"[{'#' * filled}{'.' * (self.BAR - filled)}] " if width >= 3 * self.BAR else ""
         return f"{bar}{done}/{total}  {text}"[:width]
-
-    def through(self, steps: Sequence[T], text: str) -> Iterator[T]:
-        """Iterate over steps and tell how many are done."""
-        for done, step in enumerate(steps):
-            self.show(done, len(steps), text)
-            yield step
 
 
 # --- Where a result is from, and files ---------------------------------------------------------
 
 
-def commit() -> str | None:
-    """Name the commit that kvsig runs from, with ``-dirty`` behind a changed one.
-
-    ``KVSIG_COMMIT`` says it where the code is a copy, and no checkout of its own.
-    """
-    said = os.environ.get("KVSIG_COMMIT")
-    if said:
-        return said
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def provenance(runtime: bool = True) -> dict[str, Any]:
-    """Say where results are from: device, driver, runtime, versions, date and commit.
-
-    Parameters
-    ----------
-    runtime : bool
-        Whether a CUDA runtime took part; without, nothing is said of one and none is bound.
-    """
+def versions() -> dict[str, Any]:
+    """Say when and by which versions and commit a result was made."""
     import numpy as np
     import torch
 
     import kvsig
 
-    found: dict[str, Any] = {
+    return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
+        "commit": os.environ.get("KVSIG_COMMIT"),
         "kvsig": kvsig.__version__,
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
@@ -264,11 +216,17 @@ def provenance(runtime: bool = True) -> dict[str, Any]:
         "torch_cuda": torch.version.cuda,
         "numpy": np.__version__,
     }
-    if not runtime:
-        return found
+
+
+def provenance() -> dict[str, Any]:
+    """Say where a result is from: `versions`, and device, driver and runtime."""
+    import torch
+
+    import kvsig
+
     info = kvsig.info()
     batch = next(row for row in info["functions"] if row["name"] == "cudaMemcpyBatchAsync")
-    return found | {
+    return versions() | {
         "emulated": info["emulated"],
         "device": None if info["emulated"] else torch.cuda.get_device_name(),
         "library": os.path.basename(info["library"]),
@@ -282,53 +240,20 @@ def source_text(source: dict[str, Any]) -> list[str]:
     """Write a `provenance` as two lines."""
     from kvsig.registry import format_version
 
-    where = "no CUDA runtime"
-    if "emulated" in source:
-        where = f"CUDA {format_version(source['runtime_version'])}"
-        if source["emulated"]:
-            where += ", emulated: no speeds, only host time and operations"
-        else:
-            driver = format_version(source["driver_version"])
-            where = f"{source['device']}, {where}, driver {driver}"
-    words = [source["library"]] if "library" in source else []
-    words += [f"torch {source['torch']}", source["date"]]
+    where = f"CUDA {format_version(source['runtime_version'])}"
+    if source["emulated"]:
+        where += ", emulated: no speeds, only host time and operations"
+    else:
+        driver = format_version(source["driver_version"])
+        where = f"{source['device']}, {where}, driver {driver}"
+    words = [source["library"], f"torch {source['torch']}", source["date"]]
     words += [f"commit {source['commit'][:12]}"] if source["commit"] else []
     return [wrap(where), wrap(", ".join(words))]
 
 
 def write_json(path: Path, data: Any) -> None:
     """Replace a file as a whole: a reader never sees half of it."""
-    write_text(path, json_text(data) + "\n")
-
-
-def json_text(data: Any, depth: int = 2, indent: str = "") -> str:
-    """Write JSON, what is nested deeper than `depth` on a line of its own, for small files."""
-    inner = indent + " "
-    if depth and isinstance(data, dict) and data:
-        parts = [f"{json.dumps(k)}: {json_text(v, depth - 1, inner)}" for k, v in data.items()]
-        return "{\n" + ",\n".join(inner + part for part in parts) + f"\n{indent}}}"
-    if depth and isinstance(data, list) and data:
-        parts = [json_text(item, depth - 1, inner) for item in data]
-        return "[\n" + ",\n".join(inner + part for part in parts) + f"\n{indent}]"
-    return json.dumps(data, ensure_ascii=False)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file beside its place, and put it there when it is whole."""
-    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make a file of the same suffix, and put it in the place of `path`."""
-    descriptor, name = tempfile.mkstemp(suffix=path.suffix, prefix=path.stem, dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
+    temporary = path.with_name(path.name + ".tmp")
+    text = json.dumps(data, ensure_ascii=False, indent=1)
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(path)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from kvsig import registry
 
-__all__ = ["BATCH", "choose", "newest", "real_device"]
+__all__ = ["BATCH", "bound", "choose", "newest", "real_device"]
 
 BATCH = "cudaMemcpyBatchAsync"
 
@@ -46,18 +46,26 @@ def choose() -> tuple[list[str | None], str]:
 
 
 @contextlib.contextmanager
-def newest() -> Iterator[str]:
-    """Bind what `choose` says, the newest where it is several; gives the preface."""
+def bound(spec: str | None) -> Iterator[None]:
+    """Bind one of the specs of `choose` for as long as it is needed."""
     from kvsig import _core
 
-    specs, preface = choose()
-    if specs[-1] is not None:
-        _core.rebind(specs[-1])
+    if spec is None:
+        yield
+        return
+    _core.rebind(spec)
     try:
-        yield preface
+        yield
     finally:
-        if specs[-1] is not None:
-            _core.rebind(None)
+        _core.rebind(None)
+
+
+@contextlib.contextmanager
+def newest() -> Iterator[str]:
+    """Bind what `choose` says, the newest where it is several; gives the preface."""
+    specs, preface = choose()
+    with bound(specs[-1]):
+        yield preface
 
 
 def real_device() -> bool:

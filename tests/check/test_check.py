@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cuda_headers import REGISTRY, SMALL, Checker, header, run, small_headers
+from cuda_headers import REGISTRY, SMALL, Checker, expected, header, run, small_headers
 
 from kvsig import registry
 from kvsig.check import headers, releases
@@ -36,7 +36,7 @@ class TestReleases:
     def test_the_registry_agrees_with_every_verified_release(self, release: str) -> None:
         results = headers.check(REGISTRY, header(release))
         assert [(r.name, r.problems) for r in results if r.status == "differs"] == []
-        wanted = {(r.name, r.status, r.since) for r in command.expected(REGISTRY, release)}
+        wanted = {(r.name, r.status, r.since) for r in expected(REGISTRY, release)}
         found = {(r.name, r.status, r.since) for r in results if r.kind != "alias"}
         assert found == wanted
 
@@ -72,7 +72,7 @@ class TestReleases:
             r"kvsig check: 2 of 2 after \d+ s, read CUDA 13.0.96\n",
             captured.err,
         )
-        wanted = [(release, command.expected(REGISTRY, release)) for release in chosen]
+        wanted = [(release, expected(REGISTRY, release)) for release in chosen]
         assert page.read_text() == command.markdown(wanted)
 
 
@@ -220,7 +220,7 @@ def mutations(function: Function, variant: Variant) -> Iterator[Function]:
 
 @pytest.mark.checkout
 def test_the_matrix_in_the_docs_is_current() -> None:
-    wanted = [(release, command.expected(REGISTRY, release)) for release in REGISTRY.verified]
+    wanted = [(release, expected(REGISTRY, release)) for release in REGISTRY.verified]
     page = (ROOT / "docs/releases.md").read_text()
     assert page == command.markdown(wanted), (
         "docs/releases.md is old: python -m kvsig check --releases --matrix docs/releases.md"
@@ -517,9 +517,9 @@ class TestNothingRuns:
         [
             "__attribute__((constructor)) static void hook(void)",
             "__attribute__((destructor)) static void hook(void)",
-            "static void hook(void);\n__attribute__((section(\".init_array\"), used))"
+            'static void hook(void);\n__attribute__((section(".init_array"), used))'
             " static void (*entry)(void) = hook;\nstatic void hook(void)",
-            "static void hook(void);\n__attribute__((section(\".preinit_array\"), used))"
+            'static void hook(void);\n__attribute__((section(".preinit_array"), used))'
             " static void (*entry)(void) = hook;\nstatic void hook(void)",
         ],
     )

@@ -32,7 +32,7 @@ def test_bench():
         for scope in CHOICES["scope"]
         for layout in CHOICES["layout"]
     ]
-    result = measuring.Bench(cells, measuring.Options(runs=3)).run()
+    result = measuring.Bench(cells, runs=3).run()
     assert result["summary"]["errors"] == []
     assert result["summary"]["verified"]
     for cell in result["cells"]:

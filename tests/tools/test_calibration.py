@@ -21,9 +21,9 @@ def measured(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model = costs.builtin("Some GPU")
 
-    def measure(seconds, seed):
+    def measure(seconds):
         return "Some GPU", [
-            fitting.Sample(cell, 1.5e-6 * us, 0.5e-6 * us)
+            fitting.Sample(cell, 1.5 * us, 0.5 * us)
             for cell in fitting.cells()
             for us in [fitting.predict(getattr(model, cell.direction), cell)]
         ]
@@ -58,9 +58,7 @@ class TestCommand:
         assert costs.load("Some GPU", path).source == "calibrated"
         assert not costs.cache_path("Some GPU").exists()
 
-    def test_refused_on_the_emulated_runtime(
-        self, emulated_runtime, tmp_path, monkeypatch, capsys
-    ):
+    def test_refused_on_the_emulated_runtime(self, emulated_runtime, tmp_path, monkeypatch, capsys):
         emulated_runtime("13.0")
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         assert cli.main(["calibrate"]) == 1
@@ -83,9 +81,9 @@ def test_changes_are_the_figures_that_differ():
 def test_predictions_before_and_after():
     before = costs.builtin("Some GPU")
     after = replace(before, load=replace(before.load, latency=before.load.latency + 100))
-    (one,) = calibration.compare([fitting.Sample(CELL, 200e-6, 100e-6)], before, after)
-    assert one.after_us == pytest.approx(one.before_us + 100)
-    assert one.as_dict()["us"] == 200.0
+    (row,) = calibration.compare([fitting.Sample(CELL, 200.0, 100.0)], before, after)
+    assert row["after_us"] == pytest.approx(row["before_us"] + 100)
+    assert (row["method"], row["us"], row["submit_us"]) == ("batch", 200.0, 100.0)
 
 
 def test_strided_cells_move_what_they_say(monkeypatch, emulated_runtime):

@@ -30,10 +30,10 @@ class TestFit:
         samples = []
         for cell in cells():
             costs = getattr(truth, cell.direction)
-            seconds = predict(costs, cell) * rng.normal(1, 0.005) * 1e-6
-            samples.append(Sample(cell, seconds, host_us(costs, cell) * 1e-6))
-        model = fit(samples, "X", start=H100)
-        assert model.source == "calibrated" and model.name == "X"
+            us = predict(costs, cell) * rng.normal(1, 0.005)
+            samples.append(Sample(cell, us, host_us(costs, cell)))
+        model = fit(samples, H100.name)
+        assert model.source == "calibrated" and model.name == H100.name
         assert model.offload.byte == pytest.approx(1 / 24e3, rel=0.02)
         assert model.load.byte == pytest.approx(1 / 22e3, rel=0.02)
         for cell in cells():
@@ -45,31 +45,31 @@ class TestFit:
     def test_no_figure_is_negative(self):
         rng = np.random.default_rng(1)
         for _ in range(20):
-            times = [10 ** rng.uniform(-6, -2, 2) for _ in cells()]
+            times = [10 ** rng.uniform(0, 4, 2) for _ in cells()]
             pairs = zip(cells(), times, strict=True)
             model = fit([Sample(c, *map(float, t)) for c, t in pairs], "X")
             for side in (model.load, model.offload):
                 assert all(getattr(side, f.name) >= 0 for f in fields(DirectionCosts))
 
     def test_without_samples_nothing_changes(self):
-        model = fit([], "X", start=H100)
+        model = fit([], H100.name)
         assert (model.load, model.offload) == (H100.load, H100.offload)
 
     def test_without_batches_their_figures_stay(self):
         """Where the driver has no batches, the rest is fitted all the same."""
         samples = [
-            Sample(c, 2 * predict(H100.load, c) * 1e-6, host_us(H100.load, c) * 1e-6)
+            Sample(c, 2 * predict(H100.load, c), host_us(H100.load, c))
             for c in cells()
             if c.method != "batch"
         ]
-        model = fit(samples, "X", start=H100)
+        model = fit(samples, H100.name)
         assert model.load.copy_submit == H100.load.copy_submit
         assert model.load.byte == pytest.approx(2 * H100.load.byte, rel=0.05)
 
     @pytest.mark.parametrize("times", [(0.0, 1.0), (1.0, float("nan")), (1.0, -1.0)])
     def test_refuses_a_time_that_is_none(self, times):
         with pytest.raises(ValueError, match="needs a time above 0"):
-            fit([Sample(cells()[0], *times)], "X")
+            Sample(cells()[0], *times)
 
     def test_measures_little(self):
         assert all(c.copies * c.rows * c.width <= 256 << 20 for c in cells())

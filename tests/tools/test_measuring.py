@@ -10,10 +10,11 @@ import pytest
 import torch
 from tools.invented import gpu_result
 
+from kvsig import Report
 from kvsig.tools.cells import CHOICES, PATHS, Cell, describe
 from kvsig.tools.jobs import Job
-from kvsig.tools.measuring import Bench, Options, Series, close, ratio, summary
-from kvsig.tools.methods import METHODS, Outcome, Unavailable
+from kvsig.tools.measuring import Bench, Series, close, ratio, summary
+from kvsig.tools.methods import METHODS, Unavailable
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def on_emulated(emulated_runtime):
 
 
 def run(*cells: Cell, **options: Any) -> dict[str, Any]:
-    return Bench(cells, Options(runs=3, **options)).run()
+    return Bench(cells, runs=3, **options).run()
 
 
 @pytest.mark.usefixtures("on_emulated")
@@ -47,15 +48,15 @@ class TestEmulated:
         assert result["summary"]["verifications"] == len(PATHS) - 1
 
     def spoil(self, monkeypatch, spoil):
-        real = Job.kvsig
+        real = Job.transfer
 
-        def spoiled(job: Job, direction: str, path: str, stream: Any) -> Any:
-            reports = real(job, direction, path, stream)
+        def spoiled(job: Job, path: str, direction: str, stream: Any) -> Any:
+            report = real(job, path, direction, stream)
             stream.synchronize()
             spoil(job, path)
-            return reports
+            return report
 
-        monkeypatch.setattr(Job, "kvsig", spoiled)
+        monkeypatch.setattr(Job, "transfer", spoiled)
         return run(Cell(512, 8, layers=2))["summary"]["errors"][0]
 
     def test_wrong_bytes_are_found(self, monkeypatch):
@@ -65,7 +66,8 @@ class TestEmulated:
 
         assert re.fullmatch(
             r"RuntimeError: batch: layer 0 K: device page \d+ does not hold host page \d+,"
-            r" in 8 pages of 512 B, 2 layers, load, random",
+            r" in 8 pages of 512 B, 2 layers of K and V, load, random pages, page_first_direct,"
+            r" all layers in one call",
             self.spoil(monkeypatch, spoil),
         )
 
@@ -92,12 +94,12 @@ class TestEmulated:
         """Also one that fails in its own way, and one that cannot be had here."""
 
         def by_hand(job):
-            def move(job, direction, stream):
+            def move(direction, stream):
                 near, far = (torch.from_numpy(pages) for pages in job.pages[direction])
                 for kind, tensors in enumerate(job.near):
                     for layer, tensor in enumerate(tensors):
                         tensor[near] = job.far_plane(kind, layer)[far]
-                return Outcome(job.cell.copies, 0, job.cell.bytes, "by hand")
+                return Report("by hand", None, job.cell.copies, 0, job.cell.bytes)
 
             return move
 
@@ -120,9 +122,8 @@ class TestEmulated:
 
     def test_saved_after_every_cell(self):
         seen = []
-        options = Options(methods=("loop",), runs=1)
         cells = [Cell(512, 8, layers=2)] * 2
-        Bench(cells, options, lambda result: seen.append(len(result["cells"]))).run()
+        Bench(cells, ["loop"], runs=1, save=lambda result: seen.append(len(result["cells"]))).run()
         assert seen == [1, 2, 2]
 
     def test_a_cell_that_fails_does_not_lose_the_others(self):
@@ -133,15 +134,15 @@ class TestEmulated:
     def test_methods_are_timed_in_turn(self, monkeypatch):
         timed = []
         monkeypatch.setattr(Bench, "time_one", lambda self, one: timed.append(one.name))
-        bench = Bench([], Options(runs=8))
-        bench.time_all([Series(name, Outcome) for name in "abc"], float("inf"))
+        bench = Bench([], runs=8)
+        bench.time_all([Series(name, Report) for name in "abc"], float("inf"))
         turns = [timed[i : i + 3] for i in range(0, 24, 3)]
         assert all(sorted(turn) == ["a", "b", "c"] for turn in turns)
         assert turns[1] == turns[0][::-1], "each comes as often before another as behind it"
 
 
 def series(name: str, *times: float, size: int = 1000) -> Series:
-    return Series(name, Outcome, Outcome(bytes=size), ms=list(times))
+    return Series(name, Report, Report(bytes=size), ms=list(times))
 
 
 class TestRatios:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
 import sys
 
 import pytest
@@ -30,9 +29,7 @@ def test_counts(count, noun, text):
     assert report.count_text(count, noun) == text
 
 
-@pytest.mark.parametrize(
-    ("us", "text"), [(3.21, "3.21 µs"), (1250.0, "1.25 ms"), (2.5e6, "2.5 s")]
-)
+@pytest.mark.parametrize(("us", "text"), [(3.21, "3.21 µs"), (1250.0, "1.25 ms"), (2.5e6, "2.5 s")])
 def test_times(us, text):
     assert report.time_text(us) == text
 
@@ -90,23 +87,25 @@ class TestProgress:
     def test_lines_elsewhere(self, monkeypatch, capsys):
         monkeypatch.setattr(report.Progress, "INTERVALS", (0.0, 0.0))
         with report.Progress("kvsig demo") as progress:
-            assert list(progress.through(["a", "b"], "filling")) == ["a", "b"]
+            for done in range(2):
+                progress.show(done, 2, "filling")
         lines = capsys.readouterr().err.splitlines()
         assert lines == [f"kvsig demo: {i} of 2 after 0 s, filling" for i in (0, 1)]
 
     def test_not_too_often(self, capsys):
         with report.Progress("kvsig demo") as progress:
-            list(progress.through(range(1000), "filling"))
+            for done in range(1000):
+                progress.show(done, 1000, "filling")
         assert capsys.readouterr().err == ""
 
 
 class TestFiles:
-    def test_json_reads_back_and_is_compact(self, tmp_path):
+    def test_json_reads_back(self, tmp_path):
         data = {"a": [{"b": {"c": [1, 2]}}, {}], "d": None, "e": "µ", "f": []}
         report.write_json(tmp_path / "x.json", data)
         text = (tmp_path / "x.json").read_text(encoding="utf-8")
         assert json.loads(text) == data
-        assert '{"b": {"c": [1, 2]}}' in text
+        assert "µ" in text
         assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
     def test_a_failure_leaves_what_was_there(self, tmp_path):
@@ -114,47 +113,21 @@ class TestFiles:
         path.write_text("old")
         with pytest.raises(TypeError):
             report.write_json(path, {"a": object()})
-        with pytest.raises(ZeroDivisionError):
-            report.replace_file(path, lambda temporary: 1 / 0)
         assert path.read_text() == "old"
         assert [found.name for found in tmp_path.iterdir()] == ["x.json"]
 
 
-class TestCommit:
-    def test_what_the_environment_says(self, monkeypatch):
-        monkeypatch.setenv("KVSIG_COMMIT", "0123abc")
-        assert report.commit() == "0123abc"
-
-    def test_that_of_the_checkout(self, monkeypatch, tmp_path):
-        for name in ("KVSIG_COMMIT", "GIT_DIR", "GIT_WORK_TREE"):
-            monkeypatch.delenv(name, raising=False)
-        package = tmp_path / "kvsig" / "tools"
-        package.mkdir(parents=True)
-        monkeypatch.setattr(report, "__file__", str(package / "report.py"))
-        assert report.commit() is None, "no checkout"
-
-        def git(*args):
-            command = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org", *args]
-            done = subprocess.run(
-                command, cwd=tmp_path, check=True, capture_output=True, text=True
-            )
-            return done.stdout.strip()
-
-        git("init", "-q")
-        assert report.commit() is None, "no commit yet"
-        (package / "a.py").write_text("1\n")
-        git("add", "-A")
-        git("commit", "-qm", "one")
-        assert report.commit() == git("rev-parse", "HEAD")
-        (package / "a.py").write_text("2\n")
-        assert report.commit() == git("rev-parse", "HEAD") + "-dirty"
+def test_the_commit_is_what_the_environment_says(monkeypatch):
+    monkeypatch.delenv("KVSIG_COMMIT", raising=False)
+    assert report.versions()["commit"] is None
+    monkeypatch.setenv("KVSIG_COMMIT", "0123abc")
+    assert report.versions()["commit"] == "0123abc"
 
 
-def test_provenance_without_a_runtime_binds_none(monkeypatch):
+def test_versions_bind_no_runtime(monkeypatch):
     import kvsig
 
     monkeypatch.setattr(kvsig, "info", lambda: pytest.fail("a runtime was bound"))
-    found = report.provenance(runtime=False)
+    found = report.versions()
     assert found["kvsig"] == kvsig.__version__
     assert "library" not in found and "emulated" not in found
-    assert report.source_text(found)[0] == "no CUDA runtime"

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tools.invented import gpu_result
+
+from kvsig.tools import report
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 
 
 def script(name: str, *args: str) -> subprocess.CompletedProcess[str]:
+    search = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
         [sys.executable, str(BENCHMARKS / f"{name}.py"), *args],
         capture_output=True,
         text=True,
-        env={"KVSIG_CUDART": "emulated:13.0", "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"KVSIG_CUDART": "emulated:13.0", "PYTHONPATH": search},
         check=False,
     )
 
@@ -51,9 +57,9 @@ def test_rivals_move_the_bytes(name, layout, scope, monkeypatch, emulated_runtim
         job.fill()
         job.expect(direction)
         stream = emulated.Stream()
-        outcome = getattr(rivals, name)(job)(job, direction, stream)
+        report = getattr(rivals, name)(job)(direction, stream)
         stream.synchronize()
-        assert (job.wrong(), outcome.bytes, outcome.whole) == ([], cell.bytes, True)
+        assert (job.wrong(), report.bytes) == ([], cell.bytes)
 
 
 def test_overhead(tmp_path):
@@ -100,6 +106,36 @@ def test_against_judges_as_it_says(monkeypatch):
         assert found["reported"]["worst"] == 0.1, "reported, not judged"
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed"
+)
+class TestPlot:
+    @pytest.mark.parametrize("suffix", ["png", "svg"])
+    def test_picture(self, suffix, tmp_path):
+        report.write_json(tmp_path / "result.json", gpu_result())
+        picture = tmp_path / f"speed.{suffix}"
+        done = script("plot", str(tmp_path / "result.json"), str(picture))
+        assert done.returncode == 0, done.stderr
+        assert picture.stat().st_size > 1000
+        if suffix == "svg":
+            assert "bytes per page" in picture.read_text()
+
+    def test_the_summary_that_is_kept(self, tmp_path):
+        picture = tmp_path / "speed.svg"
+        summary = BENCHMARKS / "results/h100/summary.json"
+        done = script("plot", str(summary), str(picture), "--part", "quick")
+        assert done.returncode == 0, done.stderr
+        assert "strided" in picture.read_text()
+
+    def test_a_result_without_speeds(self, tmp_path):
+        result = gpu_result()
+        result["provenance"] = result["provenance"] | {"emulated": True}
+        report.write_json(tmp_path / "result.json", result)
+        done = script("plot", str(tmp_path / "result.json"), str(tmp_path / "x.svg"))
+        assert done.returncode == 1
+        assert done.stderr == "there are no GB/s of at least two page sizes in the result\n"
+
+
 class TestGpuRun:
     @pytest.mark.parametrize(
         ("args", "text"),
@@ -126,6 +162,29 @@ class TestGpuRun:
         assert path.stat().st_size < 300_000
         assert "computing beside transfers needs a GPU" in (tmp_path / "run.log").read_text()
 
+    def test_the_commit_is_that_of_the_checkout(self, monkeypatch, tmp_path):
+        monkeypatch.syspath_prepend(str(BENCHMARKS))
+        import gpu_run
+
+        for name in ("GIT_DIR", "GIT_WORK_TREE"):
+            monkeypatch.delenv(name, raising=False)
+        file = tmp_path / "a.py"
+        assert gpu_run.commit(tmp_path) is None, "no checkout"
+
+        def git(*args):
+            command = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org", *args]
+            done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+            return done.stdout.strip()
+
+        git("init", "-q")
+        assert gpu_run.commit(tmp_path) is None, "no commit yet"
+        file.write_text("1\n")
+        git("add", "-A")
+        git("commit", "-qm", "one")
+        assert gpu_run.commit(tmp_path) == git("rev-parse", "HEAD")
+        file.write_text("2\n")
+        assert gpu_run.commit(tmp_path) == git("rev-parse", "HEAD") + "-dirty"
+
     def test_results_in_the_tree_are_small(self):
         kept = [path.stat().st_size for path in (BENCHMARKS / "results").rglob("*.json")]
         assert kept and sum(kept) < 300_000
@@ -133,7 +192,6 @@ class TestGpuRun:
     def test_condensed_keeps_what_tables_need(self, monkeypatch):
         monkeypatch.syspath_prepend(str(BENCHMARKS))
         import gpu_run
-        from tools.invented import gpu_result
 
         from kvsig.cli.bench import text_of
 

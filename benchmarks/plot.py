@@ -1,14 +1,29 @@
-"""GB/s over page size as a picture, by matplotlib where it is installed."""
+"""GB/s over page size as a picture.
+
+    PYTHONPATH=. python benchmarks/plot.py RESULT.json PICTURE.svg
+    PYTHONPATH=. python benchmarks/plot.py SUMMARY.json PICTURE.svg --part quick
+
+RESULT is what `kvsig bench --json` or `rivals.py --json` has written, measured on a GPU; SUMMARY
+is that of `gpu_run.py`, and has a result for each part. Needs matplotlib.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
-from kvsig.tools.cells import LIMIT
-from kvsig.tools.report import bytes_text, replace_file, source_text
+import matplotlib
 
-__all__ = ["pyplot", "save"]
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from kvsig.tools.cells import LIMIT
+from kvsig.tools.report import bytes_text, source_text
 
 #: Colours and markers, told apart without colour as well; methods take them in this order.
 STYLES = (
@@ -16,20 +31,6 @@ STYLES = (
     ("#8c5bb5", "x"), ("#9c6b4a", "+"), ("#d65fa3", "1"), ("#17a3b5", "2"),
 )  # fmt: skip
 LABELS = {LIMIT: "limit: one big copy", "auto": "kvsig, as it chooses"}
-
-
-def pyplot() -> Any:
-    """Import matplotlib, or say how to get it."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError(
-            "--plot needs matplotlib, which is not installed: pip install 'kvsig[plot]'"
-        ) from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot
-
-    return matplotlib.pyplot
 
 
 def panels(result: dict[str, Any]) -> dict[tuple[str, ...], list[dict[str, Any]]]:
@@ -49,24 +50,8 @@ def panels(result: dict[str, Any]) -> dict[tuple[str, ...], list[dict[str, Any]]
 
 
 def save(result: dict[str, Any], path: Path) -> None:
-    """Plot GB/s over page size, a panel for each way of transferring.
-
-    Parameters
-    ----------
-    result : dict
-        Of ``kvsig bench``, measured on a GPU.
-    path : Path
-        The picture, ``.png`` or ``.svg``.
-
-    Raises
-    ------
-    ValueError
-        If there are no two page sizes to draw, or no matplotlib.
-    """
-    plt = pyplot()
+    """Plot GB/s over page size, a panel for each way of transferring."""
     found = panels(result)
-    if not found or result["provenance"]["emulated"]:
-        raise ValueError("--plot needs GB/s of at least two page sizes, and this result has none")
     columns = min(2, len(found))
     lines = -(-len(found) // columns)
     figure, axes = plt.subplots(
@@ -97,14 +82,12 @@ def save(result: dict[str, Any], path: Path) -> None:
     figure.suptitle(source_text(result["provenance"])[0])
     # Words stay words: smaller, and they can be searched and read aloud.
     with plt.rc_context({"svg.fonttype": "none"}):
-        replace_file(path, lambda temporary: figure.savefig(temporary, dpi=150))
+        figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
 def draw_frame(axis: Any, sizes: list[int], key: tuple[str, ...]) -> None:
     """Draw everything but the lines."""
-    from matplotlib.ticker import FuncFormatter, NullLocator
-
     axis.set_xscale("log", base=2)
     axis.set_xticks(sorted(set(sizes)))
     axis.xaxis.set_minor_locator(NullLocator())
@@ -117,3 +100,23 @@ def draw_frame(axis: Any, sizes: list[int], key: tuple[str, ...]) -> None:
     axis.set_xlabel("bytes per page")
     axis.set_ylabel("GB/s")
     axis.set_title(", ".join(key[:2]) + "\n" + ", ".join(key[2:]), fontsize=9)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("result", type=Path)
+    parser.add_argument("picture", type=Path, help=".png or .svg")
+    parser.add_argument("--part", help="of a summary: quick, models, grid or rivals")
+    args = parser.parse_args()
+    result = json.loads(args.result.read_text(encoding="utf-8"))
+    if args.part:
+        result = result[args.part]
+    if result["provenance"]["emulated"] or not panels(result):
+        print("there are no GB/s of at least two page sizes in the result", file=sys.stderr)
+        return 1
+    save(result, args.picture)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
