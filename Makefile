@@ -64,7 +64,7 @@ installed := $(VENV)/.kvsig-installed
 # A build belongs to one interpreter, so each environment has a stamp of its own.
 built := build/stamp$(subst /,-,$(VENV))
 sources := setup.py pyproject.toml kvsig/signatures.toml kvsig/registry.py \
-	kvsig/registry_model.py kvsig/registry_reader.py kvsig/codegen.py kvsig/stubs.py \
+	kvsig/registry_model.py kvsig/registry_types.py kvsig/codegen.py kvsig/stubs.py \
 	$(wildcard kvsig/*.pyx kvsig/*.pxd kvsig/*/*.pyx kvsig/*/*.pxd csrc/*.c csrc/*.h csrc/*.cu csrc/*/*.c csrc/*/*.h)
 
 # Requirements are written down once, in pyproject.toml; torch is installed by itself, or not at all.

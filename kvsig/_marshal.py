@@ -1,7 +1,7 @@
 """Python values to C arguments and back, as the registry's types say.
 
-Structs are laid out by the C rules of x86-64 and AArch64 Linux, where a type is aligned to its
-size. The sizes that come out are checked against the registry's own figures and the compiler's.
+Structs are laid out by the registry (`Registry.layout`), whose sizes and offsets the compiler has
+confirmed in the generated code.
 """
 
 from __future__ import annotations
@@ -100,33 +100,8 @@ def _format(registry: Registry, ctype: CType) -> str | None:
     return _FORMATS.get(ctype.base)
 
 
-def layout(registry: Registry, ctype: CType) -> tuple[int, int]:
-    """Size and alignment of a type in bytes."""
-    code = _format(registry, ctype)
-    if code is not None:
-        size = _struct.calcsize("=" + code)
-        return size, size
-    offset, align = 0, 1
-    for _, field_offset, size, field_align in _fields(registry, _struct_of(registry, ctype)):
-        offset, align = field_offset + size, max(align, field_align)
-    return -(-offset // align) * align, align
-
-
 def _struct_of(registry: Registry, ctype: CType) -> Struct:
     return registry.structs[registry.resolve(ctype).name]
-
-
-def _fields(registry: Registry, struct: Struct) -> list[tuple[int, int, int, int]]:
-    """Index, offset, size and alignment of each field."""
-    found = []
-    offset = 0
-    for index, field in enumerate(struct.fields):
-        size, align = layout(registry, field.type)
-        offset = -(-offset // align) * align
-        total = size * (field.length or 1)
-        found.append((index, offset, total, align))
-        offset += total
-    return found
 
 
 def _looks_like_a_number(text: str) -> bool:
@@ -211,9 +186,9 @@ def pack(registry: Registry, ctype: CType, value: Any, where: str) -> int | floa
             f"{where}={value!r} is no struct {struct.name}; give a dict or a tuple of"
             f" {', '.join(names)}"
         )
-    raw = bytearray(layout(registry, ctype)[0])
-    for index, offset, size, _ in _fields(registry, struct):
-        field, item = struct.fields[index], items[index]
+    raw = bytearray(registry.layout(ctype)[0])
+    places = registry.offsets(struct.name)
+    for field, item, (offset, size) in zip(struct.fields, items, places, strict=True):
         place = f"{where}.{field.name}"
         if field.length is None:
             nested = {} if item == 0 and _format(registry, field.type) is None else item
@@ -240,8 +215,7 @@ def unpack(registry: Registry, ctype: CType, raw: bytes | bytearray) -> Any:
         return _struct.unpack("=" + code, raw)[0]
     struct = _struct_of(registry, ctype)
     found: dict[str, Any] = {}
-    for index, offset, size, _ in _fields(registry, struct):
-        field = struct.fields[index]
+    for field, (offset, size) in zip(struct.fields, registry.offsets(struct.name), strict=True):
         part = raw[offset : offset + size]
         if field.length is None:
             found[field.name] = unpack(registry, field.type, part)

@@ -7,9 +7,6 @@ import torch
 from kvsig._core import KernelCode, KernelLane, KernelPlanes, Report
 from kvsig.planning._plan import Direction, Geometry, Pages, Plan
 
-class TensorMoved(ValueError): ...
-class WrongPage(ValueError): ...
-
 class DevicePages:
     def __init__(self, device_pages: Any, host_pages: Any, direction: Direction) -> None: ...
     @property
@@ -45,6 +42,7 @@ class Selection:
         layers: tuple[int, ...],
         geometry: Geometry,
         tensors: tuple[torch.Tensor, ...],
+        names: tuple[str, ...],
         addresses: list[int],
         device: torch.device,
         launches: Launches | None = None,
@@ -58,6 +56,8 @@ class Selection:
     def geometry(self) -> Geometry: ...
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]: ...
+    @property
+    def names(self) -> tuple[str, ...]: ...
     @property
     def addresses(self) -> list[int]: ...
     @property

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from kvsig import _core, streams
-from kvsig import tensors as _tensors
+from kvsig import numbers as _numbers
+from kvsig._errors import page_out_of_range
 
 from kvsig._core cimport (
     KernelCode, KernelLane, KernelPlanes, KernelRequest, Report, batch_refusal_of, no_batch,
@@ -34,10 +35,6 @@ cdef object BindError = _core.BindError
 cdef object data_ptr = torch.Tensor.data_ptr
 
 
-class TensorMoved(ValueError):
-    """A tensor's memory is not where it was: the tensor, and both addresses."""
-
-
 cdef object simple(object values):
     """What callers mostly give as an array, unchecked; anything else as None."""
     kind = type(values)
@@ -51,10 +48,6 @@ cdef object simple(object values):
         except ValueError:
             pass  # ragged: the slow way names the argument
     return None
-
-
-class WrongPage(ValueError):
-    """A launch found a page number in device memory that there is not: side, position, value."""
 
 
 cdef class DevicePages:
@@ -169,7 +162,7 @@ cdef class Launches:
         return lane
 
     def check(self):
-        """Raise `WrongPage` for what a launch has found wrong since the last time."""
+        """Raise a ValueError for a number that a launch has found wrong since the last time."""
         self.check_now()
 
     cdef int check_now(self) except -1:
@@ -177,7 +170,11 @@ cdef class Launches:
         for lane in self.lanes.values():
             found = lane.take_wrong()
             if found is not None:
-                raise WrongPage(*found)
+                side, position, page = found
+                name = "host_pages" if side else "device_pages"
+                error = page_out_of_range(name, position, page, self.limits[side])
+                error.add_note("the numbers were on the GPU: nothing of that transfer has moved")
+                raise error
         return 0
 
     cdef void describe(self, KernelRequest *request, int direction, Py_ssize_t count,
@@ -202,6 +199,8 @@ cdef class Selection:
         Where their pages are.
     tensors : tuple of Tensor
         What holds them, on both sides.
+    names : tuple of str
+        What to call them in messages.
     addresses : list of int
         Where each of them was when `geometry` was worked out.
     device : torch.device
@@ -220,7 +219,7 @@ cdef class Selection:
     Nothing changes once it is made: many threads may move pages by it at a time.
     """
 
-    cdef readonly tuple layers, tensors
+    cdef readonly tuple layers, tensors, names
     cdef readonly list addresses
     cdef readonly Geometry geometry
     cdef readonly object device
@@ -232,13 +231,13 @@ cdef class Selection:
     cdef bint one_device, strided
 
     def __init__(
-        self, tuple layers, Geometry geometry not None, tuple tensors, list addresses,
+        self, tuple layers, Geometry geometry not None, tuple tensors, tuple names, list addresses,
         device, Launches launches=None, KernelPlanes planes=None, first_layer=0, str why_not="",
     ):
         self.layers, self.geometry, self.tensors = layers, geometry, tensors
         self.launches, self.planes, self.first_layer = launches, planes, first_layer
         self.why_not = why_not
-        self.addresses = addresses
+        self.names, self.addresses = names, addresses
         self.device = device
         self.index = device.index if device.type == "cuda" else None
         self.one_device = self.index is None or torch.cuda.device_count() == 1
@@ -289,7 +288,7 @@ cdef class Selection:
         if self.launches is not None:
             self.launches.check_now()
             if path == "auto" or path == "kernel":
-                lists = _tensors.device_numbers(device_pages, host_pages, self.device)
+                lists = _numbers.device_numbers(device_pages, host_pages, self.device)
                 if lists is not None:
                     pages = self.device_pages(lists, direction)
                     self.check_places()
@@ -297,11 +296,11 @@ cdef class Selection:
         return self.begin(device_pages, host_pages, direction)
 
     def device_pages(self, tuple lists, Direction direction):
-        """Check the list that is in host memory, if one is; see `_tensors.device_numbers`."""
+        """Check the list that is in host memory, if one is; see `_numbers.device_numbers`."""
         cdef Geometry g = self.geometry
         near, far = (
             pages if type(pages) is tuple
-            else _tensors.checked_numbers(pages, name, limit, (direction == LOAD) == (side == 0))
+            else _numbers.checked_numbers(pages, name, limit, (direction == LOAD) == (side == 0))
             for side, (pages, name, limit) in enumerate((
                 (lists[0], "device_pages", g.layout.device_pages),
                 (lists[1], "host_pages", g.layout.host_pages),
@@ -333,8 +332,8 @@ cdef class Selection:
         if near is not None and far is not None:
             pages = g.pages_now(near, far, direction)
         if pages is None:
-            near = _tensors.page_numbers(device_pages, "device_pages", g.layout.device_pages)
-            far = _tensors.page_numbers(host_pages, "host_pages", g.layout.host_pages)
+            near = _numbers.page_numbers(device_pages, "device_pages", g.layout.device_pages)
+            far = _numbers.page_numbers(host_pages, "host_pages", g.layout.host_pages)
             pages = g.pages_now(near, far, direction)
         self.check_places()
         return pages
@@ -346,7 +345,11 @@ cdef class Selection:
         for i in range(len(self.tensors)):
             now = data_ptr(self.tensors[i])
             if now != self.addresses[i]:
-                raise TensorMoved(self.tensors[i], self.addresses[i], now)
+                raise ValueError(
+                    f"{self.names[i]} was at {self.addresses[i]:#x} when the cache was made, and is"
+                    f" at {now:#x} now: a cache's tensors must stay where they are; make the cache"
+                    " anew"
+                )
         return 0
 
     def plan(self, Pages pages not None, uint64_t handle, path):

@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvsig import launching, layouts, planning, streams, tensors
-from kvsig._core import KernelLane, Report
+from kvsig import launching, layouts, memory, planning, streams, tensors
+from kvsig._core import Report
 from kvsig._counters import now, since
-from kvsig._errors import CudaError, page_out_of_range
-from kvsig._transfer import DevicePages, Selection, TensorMoved, WrongPage
+from kvsig._errors import CudaError
+from kvsig._transfer import Selection
 from kvsig.layouts import LAYOUTS
 from kvsig.planning import Direction, Plan, costs
 from kvsig.planning.costs import CostModel
@@ -60,7 +60,6 @@ class PagedKVCache:
         More addresses where separately registered blocks of the host pool meet. CUDA refuses
         a copy that has rows on both sides of one, so copies are split there. Where the driver
         can be asked for the allocations and blocks that the tensors lie in, it has been.
-
     sms : int, optional
         Multiprocessors that the page-copy kernel may take of a long transfer, 0 to 32; 0: the copy
         engine only. The kernel moves small pages of page-locked pools.
@@ -112,8 +111,8 @@ class PagedKVCache:
     ) -> None:
         if layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, not {layout!r}")
-        page_size = _checked_page_size(page_size)
-        sms, rate = _checked_sms(sms), _checked_rate(rate)
+        page_size = _checked_int("page_size", page_size, 1)
+        sms, rate = _checked_int("sms", sms, 0, 32), _checked_rate(rate)
         # Arrays of other libraries are tensors from here on.
         device, host = tensors.arrays(device, "device"), tensors.arrays(host, "host")
         self._near, self._far, self._planes = layouts.read(device, host, layout, page_size)
@@ -131,21 +130,19 @@ class PagedKVCache:
             id(item.tensor): item.tensor.data_ptr()
             for item in self._near + self._far + self._owners
         }
-        self._given_seams = [] if host_seams is None else tensors.addresses(
-            host_seams, "host_seams"
-        ).tolist()
+        self._given_seams = memory.listed(() if host_seams is None else host_seams, "host_seams")
         self.model = costs.load(streams.device_name(self.device)) if model is None else model
         rates = self.model.load.kernel_rate, self.model.offload.kernel_rate
         self._rates = rates if rate is None else (rate * 1e3, rate * 1e3)
         host_tensors = [item.tensor for item in self._far]
         with streams.device_guard(self.device):
-            self.pinned = all(tensors.page_locked(tensor) for tensor in host_tensors)
+            self.pinned = all(memory.page_locked(tensor) for tensor in host_tensors)
             self._seams = self._look_for_seams()
             self._launches, self._why_no_kernel = launching.launches_of(
                 self._planes, host_tensors, self.pinned, sms, self._rates
             )
         self._selections: dict[Any, Selection] = {}
-        self._helpers: dict[KernelLane, Any] = {}
+        self._followers = launching.Followers(self.device)
         self._all = self._select(tuple(range(self.num_layers)))
 
     def __repr__(self) -> str:
@@ -282,23 +279,7 @@ class PagedKVCache:
         stream: streams.Stream = None,
         path: str = "auto",
     ) -> Plan:
-        """Show what `load` would do by itself, behind no other transfer; nothing is moved.
-
-        Parameters
-        ----------
-        host_pages, device_pages, layers, stream, path
-            As in `load`.
-
-        Returns
-        -------
-        Plan
-            As `plan_offload` gives it.
-
-        Raises
-        ------
-        TypeError, ValueError
-            As in `load`.
-        """
+        """Show what `load` would do with these arguments, as `plan_offload` does for `offload`."""
         return self._plan(device_pages, host_pages, layers, stream, path, LOAD)
 
     def _move(
@@ -310,15 +291,16 @@ class PagedKVCache:
         path: str,
         direction: Direction,
     ) -> Report:
-        chosen = self._all if layers is None else self._selection(layers)
+        chosen = self._selection(layers)
         if type(path) is not str or path not in PATHS:
             path = _checked_path(path)
         try:
             start = now()
             report = chosen.move(device_pages, host_pages, stream, path, direction)
             return since("load" if direction is LOAD else "offload", report, start)
-        except (CudaError, TensorMoved, WrongPage) as error:
-            raise self._explained(error, chosen) from None
+        except CudaError as error:
+            self._explain(error, chosen)
+            raise
 
     def check(self) -> None:
         """Look whether page numbers that were on the GPU have been right so far.
@@ -332,11 +314,8 @@ class PagedKVCache:
         ValueError
             If one was wrong; the message names the list, the place and the number.
         """
-        try:
-            if self._launches is not None:
-                self._launches.check()
-        except WrongPage as error:
-            raise self._explained(error, self._all) from None
+        if self._launches is not None:
+            self._launches.check()
 
     def _move_in_layers(
         self,
@@ -348,7 +327,7 @@ class PagedKVCache:
         events: Iterable[Any],
     ) -> Report:
         """Load layer by layer, and record an event behind each."""
-        chosen = self._all if layers is None else self._selection(layers)
+        chosen = self._selection(layers)
         path = _checked_path(path)
         events = _checked_events(events, len(chosen.layers))
         handle = chosen.handle_of(stream)
@@ -360,7 +339,8 @@ class PagedKVCache:
             pages = chosen.read(device_pages, host_pages, path, LOAD)
             with streams.device_guard(self.device):
                 if pages.count and chosen.layered(pages, handle, path):
-                    report = self._launch_layers(chosen, pages, handle, events)
+                    report, lane, value = chosen.launch(pages, handle, True)
+                    self._followers.record(events, lane, value)
                     return since("load", report, start)
                 report = Report()
                 for layer, event in zip(chosen.layers, events, strict=True):
@@ -369,26 +349,9 @@ class PagedKVCache:
                     report += single.run(pages, handle, path)
                     event.record(recorder)
                 return since("load", report, start)
-        except (CudaError, TensorMoved, WrongPage) as error:
-            raise self._explained(error, chosen) from None
-
-    def _launch_layers(
-        self, chosen: Selection, pages: planning.Pages | DevicePages, handle: int, events: list[Any]
-    ) -> Report:
-        """Load all layers by one launch; each event is recorded behind a wait for its layer."""
-        report, lane, value = chosen.launch(pages, handle, True)
-        helper = self._helpers.get(lane)
-        if helper is None:
-            helper = self._helpers.setdefault(lane, streams.new_stream(self.device))
-        number = streams.stream_handle(helper, self.device)
-        handles = streams.event_handles(events)
-        if handles is not None:
-            lane.tell(handles, value, number)
-            return report
-        for layer, event in enumerate(events):
-            lane.wait(layer, value, number)
-            event.record(helper)
-        return report
+        except CudaError as error:
+            self._explain(error, chosen)
+            raise
 
     def _plan(
         self,
@@ -399,32 +362,14 @@ class PagedKVCache:
         path: str,
         direction: Direction,
     ) -> Plan:
-        chosen = self._all if layers is None else self._selection(layers)
+        chosen = self._selection(layers)
         path = _checked_path(path)
         handle = chosen.handle_of(stream)
-        try:
-            pages = chosen.begin(device_pages, host_pages, direction)
-        except TensorMoved as error:
-            raise self._explained(error, chosen) from None
+        pages = chosen.begin(device_pages, host_pages, direction)
         return planning.explain(chosen.plan(pages, handle, path))
 
-    def _explained(self, error: Exception, chosen: Selection) -> Exception:
-        """Say what an error is about: a page, a tensor that moved, or memory that has changed."""
-        if isinstance(error, WrongPage):
-            side, position, value = error.args
-            name = ("device_pages", "host_pages")[side]
-            limit = (self.device_pages, self.host_pages)[side]
-            wrong = page_out_of_range(name, position, value, limit)
-            wrong.add_note("the numbers were on the GPU: nothing of that transfer has moved")
-            return wrong
-        if isinstance(error, TensorMoved):
-            tensor, before, now = error.args
-            known = self._near + self._far + self._owners
-            name = next(name for name, other in known if other is tensor)
-            return ValueError(
-                f"{name} was at {before:#x} when the cache was made, and is at {now:#x} now: "
-                "a cache's tensors must stay where they are; make the cache anew"
-            )
+    def _explain(self, error: CudaError, chosen: Selection) -> None:
+        """Note at an error which page it is about, or that memory of the cache has changed."""
         addresses = getattr(error, "addresses", ())
         if addresses:
             with streams.device_guard(self.device):
@@ -434,17 +379,18 @@ class PagedKVCache:
                     "memory of the cache has been registered or freed since the cache was made: "
                     "make it anew"
                 )
-                return error
+                return
         for address in addresses:
             place = chosen.geometry.planes.locate(int(address))
             if place is not None and place[2]:
                 name = self._near[self._plane(chosen, place[0])].name
                 error.add_note(f"the copy that failed begins at page {place[1]} of {name}")
-        return error
 
     def _look_for_seams(self) -> tuple[U64, U64]:
         """Where allocations and registered blocks meet, on the device and on the host."""
-        return tensors.seams(self._near, ()), tensors.seams(self._far, self._given_seams)
+        near = [memory.extent(item.tensor) for item in self._near]
+        far = [memory.extent(item.tensor) for item in self._far]
+        return memory.seams(near), memory.seams(far, self._given_seams)
 
     def _plane(self, chosen: Selection, plane: int) -> int:
         """Return the number, in the whole cache, of a plane of a selection."""
@@ -460,12 +406,14 @@ class PagedKVCache:
             planes.flat(), self.model, far_seams, near_seams, self.sms, self._rates
         )
         groups = len(self._near) // self.num_layers
-        used = [self._near[g * self.num_layers + i].tensor for g in range(groups) for i in layers]
+        planes_used = [g * self.num_layers + i for g in range(groups) for i in layers]
         far = self._far
         if len(far) == len(self._near):
-            far = [far[g * self.num_layers + i] for g in range(groups) for i in layers]
-        used += [item.tensor for item in far + self._owners]
-        places = [self._places[id(tensor)] for tensor in used]
+            far = [far[plane] for plane in planes_used]
+        used = [self._near[plane] for plane in planes_used] + far + self._owners
+        held = tuple(item.tensor for item in used)
+        names = tuple(item.name for item in used)
+        places = [self._places[id(tensor)] for tensor in held]
         launches, table, first = self._launches, None, layers[0] if layers else 0
         if launches is not None:
             table = launches.planes
@@ -473,12 +421,14 @@ class PagedKVCache:
                 # The kernel takes layers that are side by side in its table.
                 table, first = launching.planes_in_memory(planes, table.unit), 0
         return Selection(
-            layers, ready, tuple(used), places, self.device, launches, table, first,
+            layers, ready, held, names, places, self.device, launches, table, first,
             self._why_no_kernel,
         )  # fmt: skip
 
-    def _selection(self, layers: int | Sequence[int]) -> Selection:
+    def _selection(self, layers: Layers) -> Selection:
         """Return the planes of the layers asked for, made once for each choice of layers."""
+        if layers is None:
+            return self._all
         kind = type(layers)
         key: Any = layers
         if kind is not int and kind is not range:
@@ -517,18 +467,13 @@ class PagedKVCache:
         return tuple(seen)
 
 
-def _checked_page_size(value: Any) -> int:
-    size = operator.index(value) if hasattr(value, "__index__") else 0
-    if isinstance(value, (bool, np.bool_)) or size < 1:
-        raise ValueError(f"page_size must be an int of at least 1, not {value!r}")
-    return size
-
-
-def _checked_sms(value: Any) -> int:
-    sms = operator.index(value) if hasattr(value, "__index__") else -1
-    if isinstance(value, (bool, np.bool_)) or not 0 <= sms <= 32:
-        raise ValueError(f"sms must be an int from 0 to 32, not {value!r}")
-    return sms
+def _checked_int(name: str, value: Any, low: int, high: int | None = None) -> int:
+    whole = hasattr(value, "__index__") and not isinstance(value, (bool, np.bool_))
+    number = operator.index(value) if whole else low - 1
+    if number < low or (high is not None and number > high):
+        bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"{name} must be an int {bounds}, not {value!r}")
+    return number
 
 
 def _checked_rate(value: Any) -> float | None:

@@ -61,7 +61,7 @@ def call(function: str, /, **arguments: Any) -> Any:
     for param in variant.params:
         if param.out and param.name not in arguments:
             target = CType(param.type.base, param.type.const, param.type.pointers[:-1])
-            raw = bytearray(_marshal.layout(registry, target)[0])
+            raw = bytearray(registry.layout(target)[0])
             outs[param.name] = (target, raw)
             value, keep = _address(raw)
         else:

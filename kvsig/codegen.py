@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING or __package__:
     from . import registry as reader
-    from .registry_reader import RESERVED
 else:
     # Run by file path, from setup.py or by hand: importing the package would need the extension
     # that is about to be built, so the modules that need no extension get a package of their own.
@@ -28,7 +27,6 @@ else:
     _package.__path__ = [str(Path(__file__).parent)]
     sys.modules[_package.__name__] = _package
     reader = importlib.import_module("kvsig_unbuilt.registry")
-    RESERVED = importlib.import_module("kvsig_unbuilt.registry_reader").RESERVED
 
 if TYPE_CHECKING:
     from .registry import CType, Function, Param, Registry, Variant
@@ -79,14 +77,14 @@ def _literal(text: str) -> str:
 
 def _global(text: str) -> str:
     """A name for something at the top of the text."""
-    if text in RESERVED:
+    if text in reader.RESERVED:
         raise GenerationError(f"{text!r} is a word of its own in generated source")
     return _name(text)
 
 
 def _local(text: str) -> str:
     """A name for a parameter or a field in Cython: ``from`` is one in C."""
-    return f"{_name(text)}_" if text.rstrip("_") in RESERVED else _name(text)
+    return f"{_name(text)}_" if text.rstrip("_") in reader.RESERVED else _name(text)
 
 
 def _type(registry: Registry, ctype: CType, prefix: str = "") -> str:

@@ -8,21 +8,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvsig import _core, streams, tensors
+from kvsig import _core, merging, numbers, streams
 from kvsig._core import CudaError, Report
 from kvsig._counters import now, since
 from kvsig._transfer import none_wrong
-from kvsig.planning import descriptors
-from kvsig.planning._runs import neighbours
-from kvsig.planning.descriptors import Descriptors
 
-__all__ = ["copy_batch", "submit"]
+__all__ = ["copy_batch"]
 
 _PATHS = ("auto", "batch", "loop")
 _SIGNED_MAX = (1 << 63) - 1
 _WORDS = (np.dtype(np.uint64), np.dtype(np.int64))
-#: Copies from which merging pays: looking for what belongs together takes as long as some tens.
-_MANY = 256
 
 U64 = npt.NDArray[np.uint64]
 
@@ -99,94 +94,19 @@ def copy_batch(
     if not len(to):
         return Report()
     with streams.device_guard(streams.stream_device(stream)):
-        if merge and path != "loop" and len(to) >= _MANY:
-            found = _merged(to, origin, length, path == "auto" and _core.strided_bound())
+        if merge and path != "loop" and len(to) >= merging.MANY:
+            found = merging.merged(to, origin, length, path == "auto" and _core.strided_bound())
             if found is not None:
-                return since("copy_batch", _submit_merged(found, handle, path, batch_size), start)
+                try:
+                    report = merging.submit(found, handle, batch_size, path)
+                except CudaError as error:
+                    error.add_note(
+                        "neighbouring copies had been merged: merge=False tells which one it is"
+                    )
+                    raise
+                return since("copy_batch", report, start)
         report = _core.copy_batch(to, origin, length, handle, path, min(batch_size, len(to)))
     return since("copy_batch", report, start)
-
-
-def submit(
-    found: Descriptors, stream: int, batch_size: int = 256, path: str = "auto"
-) -> Report:
-    """Queue what a plan of descriptors says.
-
-    Parameters
-    ----------
-    found : Descriptors
-        The copies.
-    stream : int
-        Handle of the stream.
-    batch_size : int, optional
-        Most copies in one call of the batch function.
-    path : {"auto", "batch"}, optional
-        For those that stand alone.
-
-    Raises
-    ------
-    BindError, CudaError
-        As the core does. Some copies may have been queued; each writes what it would have
-        written, so making all of them again is right.
-    """
-    report = None
-    if len(found.dsts):
-        size = min(batch_size, len(found.dsts))
-        report = _core.copy_batch(found.dsts, found.srcs, found.sizes, stream, path, size)
-    if len(found.rows):
-        strided = _core.copy_strided(found.rows, stream)
-        report = strided if report is None else strided + report
-    return Report() if report is None else report
-
-
-def _merged(dsts: U64, srcs: U64, sizes: U64 | int, strided: bool) -> Descriptors | None:
-    """Merge copies where it pays; None where they are best made as they are."""
-    listed = None if isinstance(sizes, int) else sizes
-    joined, even = neighbours(dsts, srcs, listed, 0 if listed is not None else int(sizes))
-    if 4 * (joined + (even if strided else 0)) < len(dsts):
-        return None
-    if not _core.is_emulated() and all(_core.memory_range(int(a[0])) is None for a in (dsts, srcs)):
-        return None  # nobody says where allocations end
-    width = np.full(len(dsts), sizes, dtype=np.uint64) if listed is None else listed
-    rows = descriptors.MIN_ROWS if strided else len(dsts) + 1
-    found = descriptors.plan(dsts, srcs, width, min_rows=rows)
-    seams = _seams_within(found)
-    if seams:
-        found = descriptors.plan(dsts, srcs, width, np.array(sorted(seams), np.uint64), rows)
-    return found
-
-
-def _seams_within(found: Descriptors) -> set[int]:
-    """Where allocations and registered blocks end within the copies of a plan."""
-    columns = descriptors
-    seams: set[int] = set()
-    for alone, base, pitch in (
-        (found.dsts, columns.DST, columns.DPITCH),
-        (found.srcs, columns.SRC, columns.SPITCH),
-    ):
-        last = found.rows[:, pitch] * (found.rows[:, columns.HEIGHT] - np.uint64(1))
-        starts = np.concatenate((alone, found.rows[:, base]))
-        sizes = np.broadcast_to(np.uint64(found.sizes), alone.shape)
-        ends = starts + np.concatenate((sizes, last + found.rows[:, columns.WIDTH]))
-        low = high = 0
-        for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
-            if low <= start and end <= high:
-                continue
-            block = _core.memory_range(start)
-            if block is not None and end <= block[0] + block[1]:
-                low, high = block[0], block[0] + block[1]
-            else:
-                inside = tensors.memory_seams([(start, end, False)]).tolist()
-                seams.update(seam for seam in inside if start < seam < end)
-    return seams
-
-
-def _submit_merged(found: Descriptors, stream: int, path: str, batch_size: int) -> Report:
-    try:
-        return submit(found, stream, batch_size, path)
-    except CudaError as error:
-        error.add_note("neighbouring copies had been merged: merge=False tells which one it is")
-        raise
 
 
 def _request(
@@ -226,42 +146,17 @@ def _request(
 
 
 def _addresses(values: Any, name: str) -> U64:
-    """Return a copy of 64-bit integers as contiguous uint64, none above the signed range.
+    """Return a list of addresses or sizes as an array of kvsig's own.
 
     A copy always: what is checked is what is used, whoever writes into the caller's array
     meanwhile, be it another thread or a stream object of the caller's.
     """
-    unsigned: U64
     if type(values) is np.ndarray and values.dtype in _WORDS and values.ndim == 1:
         # What callers in a hurry give: no more NumPy than needed.
-        unsigned = np.array(values, order="C").view(np.uint64)
+        unsigned: U64 = np.array(values, order="C").view(np.uint64)
         if none_wrong(unsigned, True):
             return unsigned
-    if isinstance(values, torch.Tensor):
-        if values.device.type != "cpu":
-            raise TypeError(
-                f"{name} is on {values.device}: addresses are read on the CPU, pass {name}.cpu()"
-            )
-        array = tensors.integers(values, name)
-    else:
-        if isinstance(values, (list, tuple)) and any(isinstance(v, torch.Tensor) for v in values):
-            raise TypeError(f"{name} holds tensors: give their addresses, as t.data_ptr() does")
-        array = np.asarray(values)
-        if array.size == 0:
-            array = array.astype(np.int64)  # no number is of the wrong type
-    if array.dtype.kind not in "iu" or array.dtype.itemsize != 8:
-        raise TypeError(f"{name} must hold int64 or uint64, not {array.dtype}")
-    if array.ndim != 1:
-        raise ValueError(f"{name} must be one-dimensional, not of shape {array.shape}")
-    native = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
-    # Read as unsigned, a negative number is above the signed range: one pass finds both.
-    unsigned = native.view(np.uint64)
-    if len(unsigned) and int(unsigned.max()) > _SIGNED_MAX:
-        index = int(np.argmax(unsigned > _SIGNED_MAX))
-        value = int(native[index])
-        what = "is negative" if value < 0 else "is not below 2**63"
-        raise ValueError(f"{name}[{index}] {what}: {value}")
-    return unsigned
+    return numbers.addresses(values, name)
 
 
 def _at(place: npt.NDArray[np.intp] | None, index: Any) -> int:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from kvsig import kernel
-from kvsig._core import BindError, CudaError, KernelCode, KernelPlanes
+from kvsig import kernel, streams
+from kvsig._core import BindError, CudaError, KernelCode, KernelLane, KernelPlanes
 from kvsig._transfer import Launches
 from kvsig.call import call
 from kvsig.planning import Planes
 
-__all__ = ["SMALL_PAGE", "WINDOWED_POOL", "launches_of", "planes_in_memory"]
+__all__ = ["SMALL_PAGE", "WINDOWED_POOL", "Followers", "launches_of", "planes_in_memory"]
 
 #: Pages of fewer bytes, of pools of more bytes, are handled in order of their host addresses: a
 #: random page of a large pool costs the look-up of its address.
@@ -66,6 +67,28 @@ def _mapped_elsewhere(host: Sequence[torch.Tensor]) -> bool:
         != tensor.data_ptr()
         for tensor in host
     )
+
+
+class Followers:
+    """Streams on which events wait for the layers of launches, one for each lane of launches."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.streams: dict[KernelLane, Any] = {}
+
+    def record(self, events: Sequence[Any], lane: KernelLane, value: int) -> None:
+        """Record an event behind a wait for each layer of a launch, of which `value` tells."""
+        stream = self.streams.get(lane)
+        if stream is None:
+            stream = self.streams.setdefault(lane, streams.new_stream(self.device))
+        number = streams.stream_handle(stream, self.device)
+        handles = streams.event_handles(events)
+        if handles is not None:
+            lane.tell(handles, value, number)
+            return
+        for layer, event in enumerate(events):
+            lane.wait(layer, value, number)
+            event.record(stream)
 
 
 def launches_of(

@@ -53,14 +53,14 @@ def read(device: Any, host: Any, layout: str, page_size: int) -> Cache:
     """
     near, labels = tensors.device_layers(device)
     layers = len(near) // len(labels)
+    shape = near[0].tensor.shape
+    heads = int(shape[1]) if layout == "page_head" and len(shape) > 1 else 1
     if layout == "layer_first":
-        far = tensors.host_layers(host, labels, layers)
-        places, heads, each = tensors.layer_places(far, page_size), 1, 1
+        far, each = tensors.host_layers(host, labels, layers), 1
     else:
-        far = tensors.host_pools(host, labels)
-        places, heads = tensors.pool_places(far, layout, layers, page_size, near[0].tensor)
-        each = layers
-    on_device = tensors.layer_places(near, page_size)
+        far, each = tensors.host_pools(host, labels), layers
+    places = tensors.places(far, layout, layers, page_size, heads)
+    on_device = tensors.places(near, "layer_first", layers, page_size)
     tensors.check_alike(
         near,
         [item for item in far for _ in range(each)],

@@ -7,18 +7,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .registry_types import INTEGERS, SCALARS, CType
+
 PATH = Path(__file__).with_name("signatures.toml")
 
 RUNTIME = "cudart"
 """The library whose versions make the ABIs that emulated runtimes stand for."""
 
-INTEGERS = {
-    "char": 8, "signed char": 8, "unsigned char": 8, "short": 16, "unsigned short": 16,
-    "int": 32, "unsigned int": 32, "long": 64, "unsigned long": 64, "long long": 64,
-    "unsigned long long": 64, "size_t": 64,
-}  # fmt: skip
-"""Bits of C's integer types on Linux, 64-bit."""
-SCALARS = frozenset(INTEGERS) | {"float", "double"}
 _VERSION = re.compile(r"(0|[1-9][0-9]{0,2})\.(0|[1-9][0-9]?)")
 
 
@@ -54,48 +49,6 @@ def format_version(version: int) -> str:
 def next_major(version: int) -> int:
     """The major after a version: 12080 is followed by 13000."""
     return 1000 * (version // 1000 + 1)
-
-
-@dataclass(frozen=True, slots=True)
-class CType:
-    """A C type: a base, and the constness of each level of pointer.
-
-    Parameters
-    ----------
-    base : str
-        Spelling without qualifiers, such as ``"struct cudaMemLocation"`` or ``"size_t"``.
-    const : bool
-        Whether the base is const.
-    pointers : tuple of bool
-        One entry for each ``*``, left to right: whether that pointer is const.
-    """
-
-    base: str
-    const: bool = False
-    pointers: tuple[bool, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """The base without ``struct`` or ``enum``."""
-        return (
-            self.base.rpartition(" ")[2]
-            if self.base.startswith(("struct ", "enum "))
-            else (self.base)
-        )
-
-    @property
-    def unsigned(self) -> bool:
-        """Whether it is one of C's unsigned integers."""
-        return self.base.startswith("unsigned ") or self.base == "size_t"
-
-    def named(self, name: str) -> str:
-        """C text that declares a name with this type."""
-        text = str(self)
-        return f"{text}{'' if text.endswith('*') else ' '}{name}"
-
-    def __str__(self) -> str:
-        stars = "".join("*const " if const else "*" for const in self.pointers).rstrip()
-        return f"{'const ' if self.const else ''}{self.base}{' ' if stars else ''}{stars}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,9 +176,9 @@ class Struct:
 
     name: str
     library: str
-    since: int
-    size: int | None
-    fields: tuple[Field, ...]
+    since: int = 0
+    size: int | None = None
+    fields: tuple[Field, ...] = ()
     typedef: bool = False
     grows: str | None = None
 
@@ -302,39 +255,48 @@ class Registry:
 
     def boundaries(self, library: str | None = None) -> tuple[int, ...]:
         """Every version at which some prototype begins or ends, ascending."""
-        found: set[int] = set()
-        for function in self.functions.values():
-            if library is None or function.library == library:
-                for variant in function.variants:
-                    found.add(variant.since)
-                    if variant.before is not None:
-                        found.add(variant.before)
-        return tuple(sorted(found))
+        ends = {
+            end
+            for function in self.functions.values()
+            if library in (None, function.library)
+            for variant in function.variants
+            for end in (variant.since, variant.before)
+            if end is not None
+        }
+        return tuple(sorted(ends))
 
     def resolve(self, ctype: CType) -> CType:
         """Replace aliases, down to scalars, enums, structs and void."""
-        return resolve(ctype, self.aliases)
+        while ctype.base in self.aliases:
+            inner = self.aliases[ctype.base].type
+            const, pointers = inner.const or ctype.const, inner.pointers
+            if pointers:
+                # The name stands for a pointer: const with it is that pointer's.
+                const, pointers = inner.const, (*pointers[:-1], pointers[-1] or ctype.const)
+            ctype = CType(inner.base, const, pointers + ctype.pointers)
+        return ctype
+
+    def held(self, struct: str) -> list[str]:
+        """Names of the structs that a struct holds by value."""
+        types = [self.resolve(item.type) for item in self.structs[struct].fields]
+        return [t.name for t in types if not t.pointers and t.name in self.structs]
 
     def ordered_structs(self, names: Iterable[str] | None = None) -> list[Struct]:
         """Structs, each after those that it holds by value."""
         done: dict[str, Struct] = {}
 
         def visit(name: str) -> None:
-            struct = self.structs.get(name)
-            if struct is None or name in done:
-                return
-            for item in struct.fields:
-                held = self.resolve(item.type)
-                if not held.pointers:
-                    visit(held.name)
-            done[name] = struct
+            if name in self.structs and name not in done:
+                for inner in self.held(name):
+                    visit(inner)
+                done[name] = self.structs[name]
 
         for name in self.structs if names is None else names:
             visit(name)
         return list(done.values())
 
     def layout(self, ctype: CType) -> tuple[int, int]:
-        """Size and alignment of a type in bytes, by the rules of C on 64-bit Linux."""
+        """Size and alignment of a type in bytes: on 64-bit Linux, C aligns a scalar to its size."""
         ctype = self.resolve(ctype)
         if ctype.pointers:
             return 8, 8
@@ -418,15 +380,3 @@ class Registry:
         if ctype.pointers:
             return f"{base} {'*' * len(ctype.pointers)}"
         return "float" if ctype.base in SCALARS else f"struct {ctype.name}"
-
-
-def resolve(ctype: CType, aliases: Mapping[str, Alias]) -> CType:
-    """Replace aliases, down to scalars, enums, structs and void."""
-    while ctype.base in aliases:
-        inner = aliases[ctype.base].type
-        const, pointers = inner.const or ctype.const, inner.pointers
-        if pointers:
-            # The name stands for a pointer: const with it is that pointer's.
-            const, pointers = inner.const, (*pointers[:-1], pointers[-1] or ctype.const)
-        ctype = CType(inner.base, const, pointers + ctype.pointers)
-    return ctype

@@ -23,8 +23,8 @@ from kvsig.registry import (
     Variant,
     format_version,
     next_major,
+    read_type,
 )
-from kvsig.registry_reader import read_type
 
 __all__ = ["Proposal", "propose"]
 
@@ -35,7 +35,7 @@ _PAGES = {
 
 
 def _ctype(tokens: Iterable[str]) -> CType:
-    return read_type(list(tokens))[0]
+    return read_type(" ".join(tokens))[0]
 
 
 def _release(header: Header) -> str | None:

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvsig import _core, copies, observe, streams, tensors
+from kvsig import _core, memory, merging, observe, streams
 from kvsig.planning import descriptors
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class _Exchanged:
         both = [*handler.src_tensors, *handler.dst_tensors]
         self.device = next((t.device for t in both if t.is_cuda), torch.device("cpu"))
         with streams.device_guard(self.device):
-            self.seams = tensors.memory_seams(_extent(tensor) for tensor in both)
+            self.seams = memory.seams(map(memory.extent, both))
         cap = os.environ.get(_CAP, "")
         bound = int(cap) if cap.isdigit() else 0
         self.batch_size = min(_BATCH_SIZE, bound) if bound else _BATCH_SIZE
@@ -179,19 +179,12 @@ class _Exchanged:
         found = descriptors.plan(dsts, srcs, sizes, self.seams)
         with streams.device_guard(self.device):
             stream = streams.current_handle(self.device)
-            report = copies.submit(found, stream, self.batch_size)
+            report = merging.submit(found, stream, self.batch_size)
         observe.record(self.what, report, perf_counter_ns() - start)
 
 
 def _swap(original: Swap, handler: Any, what: str) -> Swap:
     return _Exchanged(original, handler, what)
-
-
-def _extent(tensor: torch.Tensor) -> tuple[int, int, bool]:
-    """Return where a tensor begins and ends, with what lies between its rows."""
-    start = tensor.data_ptr()
-    end = start + tensors.reach(tensor)
-    return start, end, tensor.is_cuda or (torch.cuda.is_available() and tensor.is_pinned())
 
 
 def _words(values: Any) -> npt.NDArray[np.uint64] | None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import kvsig
-from kvsig import _core, emulated, streams, tensors
+from kvsig import _core, emulated, memory, streams
 from kvsig.planning import costs
 
 BATCH = "cudaMemcpyBatchAsync"
@@ -1006,8 +1006,19 @@ class TestHostSeams:
         """Without the driver each tensor of the device, and each locked one, is one of its own."""
 
         class Tensor:
+            shape = (64,)
+
             def __init__(self, address, is_cuda, pinned):
-                self.address, self.is_cuda, self.pinned, self.nbytes = address, is_cuda, pinned, 64
+                self.address, self.is_cuda, self.pinned = address, is_cuda, pinned
+
+            def stride(self):
+                return (1,)
+
+            def element_size(self):
+                return 1
+
+            def numel(self):
+                return 64
 
             def data_ptr(self):
                 return self.address
@@ -1019,8 +1030,8 @@ class TestHostSeams:
         monkeypatch.setattr(_core, "memory_range", lambda address: None)
 
         def seams(*args):
-            named = [(str(at), Tensor(at, *args)) for at in (1024, 1088, 4096)]
-            return tensors.seams(named, ()).tolist()
+            found = [memory.extent(Tensor(at, *args)) for at in (1024, 1088, 4096)]
+            return memory.seams(found).tolist()
 
         assert seams(True, False) == [1024, 1088, 1152, 4096, 4160]
         assert seams(False, True) == [1024, 1088, 1152, 4096, 4160]
@@ -1034,8 +1045,9 @@ class TestHostSeams:
             return found[0] if found else None
 
         monkeypatch.setattr(_core, "memory_range", memory_range)
-        found = sorted(set(tensors._blocks(0x100000, 0x200000, True)))
-        assert found == [0x100000, 0x140000, 0x180000, 0x200000]
+        found = memory.seams([(0x100000, 0x200000, True)])
+        assert found.tolist() == [0x100000, 0x140000, 0x180000, 0x200000]
+        assert sorted(memory.seams_inside(0x100000, 0x200000)) == [0x140000, 0x180000]
 
     @pytest.mark.parametrize("seams", [[-1], [1.5], [[1]]])
     def test_that_are_no_addresses(self, runtime, seams):

@@ -8,7 +8,7 @@ from house.sources import imported, modules
 #: Rooms from the ground up, each with its modules; ``.*`` stands for all below a package. A
 #: module imports those of its own room and of the rooms before it. A new module gets a place here.
 ROOMS = {
-    "registry": ("registry_model", "registry_reader", "registry"),
+    "registry": ("registry_types", "registry_model", "registry"),
     "codegen": ("codegen", "stubs"),
     "words": ("_errors", "_path"),
     "planning": ("planning", "planning.*"),
@@ -18,9 +18,9 @@ ROOMS = {
     "call": ("_marshal", "call", "_calls"),
     "kernel": ("kernel",),
     "emulated": ("emulated", "emulated.*"),
-    "tensors": ("streams", "tensors"),
+    "tensors": ("streams", "memory", "numbers", "tensors"),
     "transfer": ("layouts", "_transfer", "launching"),
-    "cache": ("cache", "copies"),
+    "cache": ("cache", "merging", "copies"),
     "observe": ("observe",),
     "kvsig": ("",),
     "engines": ("ops", "integrations", "integrations.*"),

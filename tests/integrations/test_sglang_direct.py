@@ -10,7 +10,7 @@ import pytest
 import torch
 from standins import filled
 
-from kvsig import _core, copies, observe
+from kvsig import _core, merging, observe
 from kvsig.emulated import Control
 from kvsig.integrations import sglang as integration
 from kvsig.integrations.sglang import direct, pools
@@ -217,8 +217,8 @@ def test_a_registered_block_that_ends_within_a_pool(
 
     monkeypatch.setattr(_core, "memory_range", memory_range)
     seen: list[Any] = []
-    submit = copies.submit
-    monkeypatch.setattr(copies, "submit", lambda f, *rest: (seen.append(f), submit(f, *rest))[1])
+    submit = merging.submit
+    monkeypatch.setattr(merging, "submit", lambda f, *rest: (seen.append(f), submit(f, *rest))[1])
     moved = torch.arange(10, 40)
     expect(served, "transfer_kv_direct", [host[0]], [device], moved, moved, page_size=1)
     (found,) = seen

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvsig import copies, streams
+from kvsig import merging, streams
 from kvsig._core import Report
 from kvsig.integrations.sglang import pools
 from kvsig.integrations.sglang.pools import Geometry, Planes, PlanesOf, Tensors, Unserved
@@ -191,7 +191,7 @@ def transfer_embedding_ranges_direct(
         blocks = pools.memory_blocks((src, dst))
         if seams := pools.seams_of(blocks):
             found = descriptors.split(found, seams)
-        return copies.submit(found, streams.current_handle(device))
+        return merging.submit(found, streams.current_handle(device))
 
 
 def _transfer(
@@ -236,7 +236,7 @@ def _submit(geometry: Geometry, pages: Pages) -> Report:
             found = descriptors.place(pages.pattern(planes), planes.dst, planes.src)
             if geometry.seams:
                 found = descriptors.split(found, geometry.seams)
-            one = copies.submit(found, stream)
+            one = merging.submit(found, stream)
             report = one if report is None else report + one
     return Report() if report is None else report
 

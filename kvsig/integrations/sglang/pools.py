@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from kvsig import _core, streams
-from kvsig.tensors import memory_seams, reach
+from kvsig.memory import extent, seams_inside
 
 __all__ = [
     "Geometry",
@@ -128,8 +128,7 @@ def memory_blocks(tensors: Tensors) -> Blocks:
     """Where distinct tensors begin and end, and the block that each begins in."""
     found = {}
     for tensor in tensors:
-        start, end = tensor.data_ptr(), tensor.data_ptr() + reach(tensor)
-        limited = tensor.is_cuda or (not _core.is_emulated() and tensor.is_pinned())
+        start, end, limited = extent(tensor)
         found[start, end] = (start, end, limited, _core.memory_range(start))
     return tuple(found.values())
 
@@ -137,12 +136,10 @@ def memory_blocks(tensors: Tensors) -> Blocks:
 def seams_of(blocks: Blocks) -> tuple[int, ...]:
     """Return where blocks meet inside of a tensor."""
     inside = []
-    for start, end, limited, block in blocks:
+    for start, end, _, block in blocks:
         if block is not None and block[0] + block[1] >= end:
             continue
-        for seam in memory_seams([(start, end, limited)]).tolist():
-            if start < seam < end:
-                inside.append(seam)
+        inside += seams_inside(start, end)
     return tuple(inside)
 
 

@@ -1,0 +1,95 @@
+"""Memory as the driver knows it: where allocations and registered blocks begin and end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvsig import _core
+
+__all__ = ["Extent", "extent", "listed", "page_locked", "seams", "seams_inside"]
+
+U64: TypeAlias = npt.NDArray[np.uint64]
+Extent: TypeAlias = tuple[int, int, bool]
+"""Where memory begins and ends, and whether it is limited: of the device, or page-locked."""
+
+
+def extent(tensor: torch.Tensor) -> Extent:
+    """Where a tensor lies, with what lies between its rows."""
+    start = tensor.data_ptr()
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    size = (last + 1) * tensor.element_size() if tensor.numel() else 0
+    limited = not _core.is_emulated() and (tensor.is_cuda or tensor.is_pinned())
+    return start, start + size, limited
+
+
+def seams(extents: Iterable[Extent], given: Iterable[int] = ()) -> U64:
+    """Where the allocations and registered blocks that hold some memory begin and end.
+
+    CUDA refuses a copy whose rows lie in two of them. Limited memory that the driver does not
+    answer for counts as an allocation of its own.
+
+    Parameters
+    ----------
+    extents : iterable of (start, end, limited)
+    given : iterable of int, optional
+        More of them.
+
+    Returns
+    -------
+    ndarray of uint64
+        Sorted.
+    """
+    found = {seam for where in extents for seam in _bounds(*where)}
+    return np.array(sorted(found.union(given)), dtype=np.uint64)
+
+
+def seams_inside(start: int, end: int) -> list[int]:
+    """Seams between two addresses, both excluded, as far as the driver knows of any."""
+    return [seam for seam in set(_bounds(start, end, False)) if start < seam < end]
+
+
+def page_locked(tensor: torch.Tensor) -> bool:
+    """Whether all of a host tensor is page-locked; ``is_pinned`` looks at its first byte only."""
+    place, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    while place < end:
+        block = _core.memory_range(place)
+        if block is None:
+            # At the first byte: where the driver cannot be asked, torch is believed.
+            return place == tensor.data_ptr() and tensor.is_pinned()
+        place = block[0] + block[1]
+    return True
+
+
+def _bounds(start: int, end: int, limited: bool) -> Iterator[int]:
+    """Bounds of the allocations that some memory lies in."""
+    last = _core.memory_range(end - 1)
+    if _core.memory_range(start) is None and last is None:
+        if limited:
+            yield from (start, end)
+        return
+    if last is not None:
+        yield from (last[0], last[0] + last[1])
+    # Pageable memory between registered blocks has no end that could be asked for. Blocks are of
+    # whole pages of 4 KiB; in pools of more than 256 MiB the short ones may be stepped over.
+    step = max(1 << 12, (end - start) >> 16)
+    place = start
+    while place < end:
+        block = _core.memory_range(place)
+        if block is None:
+            place += step
+            continue
+        yield from (block[0], block[0] + block[1])
+        place = max(block[0] + block[1], place + 1)
+
+
+def listed(values: Any, name: str) -> list[int]:
+    """Seams that a caller knows of, in any order."""
+    array = np.asarray(values)
+    if array.size and (array.ndim != 1 or array.dtype.kind not in "iu" or (array < 0).any()):
+        raise ValueError(f"{name} must be a list of addresses, not {values!r}")
+    return [int(address) for address in array]
