@@ -6,3 +6,6 @@ _Words = npt.NDArray[np.uint64]
 def neighbours(
     dsts: _Words, srcs: _Words, sizes: _Words | None, same: int
 ) -> tuple[int, int]: ...
+def planned(
+    dsts: _Words, srcs: _Words, sizes: _Words, seams: _Words, min_rows: int
+) -> tuple[_Words, _Words, _Words, _Words]: ...
