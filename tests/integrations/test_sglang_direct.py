@@ -309,6 +309,26 @@ class TestSmallPages:
         assert all(map(torch.equal, device, wanted))
         assert observe.stats()["functions"].keys() == {layered.WHAT}
 
+    def test_few_of_each_layer_are_many_in_a_layered_load(
+        self, served: SimpleNamespace, engine: Engine, helpers: list[Any]
+    ) -> None:
+        host, device = self.sides(served)
+        src, dst = tokens([3, 40, 7, 9]), tokens([50, 2, 11, 30])
+
+        def transfer(layer: int) -> None:
+            served.pool.transfer_kv_per_layer_direct_pf_lf(
+                host, device[layer::LAYERS], src, dst, layer, PAGE
+            )
+
+        expect(served, LOAD, host, device[::LAYERS], src, dst, 0, PAGE)
+        self.check_path("batch")
+        observe.clear()
+        engine.submit_host_to_device(
+            [transfer], transfer_layer_id_max=LAYERS, on_layer_done=lambda layer: None
+        )
+        helpers[0].synchronize()
+        self.check_path("kernel")
+
     @pytest.mark.parametrize("small_first", [True, False])
     def test_beside_large_ones_in_a_layered_load_no_layer_is_kept_waiting(
         self, served: SimpleNamespace, engine: Engine, small_first: bool

@@ -140,22 +140,25 @@ class Pages:
             found = self._listed[together] = dst, src
         return found
 
-    def pays(self, planes: Planes, together: int, load: bool, device: torch.device) -> bool:
-        """Whether the kernel is to be preferred to copies of `pattern`, of all of some planes."""
-        count = len(planes.dst)
-        key = (*self.pitches(planes), together, count, load)
+    def pays(
+        self, planes: Planes, together: int, layers: int, model: costs.DirectionCosts
+    ) -> bool:
+        """Whether the kernel is to be preferred to the copies of `pattern`, layer by layer."""
+        each = len(planes.dst)
+        key = (*self.pitches(planes), together, each, layers, id(model))
         found = self._pays.get(key)
         if found is None:
             copies = self.pattern(planes)
-            model = _model(device)
+            many = each * layers
             found = self._pays[key] = kernel_pays(
-                model.load if load else model.offload,
+                model,
                 multiprocessors(),
-                count * len(copies.dsts),
-                count * len(copies.rows),
-                count * int(copies.rows[:, descriptors.HEIGHT].sum()),
-                count * self.runs.pages * planes.width,
-                count * self.runs.pages // together,
+                many * len(copies.dsts),
+                many * len(copies.rows),
+                many * int(copies.rows[:, descriptors.HEIGHT].sum()),
+                many * self.runs.pages * planes.width,
+                many * self.runs.pages // together,
+                min(256, max(1, each * len(copies.dsts))),
             )
         return found
 
@@ -284,11 +287,13 @@ def _transfer(
         limits = (tokens, limits[1]) if on_device == 0 else (limits[0], tokens)
     if pages.runs.top[0] >= limits[0] or pages.runs.top[1] >= limits[1]:
         return _OUTSIDE
+    load = layered.current()
+    if load is not None:
+        request = _request(geometry, pages, load.layers)
+        if request is not None and load.takes(request):
+            return None
     request = _request(geometry, pages)
     if request is not None:
-        load = layered.current()
-        if load is not None and load.takes(request):
-            return None
         answer = launches.serve(request)
         if not isinstance(answer, str):
             return answer
@@ -309,8 +314,16 @@ def _pages(src: torch.Tensor, dst: torch.Tensor, page_size: int, kind: str) -> P
     return pages
 
 
-def _request(geometry: Geometry, pages: Pages) -> Request | None:
-    """Return the launch that moves the pages of a call, where that is faster than copy engines."""
+def _request(geometry: Geometry, pages: Pages, layers: int = 1) -> Request | None:
+    """Return the launch that moves the pages of a call, where that is faster than copy engines.
+
+    Parameters
+    ----------
+    geometry : Geometry
+    pages : Pages
+    layers : int, optional
+        How many calls like this one a launch would stand for.
+    """
     if geometry.mapped is None or len(geometry.planes) > 1:
         return None
     (planes,) = geometry.planes
@@ -319,7 +332,10 @@ def _request(geometry: Geometry, pages: Pages) -> Request | None:
     if key not in geometry.requests:
         geometry.requests[key] = _request_of(geometry, pages, together)
     request, load = geometry.requests[key]
-    if request is None or not pages.pays(planes, together, load, geometry.device):
+    if request is None:
+        return None
+    model = _model(geometry.device)
+    if not pages.pays(planes, together, layers, model.load if load else model.offload):
         return None
     dst, src = pages.listed(together)
     return request._replace(dst_indices=dst, src_indices=src)  # type: ignore[no-any-return]
