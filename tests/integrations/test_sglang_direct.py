@@ -15,7 +15,7 @@ from kvsig import _core, copies, kernel, observe
 from kvsig._core import BindError
 from kvsig.emulated import Control
 from kvsig.integrations import sglang as integration
-from kvsig.integrations.sglang import direct, layered, pools
+from kvsig.integrations.sglang import direct, launches, layered, pools
 
 LAYERS, PAGE, PAGES = 3, 4, 24
 LOAD, OFFLOAD = "transfer_kv_per_layer_direct_pf_lf", "transfer_kv_all_layer_direct_lf_pf"
@@ -240,6 +240,19 @@ class TestSmallPages:
             expect(served, LOAD, host, layers, src, dst, layer_id=layer, page_size=page)
         expect(served, OFFLOAD, device, host, dst, src, page_size=page)
         assert observe.stats()["paths"]["kernel"]["cuda_calls"] == (4 if kinds == 2 else 1 + LAYERS)
+        self.check_path()
+
+    def test_many_of_a_large_pool_in_the_order_of_windows(
+        self, served: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(launches, "WINDOWED_POOL", 0)
+        host = [filled(700, LAYERS, 1, 8)]
+        device = [filled(700, 8, seed=9 + i) for i in range(LAYERS)]
+        mark(served.control, device, host)
+        src, dst = (tokens(random.Random(i).sample(range(700), 600), 1) for i in (1, 2))
+        expect(served, LOAD, host, device[:1], src, dst, layer_id=0, page_size=1)
+        expect(served, OFFLOAD, device, host, dst, src, page_size=1)
+        assert all(known.window_pitch == LAYERS * 16 for known in launches._known.values())
         self.check_path()
 
     @pytest.mark.parametrize("whole", [True, False])

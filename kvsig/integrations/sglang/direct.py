@@ -289,10 +289,10 @@ def _transfer(
         return _OUTSIDE
     load = layered.current()
     if load is not None:
-        request = _request(geometry, pages, load.layers)
+        request = _request(geometry, pages, limits, load.layers)
         if request is not None and load.takes(request):
             return None
-    request = _request(geometry, pages)
+    request = _request(geometry, pages, limits)
     if request is not None:
         answer = launches.serve(request)
         if not isinstance(answer, str):
@@ -314,13 +314,17 @@ def _pages(src: torch.Tensor, dst: torch.Tensor, page_size: int, kind: str) -> P
     return pages
 
 
-def _request(geometry: Geometry, pages: Pages, layers: int = 1) -> Request | None:
+def _request(
+    geometry: Geometry, pages: Pages, limits: tuple[int, int], layers: int = 1
+) -> Request | None:
     """Return the launch that moves the pages of a call, where that is faster than copy engines.
 
     Parameters
     ----------
     geometry : Geometry
     pages : Pages
+    limits : (int, int)
+        Page numbers of the destination and of the source are below these.
     layers : int, optional
         How many calls like this one a launch would stand for.
     """
@@ -330,7 +334,7 @@ def _request(geometry: Geometry, pages: Pages, layers: int = 1) -> Request | Non
     together = pages.together(planes)
     key = together if pages.aligned else 0
     if key not in geometry.requests:
-        geometry.requests[key] = _request_of(geometry, pages, together)
+        geometry.requests[key] = _request_of(geometry, pages, limits, together)
     request, load = geometry.requests[key]
     if request is None:
         return None
@@ -342,7 +346,7 @@ def _request(geometry: Geometry, pages: Pages, layers: int = 1) -> Request | Non
 
 
 def _request_of(
-    geometry: Geometry, pages: Pages, together: int
+    geometry: Geometry, pages: Pages, limits: tuple[int, int], together: int
 ) -> tuple[Request | None, bool]:
     """Describe launches that move pages of a geometry, and say whether they are loads."""
     (planes,) = geometry.planes
@@ -353,9 +357,10 @@ def _request_of(
     except Unserved:
         return None, False
     dst_pitch, src_pitch, width = (together * size for size in pages.pitches(planes))
+    dst_rows, src_rows = (-(-limit // together) for limit in limits)
     return Request(
-        tuple(Place(int(address), src_pitch) for address in planes.src),
-        tuple(Place(int(address), dst_pitch) for address in planes.dst),
+        tuple(Place(int(address), src_pitch, rows=src_rows) for address in planes.src),
+        tuple(Place(int(address), dst_pitch, rows=dst_rows) for address in planes.dst),
         _NO_NUMBERS, _NO_NUMBERS, width, device=geometry.device, name=next(_names),
         blocks=geometry.mapped,
     ), load  # fmt: skip
