@@ -199,3 +199,15 @@ def planned(dsts, srcs, sizes, const uint64_t[::1] seams not None, Py_ssize_t mi
         with nogil:
             left, made = find_rows(to, origin, width, left, seams, min_rows, rows)
     return dsts[:left], srcs[:left], sizes[:left], strided[:made]
+
+
+def placed(const uint64_t[::1] offsets not None, const uint64_t[::1] bases not None):
+    """Add each of some offsets to each of some bases, base by base; an ndarray of uint64."""
+    cdef Py_ssize_t i, k, at = 0
+    found = np.empty(offsets.shape[0] * bases.shape[0], np.uint64)
+    cdef uint64_t[::1] into = found
+    for k in range(bases.shape[0]):
+        for i in range(offsets.shape[0]):
+            into[at] = bases[k] + offsets[i]
+            at += 1
+    return found

@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from kvsig.planning._runs import planned
+from kvsig.planning._runs import placed, planned
 from kvsig.planning.geometry import LONGEST_PITCH
 
 __all__ = [
@@ -272,8 +272,7 @@ def place(found: Pattern, dst_bases: U64, src_bases: U64) -> Descriptors:
     Descriptors
         The copies of all planes, plane by plane.
     """
-    dsts = (dst_bases[:, None] + found.dsts).ravel()
-    srcs = (src_bases[:, None] + found.srcs).ravel()
+    dsts, srcs = placed(found.dsts, dst_bases), placed(found.srcs, src_bases)
     sizes = found.sizes if isinstance(found.sizes, int) else np.tile(found.sizes, len(dst_bases))
     if not len(found.rows):
         return Descriptors(dsts, srcs, sizes, found.rows)

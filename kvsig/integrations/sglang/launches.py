@@ -123,7 +123,7 @@ def launch(layers: Sequence[Sequence[Request]], handle: int, flags: bool = False
         report, value = _core.launch_kernel(
             known.code, known.planes, lane, near, far, known.limits, known.source, sms=known.sms,
             rate=known.rate, window_pitch=known.window_pitch, flags=flags,
-            recorded=listed and _captured(handle),
+            recorded=listed and _core.stream_recorded(handle),
         )  # fmt: skip
     return Launched(report, lane, value)
 
@@ -140,14 +140,10 @@ def device_of(request: Request) -> torch.device:
     return torch.device("cpu")
 
 
-def _captured(handle: int) -> bool:
-    return handle > 1 and int(call("cudaStreamIsCapturing", stream=handle)) != 0
-
-
 def _lane(device: torch.device, handle: int) -> KernelLane:
     lane = _lanes.get((device.index, handle))
     if lane is None:
-        if _captured(handle):
+        if _core.stream_recorded(handle):
             raise Unserved("a captured stream that no transfer has run on before")
         lane = _lanes[device.index, handle] = KernelLane(LAYERS, handle)
     wrong = lane.take_wrong()
@@ -231,7 +227,7 @@ def _found(
     key: tuple[Any, ...], layers: Sequence[Sequence[Request]], device: torch.device, handle: int
 ) -> Known:
     """Work out where the tokens of requests lie, and put it where the kernel reads it."""
-    if _captured(handle):
+    if _core.stream_recorded(handle):
         raise Unserved("buffers that no transfer has used before the stream was captured")
     why = refusal()
     if why is not None:

@@ -35,14 +35,19 @@ _LAYERS = ("transfer_layer_id_max", "layer_num")
 Calls: TypeAlias = list[tuple[Request, Callable[[], Any]]]
 Held: TypeAlias = list[tuple[int, Calls]]
 
-_running = threading.local()
+
+class _Running(threading.local):
+    load: Load | None = None  # of the class: a name that a thread lacks takes a microsecond
+
+
+_running = _Running()
 # Streams on which events are recorded: by device and transfer stream, kept like SGLang's own.
 _helpers: dict[tuple[int | None, int], Any] = {}
 
 
 def current() -> Load | None:
     """Return the load that this thread is putting together, if one is."""
-    return getattr(_running, "load", None)
+    return _running.load
 
 
 def submit(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
