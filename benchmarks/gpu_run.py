@@ -42,6 +42,7 @@ PARTS = {
     "rivals": (120, "other projects' ways beside kvsig's"),
     "compute": (80, "a matrix product beside transfers"),
     "kernel": (270, "what the page-copy kernel is asked for"),
+    "engines": (330, "kvsig's functions for SGLang and vLLM, and SGLang's where sgl_kernel is"),
     "twogpus": (150, "two processes, each with a GPU of its own"),
     "sanitizer": (300, "compute-sanitizer: memcheck and racecheck of the page-copy kernel"),
     "random": (300, "50,000 random transfers by the kernel's double, no GPU"),
@@ -263,6 +264,10 @@ class Run:
     def kernel(self, seconds: float) -> int:
         command = [str(HERE / "kernel.py"), "--seconds", str(max(10, int(seconds - 40)))]
         return self.measured("kernel", command, seconds, 130)
+
+    def engines(self, seconds: float) -> int:
+        command = [str(HERE / "engines.py"), "--seconds", str(max(10, int(seconds - 40)))]
+        return self.measured("engines", command, seconds, 200)
 
     def twogpus(self, seconds: float) -> int:
         """Tests of two GPUs, and the two processes."""

@@ -112,6 +112,8 @@ class KernelLane:
 
 _Numbers: TypeAlias = npt.NDArray[np.int64] | tuple[int, int, int]
 
+def launch_nothing(wide: int, thin: int) -> None: ...
+def stream_recorded(stream: int) -> bool: ...
 def launch_kernel(
     code: KernelCode,
     planes: KernelPlanes,

@@ -71,6 +71,11 @@ cdef bint recorded_now(uint64_t stream):
     return status != cudaStreamCaptureStatusNone
 
 
+def stream_recorded(uint64_t stream):
+    """Whether a stream is being captured; False where CUDA does not say."""
+    return recorded_now(stream)
+
+
 cdef uint64_t stream_number(uint64_t stream):
     # Handles come again once a stream has been destroyed; numbers do not.
     cdef unsigned long long number = 0

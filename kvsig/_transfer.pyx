@@ -132,7 +132,7 @@ cdef class Launches:
         # Made with the cache: memory takes longer to get than most transfers.
         self.spare = [KernelLane(self.layers, 0) for _ in range(SPARE_LANES)]
 
-    cdef bint ready(self, uint64_t stream) except -1:
+    cpdef bint ready(self, uint64_t stream) except -1:
         """Whether a launch on a stream needs no memory that cannot be had while it is captured."""
         return bool(self.spare) or stream in self.latest or not recorded_now(stream)
 
@@ -160,6 +160,28 @@ cdef class Launches:
         lane = self.lanes.setdefault(key, lane)
         self.latest[stream] = lane
         return lane
+
+    def copy(self, const int64_t[::1] device_pages not None,
+             const int64_t[::1] host_pages not None, Direction direction, uint64_t stream):
+        """Move pages of all layers, by page numbers in host memory that are known to be good.
+
+        Parameters
+        ----------
+        device_pages, host_pages : ndarray of int64, shape (n,)
+            At least one.
+        direction : Direction
+        stream : int
+            Handle of one that is `ready`.
+
+        Returns
+        -------
+        Report
+        """
+        cdef KernelRequest request
+        self.describe(&request, direction, device_pages.shape[0], True)
+        request.pages[0], request.pages[1] = &device_pages[0], &host_pages[0]
+        request.layers, request.recorded = self.layers, recorded_now(stream)
+        return self.code.launch(self.planes, self.lane_of(stream), &request)
 
     def check(self):
         """Raise a ValueError for a number that a launch has found wrong since the last time."""

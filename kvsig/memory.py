@@ -54,8 +54,11 @@ def seams_inside(start: int, end: int) -> list[int]:
 
 
 def page_locked(tensor: torch.Tensor) -> bool:
-    """Whether all of a host tensor is page-locked; ``is_pinned`` looks at its first byte only."""
-    place, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    """Whether all of a host tensor is page-locked, with what lies between its rows.
+
+    ``is_pinned`` looks at its first byte only.
+    """
+    place, end, _ = extent(tensor)
     while place < end:
         block = _core.memory_range(place)
         if block is None:

@@ -27,7 +27,9 @@ def _array(values: Any, name: str) -> npt.NDArray[Any]:
     """What a caller listed as an array: its own memory, or a copy of a CUDA tensor's."""
     if isinstance(values, torch.Tensor):
         if values.dtype not in _INTEGERS:
-            raise TypeError(f"{name} must hold integers, not {values.dtype}")
+            if values.numel():
+                raise TypeError(f"{name} must hold integers, not {values.dtype}")
+            return np.empty(values.shape, np.int64)  # no number is of the wrong type
         values = (values if values.is_cpu else values.cpu()).numpy()
     array = np.asarray(values)
     return array if array.size else array.astype(np.int64)  # no number is of the wrong type

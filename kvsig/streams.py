@@ -33,6 +33,9 @@ Stream: TypeAlias = Any
 _raw_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
+_NO_GUARD = nullcontext()
+
+
 def current_handle(device: torch.device | None) -> int:
     """Return the handle of torch's current stream.
 
@@ -160,7 +163,7 @@ def device_name(device: torch.device) -> str | None:
 def device_guard(device: torch.device | None) -> AbstractContextManager[object]:
     """Make a CUDA device the current one for a while, if it is not."""
     if device is None or device.type != "cuda" or torch.cuda.current_device() == device.index:
-        return nullcontext()
+        return _NO_GUARD
     return torch.cuda.device(device)
 
 

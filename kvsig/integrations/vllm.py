@@ -24,7 +24,9 @@ import numpy.typing as npt
 import torch
 
 from kvsig import _core, memory, merging, observe, streams
-from kvsig.planning import descriptors
+from kvsig._core import BindError, CudaError
+from kvsig.launching import AddressLaunches, multiprocessors
+from kvsig.planning import Direction, descriptors
 
 if TYPE_CHECKING:
     KvsigOffloadingSpec: Any
@@ -89,28 +91,31 @@ def exchange(worker: Any) -> int:
     if observe.disabled():
         observe.passed_on("vllm.swap_blocks_batch", "KVSIG_DISABLE is set")
         return 0
-    served, left = [], []
+    count, left = 0, []
+    served: dict[str, list[str]] = {}
     for handler in _handlers(worker):
         direction = "offload" if handler.gpu_to_cpu else "load"
-        original = handler._swap_blocks_batch
-        reason = _refusal(handler, original)
-        if reason is not None:
-            observe.passed_on(f"vllm.{direction}", reason)
-            left.append(f"{direction} ({reason})")
+        found = _exchanged(handler, f"vllm.{direction}")
+        if isinstance(found, str):
+            observe.passed_on(f"vllm.{direction}", found)
+            left.append(f"{direction} ({found})")
             continue
-        handler._swap_blocks_batch = _swap(original, handler, f"vllm.{direction}")
-        served.append(direction)
+        handler._swap_blocks_batch = found
+        how = "small blocks by the page-copy kernel"
+        if found.launches is None:
+            how = f"by copy engines alone: {found.why_not}"
+        served.setdefault(how, []).append(direction)
+        count += 1
     if served:
-        observe.announce(
-            "vllm", _version(), ", ".join(dict.fromkeys(served)), "; ".join(left) or "nothing"
-        )
+        what = "; ".join(f"{', '.join(dict.fromkeys(d))} ({how})" for how, d in served.items())
+        observe.announce("vllm", _version(), what, "; ".join(left) or "nothing")
     else:
         observe.warn_unserved(
             "vllm",
             "; ".join(left) or f"no handler of {type(worker).__name__} is one that kvsig knows",
             "use vLLM 0.25 to 0.33 with CPUOffloadingSpec or TieringOffloadingSpec",
         )
-    return len(served)
+    return count
 
 
 def _version() -> str:
@@ -123,18 +128,23 @@ def _handlers(worker: Any) -> Iterator[Any]:
             yield value
 
 
-def _refusal(handler: Any, original: Swap) -> str | None:
-    """Say why a handler is left to vLLM; None for one that is served."""
+def _exchanged(handler: Any, what: str) -> _Exchanged | str:
+    """Make the function that copies for a handler, or say why the handler is left to vLLM."""
+    original = handler._swap_blocks_batch
     if isinstance(original, _Exchanged):
         return "kvsig serves it already"
-    if isinstance(original, functools.partial):
-        return "pages are small, and vLLM's Triton kernel moves them faster than copy engines"
     if not handler.src_tensors or not handler.dst_tensors:
         return "the handler has no tensors"
     on_gpu = any(tensor.is_cuda for tensor in [*handler.src_tensors, *handler.dst_tensors])
     if on_gpu and _core.is_emulated():
         return "the CUDA runtime in use is the emulated one: unset KVSIG_CUDART"
-    return None
+    found = _Exchanged(original, handler, what)
+    if found.launches is None and isinstance(original, functools.partial):
+        return (
+            "pages are small, vLLM's Triton kernel moves them faster than copy engines, and "
+            f"kvsig's kernel cannot be used: {found.why_not}"
+        )
+    return found
 
 
 class _Exchanged:
@@ -148,8 +158,17 @@ class _Exchanged:
         self.original, self.what = original, what
         both = [*handler.src_tensors, *handler.dst_tensors]
         self.device = next((t.device for t in both if t.is_cuda), torch.device("cpu"))
+        sides, direction = (handler.src_tensors, handler.dst_tensors), Direction.OFFLOAD
+        if not handler.gpu_to_cpu:
+            sides, direction = sides[::-1], Direction.LOAD
+        self.launches: AddressLaunches | None = None
+        self.why_not = ""
         with streams.device_guard(self.device):
             self.seams = memory.seams(map(memory.extent, both))
+            try:
+                self.launches = AddressLaunches(*sides, direction, multiprocessors())
+            except (BindError, CudaError) as error:
+                self.why_not = str(error)
         cap = os.environ.get(_CAP, "")
         bound = int(cap) if cap.isdigit() else 0
         self.batch_size = min(_BATCH_SIZE, bound) if bound else _BATCH_SIZE
@@ -179,12 +198,12 @@ class _Exchanged:
         found = descriptors.plan(dsts, srcs, sizes, self.seams)
         with streams.device_guard(self.device):
             stream = streams.current_handle(self.device)
-            report = merging.submit(found, stream, self.batch_size)
+            report = None
+            if self.launches is not None:
+                report = self.launches.copy(dsts, srcs, sizes, found, stream)
+            if report is None:
+                report = merging.submit(found, stream, self.batch_size)
         observe.record(self.what, report, perf_counter_ns() - start)
-
-
-def _swap(original: Swap, handler: Any, what: str) -> Swap:
-    return _Exchanged(original, handler, what)
 
 
 def _words(values: Any) -> npt.NDArray[np.uint64] | None:

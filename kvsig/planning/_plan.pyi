@@ -3,7 +3,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from kvsig.planning.costs import CostModel
+from kvsig.planning.costs import CostModel, DirectionCosts
 from kvsig.planning.geometry import Planes
 
 METHODS: tuple[str, ...]
@@ -12,6 +12,17 @@ PATHS: tuple[str, ...]
 class Direction(IntEnum):
     LOAD = 0
     OFFLOAD = 1
+
+def kernel_pays(
+    costs: DirectionCosts,
+    sms: int,
+    copies: float,
+    strided: float,
+    rows: float,
+    size: float,
+    pieces: float,
+    batch_size: float = 256,
+) -> bool: ...
 
 class Geometry:
     def __init__(

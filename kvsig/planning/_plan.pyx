@@ -818,13 +818,55 @@ cdef void price_mode(const Layout *p, const Costs *c, int mode, Tally *t,
 
 cdef void price_kernel(const Layout *p, const Costs *c, Py_ssize_t pages,
                        Price *price) noexcept nogil:
+    price_launch(c, <double>pages * p.page_bytes, <double>pages * p.planes_in, price)
+
+
+cdef void price_launch(const Costs *c, double size, double rows, Price *price) noexcept nogil:
     # One launch, of bytes or of rows, whichever takes longer.
     price.host, price.calls, price.copies, price.strided = c.kernel_submit, 1, 0, 0
     price.batch_size = 1
-    price.work = larger(
-        <double>pages * p.page_bytes * c.kernel_byte, <double>pages * p.planes_in * c.kernel_piece
-    )
+    price.work = larger(size * c.kernel_byte, rows * c.kernel_piece)
     price.time = c.kernel_submit + c.kernel_latency + price.work
+
+
+def kernel_pays(costs, int sms, double copies, double strided, double rows, double size,
+                double pieces, double batch_size=256):
+    """Whether a launch of the kernel is to be preferred to copies that are known.
+
+    Parameters
+    ----------
+    costs : DirectionCosts
+        Of their direction.
+    sms : int
+        Multiprocessors that the kernel may take.
+    copies, strided, rows : int
+        Copies in batches; strided copies, and the rows of all of them.
+    size : int
+        Bytes of all.
+    pieces : int
+        Pages that the kernel would be given.
+    batch_size : int, optional
+        Copies in one call.
+
+    Returns
+    -------
+    bool
+        By the rule that requests of page numbers are planned by.
+    """
+    cdef Costs c
+    cdef Price kernel, engine
+    cdef double calls = (copies + batch_size - 1) // batch_size
+    read_costs(&c, costs)
+    hold_kernel(&c, sms, costs.kernel_rate)
+    engine.host = copies * c.copy_submit + calls * c.call_submit + strided * c.strided_submit
+    engine.work = (
+        copies * c.copy_engine + calls * c.call_engine + strided * c.strided_engine
+        + rows * c.strided_row + size * c.byte
+    )
+    engine.time = c.latency + time_of(engine.host, engine.work, calls + strided)
+    engine.work = larger(engine.host, engine.work)
+    price_launch(&c, size, pieces, &kernel)
+    return kernel_is_worth_it(&kernel, &engine)
 
 
 cdef inline double time_of(double host, double engine, double calls) noexcept nogil:

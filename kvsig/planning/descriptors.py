@@ -13,15 +13,32 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Descriptors", "PageRuns", "Pattern", "page_runs", "pattern", "place", "plan", "split"]
+from kvsig.planning._runs import placed, planned
+from kvsig.planning.geometry import LONGEST_PITCH
+
+__all__ = [
+    "Descriptors",
+    "PageList",
+    "PageRuns",
+    "Pattern",
+    "page_lists",
+    "page_runs",
+    "pattern",
+    "place",
+    "plan",
+    "split",
+]
 
 U64: TypeAlias = npt.NDArray[np.uint64]
+I64: TypeAlias = npt.NDArray[np.int64]
 
 #: Rows from which one strided copy is cheaper than a batch of copies: a call of its own takes
 #: as long as four to six copies in a batch.
 MIN_ROWS = 8
-#: The widest pitch of a strided copy, in bytes: CUDA counts it as a signed 32-bit number.
-MAX_PITCH = (1 << 31) - 1
+#: Sizes of copies that one list may have and be given to the kernel: each is a launch.
+MOST_SIZES = 4
+#: Page numbers of the kernel are below it.
+MOST_PAGES = 1 << 31
 
 _NONE = np.empty(0, dtype=np.uint64)
 _NO_ROWS = np.empty((0, 9), dtype=np.uint64)
@@ -65,147 +82,71 @@ def plan(
         Where allocations and registered blocks begin and end: no copy is merged across one,
         since CUDA refuses those. A copy that crosses one as it is given is left as it is.
     min_rows : int, optional
-        Rows from which evenly spaced copies become a strided one.
+        Rows from which evenly spaced copies become a strided one, at least 2.
 
     Returns
     -------
     Descriptors
         The same bytes, in fewer copies.
     """
-    if not sizes.all():
-        keep = np.flatnonzero(sizes)
-        dsts, srcs, sizes = dsts[keep], srcs[keep], sizes[keep]
-    if len(dsts) < 2:
-        return Descriptors(dsts, srcs, sizes, _NO_ROWS)
-    breaks = _run_breaks(dsts, srcs, sizes, seams)
-    if len(breaks) < len(dsts):
-        dsts, srcs, sizes = _merged(dsts, srcs, sizes, breaks)
-    return _strided(dsts, srcs, sizes, seams, min_rows)
+    return Descriptors(*planned(dsts, srcs, sizes, seams, min_rows))
 
 
-def _run_breaks(dsts: U64, srcs: U64, sizes: U64, seams: U64) -> npt.NDArray[np.intp]:
-    """Return where runs of neighbours begin, the first of all included."""
-    up = srcs[:-1] + sizes[:-1] == srcs[1:]
-    down = srcs[1:] + sizes[1:] == srcs[:-1]
-    if up.any():
-        up &= dsts[:-1] + sizes[:-1] == dsts[1:]
-    if down.any():
-        down &= dsts[1:] + sizes[1:] == dsts[:-1]
-        # A run goes one way: what turns begins a new one.
-        down[1:] &= ~up[:-1]
-        up[1:] &= ~down[:-1]
-    joined = up | down
-    if len(seams) and joined.any():
-        at = np.flatnonzero(joined)
-        # Two neighbours meet at the higher of their addresses.
-        near = np.maximum(srcs[at], srcs[at + 1])
-        far = np.maximum(dsts[at], dsts[at + 1])
-        joined[at[_on_seam(near, seams) | _on_seam(far, seams)]] = False
-    starts = np.flatnonzero(~joined)
-    starts += 1
-    return np.concatenate((np.zeros(1, dtype=np.intp), starts))
+class PageList(NamedTuple):
+    """Copies of one size, as page numbers of two stretches of memory.
+
+    Parameters
+    ----------
+    size : int
+        Bytes of each.
+    pages : pair of ndarray of int64, shape (n,)
+        Where they begin on either side, in grains from where the stretch begins.
+    """
+
+    size: int
+    pages: tuple[I64, I64]
 
 
-def _on_seam(addresses: U64, seams: U64) -> npt.NDArray[np.bool_]:
-    index = np.searchsorted(seams, addresses)
-    index[index == len(seams)] = 0
-    found: npt.NDArray[np.bool_] = seams[index] == addresses
-    return found
+def page_lists(
+    sides: Sequence[tuple[U64, int]], sizes: U64, grain: int
+) -> list[PageList] | None:
+    """Read copies as pages that may begin at every multiple of some bytes.
+
+    Parameters
+    ----------
+    sides : pair of (ndarray of uint64, int)
+        Addresses of the copies on either side, at least one, and where the stretch of memory
+        begins that all of them are in.
+    sizes : ndarray of uint64, shape (n,)
+        Bytes of each. Entries of no bytes are left out.
+    grain : int
+        A power of two.
+
+    Returns
+    -------
+    list of PageList or None
+        By size. None where an address is before its stretch, too far behind that or between two
+        multiples of the grain, or where there are too many sizes.
+    """
+    one, other = (_pages_from(start, addresses, grain) for addresses, start in sides)
+    if one is None or other is None:
+        return None
+    ends = np.append(np.flatnonzero(sizes[1:] != sizes[:-1]), len(sizes) - 1)
+    distinct = [int(size) for size in np.unique(sizes[ends]) if size]
+    if len(distinct) > MOST_SIZES:
+        return None
+    if len(ends) == 1 and distinct:
+        return [PageList(distinct[0], (one, other))]
+    places = [(size, sizes == np.uint64(size)) for size in distinct]
+    return [PageList(size, (one[place], other[place])) for size, place in places]
 
 
-def _merged(dsts: U64, srcs: U64, sizes: U64, starts: npt.NDArray[np.intp]) -> tuple[U64, U64, U64]:
-    lasts = np.append(starts[1:], len(dsts))
-    lasts -= 1
-    return (
-        np.minimum(dsts[starts], dsts[lasts]),
-        np.minimum(srcs[starts], srcs[lasts]),
-        np.add.reduceat(sizes, starts),
-    )
-
-
-def _strided(dsts: U64, srcs: U64, sizes: U64, seams: U64, min_rows: int) -> Descriptors:
-    """Take out copies of one size that are evenly spaced on both sides."""
-    if len(dsts) < min_rows:
-        return Descriptors(dsts, srcs, sizes, _NO_ROWS)
-    far, near = dsts[1:] - dsts[:-1], srcs[1:] - srcs[:-1]  # descending steps wrap around
-    same = (far[1:] == far[:-1]) & (near[1:] == near[:-1]) & (sizes[2:] == sizes[:-2])
-    same &= sizes[1:-1] == sizes[:-2]
-    if not same.any():
-        return Descriptors(dsts, srcs, sizes, _NO_ROWS)
-    # Row numbers: a stretch of k equal pairs of steps is k + 2 rows.
-    edges = np.flatnonzero(np.diff(np.concatenate(([False], same, [False])).astype(np.int8)))
-    first, last = edges[::2], edges[1::2] + 1
-    long = last - first + 1 >= min_rows
-    first, last = first[long], last[long]
-    # Two stretches may meet in a row: it is the former's.
-    first[1:] += first[1:] == last[:-1]
-    first, last = _usable(first, last, far, near, sizes)
-    if len(seams):
-        first, last = _between_seams(first, last, dsts, srcs, sizes, seams, min_rows)
-    if not len(first):
-        return Descriptors(dsts, srcs, sizes, _NO_ROWS)
-    rows = _rows(first, last, dsts, srcs, sizes)
-    # Rows that go into strided copies, by the running sum of where such begin and end.
-    marks = np.zeros(len(dsts) + 1, dtype=np.int8)
-    marks[first] += 1
-    marks[last + 1] -= 1
-    alone = np.cumsum(marks[:-1], dtype=np.int8) == 0
-    return Descriptors(dsts[alone], srcs[alone], sizes[alone], rows)
-
-
-def _usable(
-    first: npt.NDArray[np.intp], last: npt.NDArray[np.intp], far: U64, near: U64, sizes: U64
-) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """Keep the stretches whose pitches a strided copy can have: all up, or all down."""
-    dpitch, spitch, width = far[first], near[first], sizes[first]
-    down = (dpitch >> np.uint64(63)).astype(np.bool_)
-    dpitch, spitch = np.where(down, -dpitch, dpitch), np.where(down, -spitch, spitch)
-    fits = (dpitch >= width) & (spitch >= width)
-    fits &= (dpitch <= np.uint64(MAX_PITCH)) & (spitch <= np.uint64(MAX_PITCH))
-    return first[fits], last[fits]
-
-
-def _between_seams(
-    first: npt.NDArray[np.intp],
-    last: npt.NDArray[np.intp],
-    dsts: U64,
-    srcs: U64,
-    sizes: U64,
-    seams: U64,
-    min_rows: int,
-) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """Cut stretches where their rows lie on both sides of a seam."""
-    pieces: list[tuple[int, int]] = []
-    for start, stop in zip(first.tolist(), last.tolist(), strict=True):
-        index = np.arange(start, stop)
-        change = np.zeros(len(index), dtype=np.bool_)
-        for side in (dsts[start : stop + 1], srcs[start : stop + 1]):
-            begin = np.searchsorted(seams, side, side="right")
-            end = np.searchsorted(seams, side + sizes[start], side="left")
-            # A row that crosses a seam as it was given stays alone, and is refused alone.
-            change |= (begin[1:] != begin[:-1]) | (end[:-1] != end[1:])
-        cuts = [*index[change].tolist(), stop]
-        for cut in cuts:
-            if cut - start + 1 >= min_rows:
-                pieces.append((start, cut))
-            start = cut + 1
-    found = np.array(pieces, dtype=np.intp).reshape(-1, 2)
-    return found[:, 0], found[:, 1]
-
-
-def _rows(
-    first: npt.NDArray[np.intp], last: npt.NDArray[np.intp], dsts: U64, srcs: U64, sizes: U64
-) -> U64:
-    height = (last - first + 1).astype(np.uint64)
-    rows = np.ones((len(first), 9), dtype=np.uint64)
-    low = np.where(dsts[last] < dsts[first], last, first)
-    high = np.where(dsts[last] < dsts[first], last - 1, first + 1)
-    rows[:, DST], rows[:, SRC] = dsts[low], srcs[low]
-    rows[:, DPITCH] = np.abs((dsts[high] - dsts[low]).view(np.int64)).view(np.uint64)
-    rows[:, SPITCH] = np.abs((srcs[high] - srcs[low]).view(np.int64)).view(np.uint64)
-    rows[:, WIDTH], rows[:, HEIGHT] = sizes[first], height
-    rows[:, DROWS] = rows[:, SROWS] = height
-    return rows
+def _pages_from(start: int, addresses: U64, grain: int) -> I64 | None:
+    away = addresses - np.uint64(start)  # an address before the start wraps around
+    if int(np.bitwise_or.reduce(away)) & (grain - 1):
+        return None
+    away >>= np.uint64(grain.bit_length() - 1)
+    return away.view(np.int64) if int(away.max()) < MOST_PAGES else None
 
 
 class PageRuns(NamedTuple):
@@ -295,7 +236,7 @@ def pattern(
         return Pattern(far, near, width, _NO_ROWS)
     if dst_pitch == src_pitch == width:
         return Pattern(far, near, runs.lengths * np.uint64(width), _NO_ROWS)
-    if max(dst_pitch, src_pitch) > MAX_PITCH:
+    if max(dst_pitch, src_pitch) > LONGEST_PITCH:
         long = np.zeros(len(far), dtype=np.bool_)
     else:
         long = runs.lengths >= np.uint64(min_rows)
@@ -331,8 +272,7 @@ def place(found: Pattern, dst_bases: U64, src_bases: U64) -> Descriptors:
     Descriptors
         The copies of all planes, plane by plane.
     """
-    dsts = (dst_bases[:, None] + found.dsts).ravel()
-    srcs = (src_bases[:, None] + found.srcs).ravel()
+    dsts, srcs = placed(found.dsts, dst_bases), placed(found.srcs, src_bases)
     sizes = found.sizes if isinstance(found.sizes, int) else np.tile(found.sizes, len(dst_bases))
     if not len(found.rows):
         return Descriptors(dsts, srcs, sizes, found.rows)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
-from standins import Hooks, HookType, Originals, module
+from standins import Engine, Hooks, HookType, Originals, module
 
 from kvsig import observe, streams
 from kvsig.emulated import Control, Stream
+from kvsig.integrations import sglang as integration
+from kvsig.integrations.sglang import launches, layered, pools
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +21,20 @@ def counters() -> Iterator[None]:
     observe.clear()
     yield
     observe.clear()
+
+
+@pytest.fixture(autouse=True)
+def launches_of_one_runtime(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What is known of tensors, and put on the device, belongs to a test's emulated runtime."""
+    if "control" not in request.fixturenames:
+        yield
+        return
+    control = request.getfixturevalue("control")
+    yield
+    control.synchronize()
+    kept = launches._known, launches._lanes, launches._codes, layered._helpers, pools._geometries
+    for each in kept:
+        each.clear()
 
 
 @pytest.fixture(params=["legacy", "own"])
@@ -50,7 +67,23 @@ def sglang(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.SimpleNamespace]:
     yield types.SimpleNamespace(
         io=io, pool=pool, calls=originals.calls, functions=functions, hooks=Hooks
     )
-    from kvsig.integrations import sglang as integration
-
     integration.uninstall()
     Hooks.waiting.clear()
+
+
+@pytest.fixture
+def engine(served: Any, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """SGLang's engine of layered loads, hooked."""
+    kind = type("L2TransferEngine", (Engine,), dict(vars(Engine)))
+    module(monkeypatch, "sglang.srt.mem_cache.l2_transfer", L2TransferEngine=kind)
+    integration.install()
+    return kind()
+
+
+@pytest.fixture
+def helpers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The streams that are made for events of layers."""
+    made: list[Any] = []
+    new = streams.new_stream
+    monkeypatch.setattr(streams, "new_stream", lambda device: made.append(new(device)) or made[-1])
+    return made

@@ -125,6 +125,20 @@ class Originals:
         }
 
 
+class Engine:
+    """A method that loads layer by layer and records events, as SGLang's engine has one."""
+
+    def submit_host_to_device(
+        self, transfers: Any, *, transfer_layer_id_max: int, on_layer_done: Any = None
+    ) -> str:
+        for layer in range(transfer_layer_id_max):
+            for transfer in transfers:
+                transfer(layer)
+            if on_layer_done is not None:
+                on_layer_done(layer)
+        return "completion"
+
+
 def filled(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:
     """Return a tensor of bytes by chance that are numbers of the dtype."""
     generator = torch.Generator().manual_seed(seed)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from standins import filled
+from standins import Engine, filled
 
-from kvsig import _core, merging, observe
+from kvsig import _core, kernel, merging, observe
+from kvsig._core import BindError
 from kvsig.emulated import Control
 from kvsig.integrations import sglang as integration
-from kvsig.integrations.sglang import direct, pools
+from kvsig.integrations.sglang import direct, launches, layered, pools
 
 LAYERS, PAGE, PAGES = 3, 4, 24
 LOAD, OFFLOAD = "transfer_kv_per_layer_direct_pf_lf", "transfer_kv_all_layer_direct_lf_pf"
@@ -48,6 +50,14 @@ def expect(
     assert served.calls == [], observe.stats()["passed_on"]
     for got, want in zip([*dsts, *srcs], [*wanted, *before], strict=True):
         assert torch.equal(got, want)
+
+
+def mark(control: Control, device: list[torch.Tensor], host: list[torch.Tensor]) -> None:
+    """Let one side be device memory, and the other page-locked."""
+    for tensor in device:
+        control.mark_device(tensor.data_ptr(), tensor.nbytes)
+    for tensor in host:
+        control.mark_host(tensor.data_ptr(), tensor.nbytes)
 
 
 PAIRS = [([3, 4, 5, 9, 1], [7, 8, 9, 0, 2]), ([5], [6]), (list(range(12)), list(range(2, 14)))]
@@ -202,6 +212,223 @@ def _counting(kind: Callable[..., Any], made: list[Any]) -> Callable[..., Any]:
         return kind(*args)
 
     return make
+
+
+class TestSmallPages:
+    """By the page-copy kernel, where host memory is mapped and pages are small and scattered."""
+
+    HOST_PAGES = random.Random(1).sample(range(64), 24)
+    DEVICE_PAGES = random.Random(2).sample(range(64), 24)
+
+    def sides(
+        self, served: SimpleNamespace, width: int = 8, kinds: int = 2, page: int = PAGE
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        host = [filled(64, LAYERS, page, width, seed=k) for k in range(kinds)]
+        device = [filled(64 * page, width, seed=9 + i) for i in range(LAYERS * kinds)]
+        mark(served.control, device, host)
+        return host, device
+
+    def check_path(self, name: str = "kernel") -> None:
+        assert list(observe.stats()["paths"]) == [name]
+
+    @pytest.mark.parametrize(("kinds", "page"), [(2, PAGE), (1, PAGE), (2, 1)])
+    def test_load_and_offload(self, served: SimpleNamespace, kinds: int, page: int) -> None:
+        host, device = self.sides(served, kinds=kinds, page=page)
+        src, dst = tokens(self.HOST_PAGES, page), tokens(self.DEVICE_PAGES, page)
+        for layer in range(LAYERS):
+            layers = device[layer::LAYERS]
+            expect(served, LOAD, host, layers, src, dst, layer_id=layer, page_size=page)
+        expect(served, OFFLOAD, device, host, dst, src, page_size=page)
+        assert observe.stats()["paths"]["kernel"]["cuda_calls"] == (4 if kinds == 2 else 1 + LAYERS)
+        self.check_path()
+
+    def test_many_of_a_large_pool_in_the_order_of_windows(
+        self, served: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(launches, "WINDOWED_POOL", 0)
+        host = [filled(700, LAYERS, 1, 8)]
+        device = [filled(700, 8, seed=9 + i) for i in range(LAYERS)]
+        mark(served.control, device, host)
+        src, dst = (tokens(random.Random(i).sample(range(700), 600), 1) for i in (1, 2))
+        expect(served, LOAD, host, device[:1], src, dst, layer_id=0, page_size=1)
+        expect(served, OFFLOAD, device, host, dst, src, page_size=1)
+        assert all(known.window_pitch == LAYERS * 16 for known in launches._known.values())
+        self.check_path()
+
+    @pytest.mark.parametrize("whole", [True, False])
+    def test_layer_first(self, served: SimpleNamespace, whole: bool) -> None:
+        host = [filled(256, 8, seed=k) for k in range(2)]
+        device = [filled(256, 8, seed=9 + k) for k in range(2)]
+        mark(served.control, device, host)
+        src, dst = tokens(self.HOST_PAGES), tokens(self.DEVICE_PAGES)
+        if not whole:
+            src, dst = src[: -PAGE + 1], dst[: -PAGE + 1]
+        expect(served, "transfer_kv_direct", host, device, src, dst, page_size=1)
+        expect(served, "transfer_kv_direct", device, host, dst, src, page_size=1)
+        # As whole pages where they are.
+        assert observe.stats()["paths"]["kernel"]["copies"] == 2 * 2 * (24 if whole else len(src))
+        self.check_path()
+
+    @pytest.mark.parametrize("side", ["device", "host", "both"])
+    def test_rows_with_a_pitch(self, served: SimpleNamespace, side: str) -> None:
+        wide = [filled(256, 3, 16, seed=s) for s in range(2)]
+        src = wide[0][:, 1] if side != "device" else filled(256, 16, seed=3)
+        dst = wide[1][:, 2] if side != "host" else filled(256, 16, seed=4)
+        around = wide[1].clone()
+        mark(served.control, [dst if dst._base is None else wide[1]],
+             [src if src._base is None else wide[0]])  # fmt: skip
+        numbers = tokens(self.HOST_PAGES), tokens(self.DEVICE_PAGES)
+        expect(served, "transfer_kv_direct", [src], [dst], *numbers, page_size=PAGE)
+        assert torch.equal(wide[1][:, :2], around[:, :2])
+        self.check_path()
+
+    @pytest.mark.parametrize("name", [LOAD, OFFLOAD])
+    def test_device_pages_that_begin_anywhere(self, served: SimpleNamespace, name: str) -> None:
+        host, device = self.sides(served, kinds=1)
+        pages = tokens(self.HOST_PAGES)
+        near = torch.cat([torch.arange(PAGE) + s for s in sorted(5 * p % 251 for p in range(24))])
+        if name == LOAD:
+            expect(served, LOAD, host, device[:1], pages, near, 0, PAGE)
+        else:
+            expect(served, OFFLOAD, device, host, near, pages, PAGE)
+        self.check_path()
+
+    def test_of_all_layers_are_one_launch_with_events_behind_waits(
+        self, served: SimpleNamespace, engine: Engine, helpers: list[Any]
+    ) -> None:
+        host, device = self.sides(served)
+        src, dst = tokens(self.HOST_PAGES), tokens(self.DEVICE_PAGES)
+        wanted = [tensor.clone() for tensor in device]
+        for layer in range(LAYERS):
+            served.functions[LOAD](host, wanted[layer::LAYERS], src, dst, layer, PAGE)
+        served.calls.clear()
+
+        def transfer(layer: int) -> None:
+            served.pool.transfer_kv_per_layer_direct_pf_lf(
+                src_ptrs=host, dst_ptrs=device[layer::LAYERS], src_indices=src, dst_indices=dst,
+                layer_id=layer, page_size=PAGE,
+            )  # fmt: skip
+
+        done: list[int] = []
+        served.control.record()
+        engine.submit_host_to_device(
+            [transfer], transfer_layer_id_max=LAYERS, on_layer_done=done.append
+        )
+        functions = [call["function"] for call in served.control.calls()]
+        assert done == list(range(LAYERS)) and served.calls == []
+        assert functions.count("cuLaunchKernelEx") == 1
+        assert functions.count("cuStreamWaitValue32") == LAYERS
+        helpers[0].synchronize()
+        assert all(map(torch.equal, device, wanted))
+        assert observe.stats()["functions"].keys() == {layered.WHAT}
+
+    def test_few_of_each_layer_are_many_in_a_layered_load(
+        self, served: SimpleNamespace, engine: Engine, helpers: list[Any]
+    ) -> None:
+        host, device = self.sides(served)
+        src, dst = tokens([3, 40, 7, 9]), tokens([50, 2, 11, 30])
+
+        def transfer(layer: int) -> None:
+            served.pool.transfer_kv_per_layer_direct_pf_lf(
+                host, device[layer::LAYERS], src, dst, layer, PAGE
+            )
+
+        expect(served, LOAD, host, device[::LAYERS], src, dst, 0, PAGE)
+        self.check_path("batch")
+        observe.clear()
+        engine.submit_host_to_device(
+            [transfer], transfer_layer_id_max=LAYERS, on_layer_done=lambda layer: None
+        )
+        helpers[0].synchronize()
+        self.check_path("kernel")
+
+    @pytest.mark.parametrize("small_first", [True, False])
+    def test_beside_large_ones_in_a_layered_load_no_layer_is_kept_waiting(
+        self, served: SimpleNamespace, engine: Engine, small_first: bool
+    ) -> None:
+        pairs = [self.sides(served), self.sides(served, width=4096, kinds=1)]
+        src, dst = tokens(self.HOST_PAGES), tokens(self.DEVICE_PAGES)
+        wanted = [[tensor.clone() for tensor in device] for _, device in pairs]
+        for layer in range(LAYERS):
+            for (host, _), device in zip(pairs, wanted, strict=True):
+                served.functions[LOAD](host, device[layer::LAYERS], src, dst, layer, PAGE)
+        served.calls.clear()
+
+        def transfer(host: Any, device: Any) -> Any:
+            return lambda layer: served.pool.transfer_kv_per_layer_direct_pf_lf(
+                host, device[layer::LAYERS], src, dst, layer, PAGE
+            )
+
+        launched: list[int] = []
+
+        def done(layer: int) -> None:
+            functions = [call["function"] for call in served.control.calls()]
+            launched.append(functions.count("cuLaunchKernelEx"))
+
+        served.control.record()
+        engine.submit_host_to_device(
+            [transfer(*pair) for pair in (pairs if small_first else pairs[::-1])],
+            transfer_layer_id_max=LAYERS, on_layer_done=done,
+        )  # fmt: skip
+        served.control.synchronize(served.stream)
+        assert launched == [1, 2, 3] and served.calls == []
+        assert all(map(torch.equal, [*pairs[0][1], *pairs[1][1]], sum(wanted, [])))
+
+    @pytest.mark.parametrize("why", ["pageable", "in part", "switched off", "large", "no NVRTC"])
+    def test_by_copy_engines_where_the_kernel_cannot_be_had(
+        self, served: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, why: str
+    ) -> None:
+        if why == "switched off":
+            monkeypatch.setenv("KVSIG_SMS", "0")
+        if why == "no NVRTC":
+            monkeypatch.setattr(kernel, "refusal", lambda: "nvrtc is missing")
+        host, device = self.sides(served, width=8192 if why == "large" else 8)
+        for tensor in host if why in ("pageable", "in part") else ():
+            served.control.unmark(tensor.data_ptr())
+            if why == "in part":
+                served.control.mark_host(tensor.data_ptr(), tensor.nbytes // 2)
+        src, dst = tokens(self.HOST_PAGES), tokens(self.DEVICE_PAGES)
+        expect(served, LOAD, host, device[::LAYERS], src, dst, layer_id=0, page_size=PAGE)
+        self.check_path("batch")
+
+    def test_a_pool_that_is_registered_no_more(self, served: SimpleNamespace) -> None:
+        host, device = self.sides(served)
+        src, dst = tokens(self.HOST_PAGES), tokens(self.DEVICE_PAGES)
+        for tensor in host:
+            half = tensor.nbytes // 2
+            served.control.unmark(tensor.data_ptr())
+            served.control.mark_host(tensor.data_ptr(), half)
+            served.control.mark_host(tensor.data_ptr() + half, tensor.nbytes - half)
+        expect(served, LOAD, host, device[::LAYERS], src, dst, layer_id=0, page_size=PAGE)
+        self.check_path()
+        served.control.unmark(host[1].data_ptr() + host[1].nbytes // 2)
+        observe.clear()
+        expect(served, LOAD, host, device[::LAYERS], src, dst, layer_id=0, page_size=PAGE)
+        self.check_path("batch")
+
+    def test_a_program_that_does_not_compile_is_tried_once(
+        self, served: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tried: list[int] = []
+
+        def build(unit: int) -> kernel.Kernel:
+            tried.append(unit)
+            raise BindError("NVRTC cannot compile it")
+
+        monkeypatch.setattr(kernel, "build", build)
+        host, device = self.sides(served)
+        src, dst = tokens(self.HOST_PAGES), tokens(self.DEVICE_PAGES)
+        for layer in range(LAYERS):
+            expect(served, LOAD, host, device[layer::LAYERS], src, dst, layer, PAGE)
+        self.check_path("batch")
+        assert len(tried) == 1
+
+    def test_a_launch_that_fails_is_the_originals_to_make(self, served: SimpleNamespace) -> None:
+        host, device = self.sides(served)
+        src, dst = tokens(self.HOST_PAGES), tokens(self.DEVICE_PAGES)
+        served.control.fault("cuLaunchKernelEx", 1)
+        run(served, LOAD, host, device[::LAYERS], src, dst, 0, PAGE)
+        assert served.calls == [LOAD]
 
 
 @pytest.mark.known_failure("registered-blocks")

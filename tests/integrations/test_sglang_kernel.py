@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from standins import filled, module
+from standins import Engine, filled, module
 
-from kvsig import kernel, observe, streams
+from kvsig import kernel, observe
 from kvsig.emulated import Control
 from kvsig.integrations import sglang as integration
 from kvsig.integrations.sglang import launches, layered
@@ -35,16 +34,6 @@ def on_gpu(values: Any, dtype: torch.dtype = torch.int64) -> Any:
 
 def table(tensors: Any) -> torch.Tensor:
     return torch.tensor([t.data_ptr() for t in tensors], dtype=torch.uint64)
-
-
-@pytest.fixture(autouse=True)
-def fresh(control: Control) -> Iterator[None]:
-    yield
-    control.synchronize()
-    launches._known.clear()
-    launches._lanes.clear()
-    launches._codes.clear()
-    layered._helpers.clear()
 
 
 class Pools:
@@ -335,37 +324,7 @@ class TestWhatIsLeftAlone:
         assert "nothing is served" in warning and "--hicache-io-backend direct" in warning
 
 
-class Engine:
-    """A method that loads layer by layer and records events, as SGLang's engine has one."""
-
-    def submit_host_to_device(
-        self, transfers: Any, *, transfer_layer_id_max: int, on_layer_done: Any = None
-    ) -> str:
-        for layer in range(transfer_layer_id_max):
-            for transfer in transfers:
-                transfer(layer)
-            if on_layer_done is not None:
-                on_layer_done(layer)
-        return "completion"
-
-
 class TestLayeredLoads:
-    @pytest.fixture
-    def engine(self, served: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> Any:
-        kind = type("L2TransferEngine", (Engine,), dict(vars(Engine)))
-        module(monkeypatch, "sglang.srt.mem_cache.l2_transfer", L2TransferEngine=kind)
-        integration.install()
-        return kind()
-
-    @pytest.fixture
-    def helpers(self, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-        made: list[Any] = []
-        new = streams.new_stream
-        monkeypatch.setattr(
-            streams, "new_stream", lambda device: made.append(new(device)) or made[-1]
-        )
-        return made
-
     def transfer(self, served: SimpleNamespace, pools: Pools, name: str = NAME) -> Any:
         given = indices(name)
         module = served.jit if "hicache" in name else served.io

@@ -13,7 +13,7 @@ import pytest
 import torch
 from standins import Handler, module
 
-from kvsig import observe
+from kvsig import kernel, observe
 from kvsig.emulated import Control
 from kvsig.integrations import vllm as integration
 
@@ -137,6 +137,117 @@ def test_three_groups_one_empty_one_unaligned_with_pages_that_count_in_part(
     check(handler, blocks, [[7, 8, 9], [], [100, 101]], [0, 0, 1], control, stream)
 
 
+def registered(control: Control, gpu: list[Any], cpu: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Let one side be device memory, and the other page-locked as a whole."""
+    for tensor in gpu:
+        control.mark_device(tensor.data_ptr(), tensor.nbytes)
+    wholes = {id(t._base): t._base for t in cpu if t._base is not None}
+    for tensor in wholes.values() or cpu:
+        control.mark_host(tensor.data_ptr(), tensor.nbytes)
+    return gpu, cpu
+
+
+class TestSmallBlocks:
+    """By the page-copy kernel, where host memory is mapped and blocks are small and scattered."""
+
+    @pytest.mark.parametrize("shared", [False, True])
+    @pytest.mark.parametrize("gpu_to_cpu", [True, False])
+    @pytest.mark.parametrize(("per_chunk", "skip"), [(1, 0), (3, 0), (3, 2)])
+    def test_are_launches_one_for_each_size(
+        self, vllm: types.SimpleNamespace, control: Control, stream: int, shared: bool,
+        gpu_to_cpu: bool, per_chunk: int, skip: int,
+    ) -> None:  # fmt: skip
+        gpu, cpu = registered(control, *tensors([512, 1024, 512, 1040], per_chunk, shared))
+        references = [[(0, 512), (1, 1024)], [(2, 512), (3, 1000)]]
+        handler = Handler(gpu, cpu, per_chunk, references, gpu_to_cpu, vllm.swap)
+        integration.exchange(Worker([handler]))
+        chunks = [numbers("random", -(-(n + skip) // per_chunk), CHUNKS) for n in (40, 31)]
+        blocks = [numbers("random", n, BLOCKS) for n in (40, 31)]
+        if per_chunk > 1:
+            blocks = [b[::-1] for b in blocks]
+        check(handler, blocks, chunks, [skip, skip], control, stream)
+        paths = observe.stats()["paths"]
+        assert list(paths) == ["kernel"] and paths["kernel"]["cuda_calls"] == 3
+        assert vllm.calls == []
+
+    @pytest.mark.parametrize("kind", ["runs", "descending"])
+    def test_that_are_neighbours_are_one_copy_still(
+        self, vllm: types.SimpleNamespace, control: Control, kind: str
+    ) -> None:
+        gpu, cpu = registered(control, *tensors([512], 1, False))
+        handler = Handler(gpu, cpu, 1, [[(0, 512)]], True, vllm.swap)
+        integration.exchange(Worker([handler]))
+        check(handler, [numbers(kind, 60, 64)], [numbers(kind, 60, CHUNKS)], [0], control, 0)
+        assert list(observe.stats()["paths"]) == ["batch"]
+
+    def test_by_launches_in_place_of_the_triton_kernel(
+        self, vllm: types.SimpleNamespace, control: Control, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.INFO, "kvsig")
+        gpu, cpu = registered(control, *tensors([512], 1, False))
+        handler = Handler(gpu, cpu, 1, [[(0, 512)]], False, functools.partial(vllm.swap))
+        assert integration.exchange(Worker([handler])) == 1
+        assert "serves load (small blocks by the page-copy kernel)" in caplog.text
+        check(handler, [numbers("random", 60, 64)], [list(range(60))], [0], control, 0)
+        assert list(observe.stats()["paths"]) == ["kernel"]
+
+    @pytest.mark.parametrize(
+        ("why", "said"),
+        [
+            ("pageable", "host memory is pageable"), ("in part", "host memory is pageable"),
+            ("switched off", "KVSIG_SMS is 0"), ("large", "pages are large"),
+            ("no NVRTC", "nvrtc is missing"),
+        ],
+    )  # fmt: skip
+    def test_by_copy_engines_where_the_kernel_cannot_be_had(
+        self, vllm: types.SimpleNamespace, control: Control, monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture, why: str, said: str,
+    ) -> None:  # fmt: skip
+        caplog.set_level(logging.INFO, "kvsig")
+        gpu, cpu = tensors([64 << 10 if why == "large" else 512], 1, False)
+        if why == "in part":
+            control.mark_host(cpu[0].data_ptr(), cpu[0].nbytes // 2)
+        elif why != "pageable":
+            registered(control, gpu, cpu)
+        if why == "switched off":
+            monkeypatch.setenv("KVSIG_SMS", "0")
+        if why == "no NVRTC":
+            monkeypatch.setattr(kernel, "refusal", lambda: "nvrtc is missing")
+        handler = Handler(gpu, cpu, 1, [[(0, gpu[0].shape[1])]], True, vllm.swap)
+        assert integration.exchange(Worker([handler])) == 1
+        assert f"serves offload (by copy engines alone: {said}" in caplog.text
+        check(handler, [numbers("random", 60, 64)], [list(range(60))], [0], control, 0)
+        assert "kernel" not in observe.stats()["paths"]
+
+    def test_of_addresses_that_are_no_rows_go_by_copy_engines(
+        self, vllm: types.SimpleNamespace, control: Control
+    ) -> None:
+        gpu, cpu = registered(control, *tensors([512], 1, False))
+        handler = Handler(gpu, cpu, 1, [[(0, 512)]], True, vllm.swap)
+        integration.exchange(Worker([handler]))
+        wanted = cpu[0].clone()
+        wanted.view(-1)[7 : 7 + 64 * 512 : 512] = gpu[0].view(-1)[3 :: 512]
+        rows = torch.arange(64) * 512
+        handler._swap_blocks_batch(
+            rows + gpu[0].data_ptr() + 3, rows + cpu[0].data_ptr() + 7, torch.ones_like(rows)
+        )
+        control.synchronize()
+        assert torch.equal(cpu[0], wanted)
+        assert "kernel" not in observe.stats()["paths"]
+
+    def test_a_launch_that_fails_is_vllms_to_make(
+        self, vllm: types.SimpleNamespace, control: Control
+    ) -> None:
+        gpu, cpu = registered(control, *tensors([512], 1, False))
+        handler = Handler(gpu, cpu, 1, [[(0, 512)]], True, vllm.swap)
+        integration.exchange(Worker([handler]))
+        control.fault("cuLaunchKernelEx", 1)
+        handler.transfer([numbers("random", 60, 64)], [list(range(60))], [0])
+        assert vllm.calls == ["swap_blocks_batch"]
+        (cause,) = observe.stats()["fallbacks"]
+        assert cause == "cuLaunchKernelEx answered 1 cudaErrorInvalidValue"
+
+
 def test_nothing_to_copy(vllm: types.SimpleNamespace, control: Control) -> None:
     gpu, cpu = tensors([512], 1, False)
     handler = Handler(gpu, cpu, 1, [[(0, 512)]], True, vllm.swap)
@@ -220,7 +331,7 @@ class TestWhatIsNotServed:
         handler._swap_blocks_batch(words, words, words)
         assert vllm.calls == ["swap_blocks_batch"]
 
-    def test_small_pages_stay_with_the_triton_kernel(
+    def test_small_pages_in_pageable_memory_stay_with_the_triton_kernel(
         self, vllm: types.SimpleNamespace, control: Control, caplog: pytest.LogCaptureFixture
     ) -> None:
         gpu, cpu = tensors([512], 1, False)
@@ -274,7 +385,7 @@ class TestSpecs:
             assert spec().create_worker(None) is vllm.worker
         for handler in (store, load, fast):
             assert handler._swap_blocks_batch.original is vllm.swap
-        assert "vLLM 0.33.0" in caplog.text and "serves offload, load" in caplog.text
+        assert "vLLM 0.33.0" in caplog.text and "serves offload, load (" in caplog.text
         assert getattr(integration, name) is spec
 
     def test_without_vllm(self, monkeypatch: pytest.MonkeyPatch) -> None:

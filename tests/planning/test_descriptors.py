@@ -8,7 +8,9 @@ import time
 import numpy as np
 import pytest
 
+from kvsig.planning import costs
 from kvsig.planning import descriptors as descriptors
+from kvsig.planning._plan import kernel_pays
 
 
 def bytes_moved(found: descriptors.Descriptors) -> dict[int, int]:
@@ -167,3 +169,64 @@ def _seconds(dsts: np.ndarray, srcs: np.ndarray, sizes: np.ndarray) -> float:
     start = time.perf_counter()
     descriptors.plan(dsts, srcs, sizes)
     return time.perf_counter() - start
+
+
+class TestPageLists:
+    """Copies as page numbers, for the page-copy kernel."""
+
+    @pytest.mark.parametrize("seed", range(60))
+    def test_are_the_same_copies(self, seed: int) -> None:
+        rng = random.Random(seed)
+        grain = 1 << rng.randint(0, 5)
+        starts = [rng.randint(1, 1 << 40) for _ in "ds"]
+        sizes = [rng.choice((0, 1, 12, 512, 4096)) for _ in range(rng.randint(1, 40))]
+        copies = [
+            (*(start + rng.randrange(1 << 20) * grain for start in starts), size) for size in sizes
+        ]
+        dsts, srcs, widths = arrays(copies)
+        found = descriptors.page_lists(
+            list(zip((dsts, srcs), starts, strict=True)), widths, grain
+        )
+        assert found is not None
+        got = [
+            (*(start + n * grain for n, start in zip(pair, starts, strict=True)), pages.size)
+            for pages in found
+            for pair in zip(*(side.tolist() for side in pages.pages), strict=True)
+        ]
+        assert sorted(got) == sorted(copy for copy in copies if copy[2])
+        assert len(found) == len(set(sizes) - {0})
+
+    @pytest.mark.parametrize(
+        "copies",
+        [
+            [(1000, 2000, 8), (1001, 2008, 8)],  # between two multiples
+            [(1000, 1992, 8)],  # before the stretch
+            [(1000 + (1 << 35), 2000, 8)],  # number too large
+            [(1000 + 16 * i, 2000 + 16 * i, i + 1) for i in range(5)],  # of five sizes
+        ],
+    )
+    def test_what_is_none(self, copies: list[tuple[int, int, int]]) -> None:
+        dsts, srcs, sizes = arrays(copies)
+        assert descriptors.page_lists([(dsts, 1000), (srcs, 2000)], sizes, 8) is None
+
+
+class TestKernelPays:
+    """The rule by which copies that are known are left to copy engines, or given to the kernel."""
+
+    COSTS = costs.builtin("NVIDIA H100").load
+
+    @pytest.mark.parametrize(("width", "kernel"), [(256, 1), (4096, 1), (16384, 1), (65536, 0)])
+    def test_small_pages_and_large_ones(self, width: int, kernel: int) -> None:
+        assert kernel_pays(self.COSTS, 4, 400, 0, 0, 400 * width, 400) is bool(kernel)
+
+    def test_few_pages(self) -> None:
+        assert not kernel_pays(self.COSTS, 4, 2, 0, 0, 2 * 4096, 2)
+
+    def test_neighbours_that_have_become_few_copies(self) -> None:
+        assert not kernel_pays(self.COSTS, 4, 4, 0, 0, 400 * 4096, 400)
+
+    def test_rows_of_strided_copies(self) -> None:
+        assert not kernel_pays(self.COSTS, 4, 0, 2, 400, 400 * 4096, 400)
+
+    def test_one_multiprocessor_is_slower_than_copy_engines_sooner(self) -> None:
+        assert not kernel_pays(self.COSTS, 1, 400, 0, 0, 400 * 16384, 400)

@@ -14,19 +14,19 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
-from time import perf_counter_ns
 from typing import Any
 
 from kvsig import observe
-from kvsig._core import Report
+from kvsig._counters import now, since
 from kvsig.integrations.sglang import direct, kernel, launches, layered
+from kvsig.integrations.sglang.direct import Answer
 from kvsig.integrations.sglang.launches import WrongToken
 
 __all__ = ["install", "installed", "plugin", "uninstall"]
 
 _KVCACHEIO = "sgl_kernel.kvcacheio"
 _HICACHE = ("sglang.kernels.ops.kvcache.hicache", "sglang.jit_kernel.hicache")
-_DIRECT: dict[str, Callable[..., Report | str]] = {
+_DIRECT: dict[str, Callable[..., Answer]] = {
     name: getattr(direct, name) for name in direct.__all__
 }
 _CONFIGURE = (
@@ -74,23 +74,33 @@ def _hooks(module: str) -> Iterator[tuple[str, Callable[..., Any]]]:
         yield name, _around_kernel(f"sglang.{name}", request)
 
 
-def _around(what: str, serve: Callable[..., Report | str]) -> Callable[..., Any]:
+def _around(what: str, serve: Callable[..., Answer]) -> Callable[..., Any]:
     """Make a hook: it gets the original and the call, and serves it or hands it over."""
     serve = observe.traced(f"kvsig.{what}")(serve)
 
     def hook(original: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        start = perf_counter_ns()
+        start = now()
+        load = layered.current()
+        if load is not None:
+            load.call = functools.partial(original, *args, **kwargs)
+        answer: Answer
         try:
             answer = serve(*args, **kwargs)
         except WrongToken:  # an earlier call's data are not where SGLang takes them to be
             raise
         except Exception as error:  # an exception here ends SGLang's scheduler
             observe.fell_back(what, error)
-            return original(*args, **kwargs)
+            answer = ""
+        else:
+            if isinstance(answer, str):
+                observe.passed_on(what, answer)
+        if answer is None:
+            return None
+        if load is not None:
+            load.mixed = True
         if isinstance(answer, str):
-            observe.passed_on(what, answer)
             return original(*args, **kwargs)
-        observe.record(what, answer, perf_counter_ns() - start)
+        since(what, answer, start)
         return None
 
     return hook
@@ -100,27 +110,21 @@ def _around_kernel(what: str, request: Callable[..., kernel.Request]) -> Callabl
     """Make a hook of a function whose page numbers are on the GPU."""
     known = kernel.TUNING | set(inspect.signature(request).parameters)
 
-    def serve(*args: Any, **kwargs: Any) -> Report | str:
+    def serve(*args: Any, **kwargs: Any) -> Answer:
         if not known.issuperset(kwargs):
             return direct.UNKNOWN
-        answer = launches.serve(request(*args, **kwargs))
+        asked = request(*args, **kwargs)
+        load = layered.current()
+        if load is not None and load.takes(asked):
+            return None
+        answer = launches.serve(asked)
         if isinstance(answer, str) and not _warned and answer == launches.refusal():
             _warned.append(what)
             why = f"HiCache calls {what.partition('.')[2]}, which needs the page-copy kernel: "
             observe.warn_unserved("sglang", why + answer, _CONFIGURE)
         return answer
 
-    served = _around(what, serve)
-
-    def hook(original: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        load = layered.current()
-        if load is not None and known.issuperset(kwargs):
-            again = functools.partial(original, *args, **kwargs)
-            if load.takes(request(*args, **kwargs), again):
-                return None
-        return served(original, *args, **kwargs)
-
-    return hook
+    return _around(what, serve)
 
 
 def _around_loads() -> Callable[..., Any]:

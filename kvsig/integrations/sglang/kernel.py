@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 __all__ = ["AHEAD_OF_TIME", "JUST_IN_TIME", "TUNING", "Place", "Request"]
@@ -47,8 +49,8 @@ class Request(NamedTuple):
     ----------
     src, dst : tuple of Place
         One place for each of K and V, or one latent.
-    src_indices, dst_indices : Tensor
-        Token numbers, mostly on the GPU.
+    src_indices, dst_indices : Tensor or ndarray of int64
+        Token numbers, mostly on the GPU. An array holds numbers that are known to be good.
     width : int
         Bytes of a token in one layer.
     layers : int
@@ -58,16 +60,26 @@ class Request(NamedTuple):
         other; otherwise 1.
     staged : bool
         Whether SGLang gathers pages on the GPU first, and copies them to the host page by page.
+    device : torch.device or None
+        Where the kernel is to run, if the token numbers do not say.
+    name : int
+        Stands for where tokens lie, of which it is one; 0: that is looked at each time.
+    blocks : tuple of (int, int)
+        Registered blocks (address, bytes) that hold all of the host's side, where they were looked
+        for.
     """
 
     src: tuple[Place, ...]
     dst: tuple[Place, ...]
-    src_indices: torch.Tensor
-    dst_indices: torch.Tensor
+    src_indices: torch.Tensor | npt.NDArray[np.int64]
+    dst_indices: torch.Tensor | npt.NDArray[np.int64]
     width: int
     layers: int = 1
     page_size: int = 1
     staged: bool = False
+    device: torch.device | None = None
+    name: int = 0
+    blocks: tuple[tuple[int, int], ...] = ()
 
 
 def _whole(*tensors: torch.Tensor, token: int, first: int = 0, layer: int = 0, head: int = 0) -> (

@@ -15,18 +15,19 @@ import torch
 
 from kvsig import _core, kernel, streams
 from kvsig._core import KernelCode, KernelLane, KernelPlanes, Report
-from kvsig._errors import CudaError
+from kvsig._errors import BindError, CudaError
 from kvsig.call import call
 from kvsig.integrations.sglang.kernel import Place, Request
 from kvsig.integrations.sglang.pools import Unserved
+from kvsig.launching import SMALL_PAGE, WINDOWED_POOL, multiprocessors
 from kvsig.planning import costs
 
-__all__ = ["Launched", "WrongToken", "launch", "refusal", "serve"]
+__all__ = ["Launched", "WrongToken", "device_of", "launch", "refusal", "serve", "source_of"]
 
 Numbers: TypeAlias = "tuple[int, int, int] | npt.NDArray[np.int64]"
 
-#: Multiprocessors of a long transfer, and layers that one launch can tell of.
-SMS, LAYERS = 4, 1024
+#: Layers that one launch can tell of.
+LAYERS = 1024
 #: Staged pages from which copy engines are as fast, and leave the multiprocessors alone.
 STAGED_BYTES = 128 << 10
 #: What stands for the tokens of a buffer of which only the address is known.
@@ -46,7 +47,9 @@ class Known(NamedTuple):
     planes: KernelPlanes
     limits: tuple[int, int]
     source: int
+    sms: int
     rate: float
+    window_pitch: int
     registered: tuple[tuple[int, tuple[int, int]], ...]
     tables: tuple[torch.Tensor, ...]
 
@@ -61,14 +64,14 @@ class Launched(NamedTuple):
 
 _known: dict[Any, Known] = {}
 _lanes: dict[tuple[int | None, int], KernelLane] = {}
-_codes: dict[tuple[int | None, int], KernelCode] = {}
+_codes: dict[tuple[int | None, int], KernelCode | str] = {}
 # The last token numbers of a page-head pool, and what they were made of.
 _heads: tuple[Any, torch.Tensor] | None = None
 
 
 def refusal() -> str | None:
     """Say why this process cannot launch the page-copy kernel, or None."""
-    return kernel.refusal()
+    return kernel.refusal() if multiprocessors() else "KVSIG_SMS is 0"
 
 
 def serve(request: Request) -> Report | str:
@@ -76,7 +79,7 @@ def serve(request: Request) -> Report | str:
     if request.staged and request.page_size * request.dst[0].token >= STAGED_BYTES:
         return "staged pages of 128 KiB or more, which copy engines move as fast"
     try:
-        return launch([[request]], streams.current_handle(_device(request))).report
+        return launch([[request]], streams.current_handle(device_of(request))).report
     except Unserved as unserved:
         return str(unserved)
 
@@ -101,32 +104,34 @@ def launch(layers: Sequence[Sequence[Request]], handle: int, flags: bool = False
         If a launch before this one was given a number that its buffer does not have.
     """
     first = layers[0][0]
-    device = _device(first)
+    device = device_of(first)
     with streams.device_guard(device):
         key = _key(layers)
         known = _known_again(key) or _found(key, layers, device, handle)
-        numbers = [
-            _numbers(first, side, handle) for side in ((1, 0) if known.source else (0, 1))
-        ]
-        counts = [n[1] if isinstance(n, tuple) else len(n) for n in numbers]
+        sides = (1, 0) if known.source else (0, 1)
+        near, far = (
+            _numbers(first, side, handle, limit)
+            for side, limit in zip(sides, known.limits, strict=True)
+        )
+        counts = [n[1] if isinstance(n, tuple) else len(n) for n in (near, far)]
         if counts[0] != counts[1]:
             raise Unserved("indices that are not of one length")
         if not counts[0]:
             return Launched(Report())
-        listed = [n for n in numbers if not isinstance(n, tuple)]
-        for given, limit in zip(numbers, known.limits, strict=True):
-            if not isinstance(given, tuple) and (given.min() < 0 or given.max() >= limit):
-                raise Unserved("an index outside of a tensor")
         lane = _lane(device, handle)
-        recorded = bool(listed) and _captured(handle)
+        listed = not (isinstance(near, tuple) and isinstance(far, tuple))
         report, value = _core.launch_kernel(
-            known.code, known.planes, lane, numbers[0], numbers[1], known.limits, known.source,
-            sms=SMS, rate=known.rate, flags=flags, recorded=recorded,
+            known.code, known.planes, lane, near, far, known.limits, known.source, sms=known.sms,
+            rate=known.rate, window_pitch=known.window_pitch, flags=flags,
+            recorded=listed and _core.stream_recorded(handle),
         )  # fmt: skip
     return Launched(report, lane, value)
 
 
-def _device(request: Request) -> torch.device:
+def device_of(request: Request) -> torch.device:
+    """Return where a request's launch is; on the emulated runtime the CPU stands for it."""
+    if request.device is not None:
+        return request.device
     for indices in (request.src_indices, request.dst_indices):
         if isinstance(indices, torch.Tensor) and indices.device.type == "cuda":
             return indices.device
@@ -135,14 +140,10 @@ def _device(request: Request) -> torch.device:
     return torch.device("cpu")
 
 
-def _captured(handle: int) -> bool:
-    return handle > 1 and int(call("cudaStreamIsCapturing", stream=handle)) != 0
-
-
 def _lane(device: torch.device, handle: int) -> KernelLane:
     lane = _lanes.get((device.index, handle))
     if lane is None:
-        if _captured(handle):
+        if _core.stream_recorded(handle):
             raise Unserved("a captured stream that no transfer has run on before")
         lane = _lanes[device.index, handle] = KernelLane(LAYERS, handle)
     wrong = lane.take_wrong()
@@ -155,9 +156,11 @@ def _lane(device: torch.device, handle: int) -> KernelLane:
     return lane
 
 
-def _numbers(request: Request, side: int, handle: int) -> Numbers:
+def _numbers(request: Request, side: int, handle: int, limit: int) -> Numbers:
     """Return a side's token numbers: where they are on the GPU, or checked ones in host memory."""
     indices = (request.src_indices, request.dst_indices)[side]
+    if isinstance(indices, np.ndarray):
+        return indices
     heads = (request.src, request.dst)[side][0].head
     if heads > 1:
         indices = _by_head(indices, heads, request.page_size, handle)
@@ -167,6 +170,8 @@ def _numbers(request: Request, side: int, handle: int) -> Numbers:
     if indices.is_cuda:
         return indices.data_ptr(), indices.numel(), indices.element_size()
     listed: npt.NDArray[np.int64] = np.ascontiguousarray(indices.numpy())
+    if len(listed) and (listed.min() < 0 or listed.max() >= limit):
+        raise Unserved("an index outside of a tensor")
     return listed
 
 
@@ -193,7 +198,7 @@ class _Same(tuple):  # type: ignore[type-arg]
 
 def _key(layers: Sequence[Sequence[Request]]) -> tuple[Any, ...]:
     return tuple(
-        (r.width, r.layers, r.page_size, *(_place_key(p) for p in r.src + r.dst))
+        r.name or (r.width, r.layers, r.page_size, *(_place_key(p) for p in r.src + r.dst))
         for layer in layers
         for r in layer
     )
@@ -222,18 +227,20 @@ def _found(
     key: tuple[Any, ...], layers: Sequence[Sequence[Request]], device: torch.device, handle: int
 ) -> Known:
     """Work out where the tokens of requests lie, and put it where the kernel reads it."""
-    if _captured(handle):
+    if _core.stream_recorded(handle):
         raise Unserved("buffers that no transfer has used before the stream was captured")
-    why = kernel.refusal()
+    why = refusal()
     if why is not None:
         raise Unserved(why)
-    columns = [column for layer in layers for column in _layer_columns(layer)]
-    planes = np.array(columns, dtype=np.uint64)  # src, dst, their pitches, width
-    if len(planes) % len(layers) or not len(planes):
+    columns = [_layer_columns(layer) for layer in layers]
+    if not columns[0] or any(len(column) != len(columns[0]) for column in columns):
         raise Unserved("layers that are not alike")
+    planes = np.array(columns, dtype=np.uint64).reshape(-1, 5)  # src, dst, their pitches, width
     many = layers[0][0].layers if len(layers) == 1 else len(layers)
-    source = _source(planes)
+    source = source_of(planes[:, 0], planes[:, 1])
     requests = [request for layer in layers for request in layer]
+    if any(_core.memory_range(block[0]) != block for r in requests for block in r.blocks):
+        raise Unserved("host memory that is not page-locked any more")
     limits = (
         min(_rows(place) for request in requests for place in request.src),
         min(_rows(place) for request in requests for place in request.dst),
@@ -246,10 +253,14 @@ def _found(
     )  # fmt: skip
     model = costs.load(streams.device_name(device))
     rate = (model.load if source else model.offload).kernel_rate / 1e3
+    pitch = int(planes[:, 2 + far].max())
+    windowed = int(planes[:, 4].max()) < SMALL_PAGE and WINDOWED_POOL < pitch * limits[far] < ANY
     blocks = {_core.memory_range(int(a)): int(a) for a in planes[:, far]}
+    blocks |= {block: block[0] for request in requests for block in request.blocks}
     found = Known(
         _code(device, unit), KernelPlanes(table, len(planes) // many, unit),
-        (limits[near], limits[far]), source, rate,
+        (limits[near], limits[far]), source, multiprocessors(), rate,
+        pitch if windowed else 0,
         tuple((address, block) for block, address in blocks.items() if block is not None),
         tuple(p.base for r in requests for p in r.src + r.dst if isinstance(p.base, torch.Tensor)),
     )  # fmt: skip
@@ -305,11 +316,22 @@ def _fact(attribute: int, address: int) -> int:
     return int(fact[0])
 
 
-def _source(planes: npt.NDArray[np.uint64]) -> int:
-    """Return 1 for transfers from the host to the device, 0 for those back."""
+def source_of(srcs: npt.NDArray[np.uint64], dsts: npt.NDArray[np.uint64]) -> int:
+    """Tell the direction of a transfer by its addresses.
+
+    Returns
+    -------
+    int
+        1 for transfers from the host to the device, 0 for those back.
+
+    Raises
+    ------
+    Unserved
+        If the kernel cannot reach one of them, or they are otherwise.
+    """
     try:
-        sides = [{_fact(_MEMORY_TYPE, int(a)) == _HOST for a in planes[:, side]} for side in (0, 1)]
-        moved = any(_fact(_DEVICE_POINTER, int(a)) != a for a in planes[:, :2].ravel())
+        sides = [{_fact(_MEMORY_TYPE, int(a)) == _HOST for a in side} for side in (srcs, dsts)]
+        moved = any(_fact(_DEVICE_POINTER, int(a)) != a for side in (srcs, dsts) for a in side)
     except CudaError:
         raise Unserved("memory that is neither a GPU's nor page-locked") from None
     if moved:
@@ -322,5 +344,11 @@ def _source(planes: npt.NDArray[np.uint64]) -> int:
 def _code(device: torch.device, unit: int) -> KernelCode:
     found = _codes.get((device.index, unit))
     if found is None:
-        found = _codes[device.index, unit] = KernelCode(kernel.build(unit))
+        try:
+            found = KernelCode(kernel.build(unit))
+        except BindError as error:  # not tried again: it takes as long as compiling does
+            found = str(error)
+        _codes[device.index, unit] = found
+    if isinstance(found, str):
+        raise Unserved(found)
     return found

@@ -2,7 +2,8 @@
 
 ``L2TransferEngine.submit_host_to_device`` calls a copy function for each layer, and records that
 layer's event behind it. While it runs, calls are put together here; at the last layer they become
-one launch, and each event is recorded behind a wait for its layer.
+one launch, and each event is recorded behind a wait for its layer. Where some of the calls have to
+be made at once, such as copies of large pages, so are all.
 """
 
 from __future__ import annotations
@@ -34,14 +35,19 @@ _LAYERS = ("transfer_layer_id_max", "layer_num")
 Calls: TypeAlias = list[tuple[Request, Callable[[], Any]]]
 Held: TypeAlias = list[tuple[int, Calls]]
 
-_running = threading.local()
+
+class _Running(threading.local):
+    load: Load | None = None  # of the class: a name that a thread lacks takes a microsecond
+
+
+_running = _Running()
 # Streams on which events are recorded: by device and transfer stream, kept like SGLang's own.
 _helpers: dict[tuple[int | None, int], Any] = {}
 
 
 def current() -> Load | None:
     """Return the load that this thread is putting together, if one is."""
-    return getattr(_running, "load", None)
+    return _running.load
 
 
 def submit(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -74,25 +80,32 @@ class Load:
 
     def __init__(self, done: Callable[[int], Any], layers: int) -> None:
         self.done, self.layers, self.start = done, layers, 0
+        # The call that is being served, as SGLang would make it itself.
+        self.call: Callable[[], Any] | None = None
+        # Whether a call has been made at once: layers come as those calls do then, and a launch at
+        # the end would keep the first of them waiting for the last.
+        self.mixed = False
         self.open: Calls = []
         self.held: Held = []
 
-    def takes(self, request: Request, original: Callable[[], Any]) -> bool:
-        """Keep a call for the launch; False for one that has to be made at once."""
-        if request.layers != 1 or any(p.head for p in request.src + request.dst):
+    def takes(self, request: Request) -> bool:
+        """Keep the call that is being served for the launch; False if it has to be made at once."""
+        if self.mixed or self.call is None or request.layers != 1:
+            return False
+        if any(place.head for place in request.src + request.dst):
             return False
         self.start = self.start or now()
-        self.open.append((request, original))
+        self.open.append((request, self.call))
         return True
 
     def layer_done(self, layer: int) -> None:
-        """Note a layer's event; at the last one, launch, and record the events of all."""
+        """Note a layer's event; at the last one, launch, and record the events of those noted."""
         if not self.open and not self.held:
             self.done(layer)  # nothing is held back, so the event is due
             return
         self.held.append((layer, self.open))
         self.open = []
-        if layer != self.layers - 1:
+        if layer != self.layers - 1 and not self.mixed:
             return
         held, self.held = self.held, []
         try:
@@ -114,7 +127,7 @@ class Load:
 
     def _launched(self, held: Held) -> Report:
         first = next(calls for _, calls in held if calls)[0][0]
-        device = first.src_indices.device
+        device = launches.device_of(first)
         handle = streams.current_handle(device)
         groups = _groups([[request for request, _ in calls] for _, calls in held])
         report, waits = Report(), []

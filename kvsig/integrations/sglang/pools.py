@@ -33,6 +33,8 @@ PlanesOf: TypeAlias = "Callable[[Tensors, Tensors, int, int], tuple[list[Planes]
 # Geometries by what they are: layers of a pool, both directions.
 _geometries: dict[Any, Geometry] = {}
 _MANY = 4096
+# Registered blocks that are looked at before each launch: pools have one, or a few large ones.
+_MOST_BLOCKS = 1024
 
 
 class Planes(NamedTuple):
@@ -61,6 +63,10 @@ class Geometry(NamedTuple):
         that it begins in.
     seams : tuple of int
         Where allocations or registered blocks meet within a tensor.
+    mapped : tuple of (int, int) or None
+        The registered blocks (address, bytes) that hold all of the host's side.
+    requests : dict
+        Of launches that move its pages, by the tokens of a page number; None where there are none.
     """
 
     planes: tuple[Planes, ...]
@@ -69,6 +75,8 @@ class Geometry(NamedTuple):
     device: torch.device
     blocks: Blocks
     seams: tuple[int, ...]
+    mapped: tuple[tuple[int, int], ...] | None
+    requests: dict[int, Any]
 
 
 class Unserved(Exception):
@@ -101,9 +109,10 @@ def geometry(
     with streams.device_guard(device):
         blocks = memory_blocks((*srcs, *dsts))
         seams = seams_of(blocks)
+        mapped = mapped_blocks([t for t in (*srcs, *dsts) if not t.is_cuda])
     if len(_geometries) >= _MANY:
         _geometries.clear()
-    found = Geometry(tuple(planes), dst_units, src_units, device, blocks, seams)
+    found = Geometry(tuple(planes), dst_units, src_units, device, blocks, seams, mapped, {})
     _geometries[key] = found
     return found
 
@@ -141,6 +150,20 @@ def seams_of(blocks: Blocks) -> tuple[int, ...]:
             continue
         inside += seams_inside(start, end)
     return tuple(inside)
+
+
+def mapped_blocks(tensors: Tensors) -> tuple[tuple[int, int], ...] | None:
+    """Find the registered blocks that hold all of some tensors; None where a byte is in none."""
+    found: dict[tuple[int, int], None] = {}
+    for tensor in tensors:
+        place, end, _ = extent(tensor)
+        while place < end:
+            block = _core.memory_range(place)
+            if block is None or len(found) >= _MOST_BLOCKS:
+                return None
+            found[block] = None
+            place = block[0] + block[1]
+    return tuple(found)
 
 
 def _row(tensor: torch.Tensor) -> tuple[int, int]:
