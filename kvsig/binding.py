@@ -250,9 +250,10 @@ class Binding:
         if not address:
             names = self.registry.enums["CUdriverProcAddressQueryResult"].constants
             label = next((name for name, number in names.items() if number == status), "unknown")
+            answer = f"{code} ({self.core.told(code, 'cuda')[0]})"
             why = (
                 f"cuGetProcAddress of {self.file(function.library)} does not give {wanted}: it"
-                f" answered {code} ({self.core.told(code, 'cuda')[0]}), with status {status} ({label})"
+                f" answered {answer}, with status {status} ({label})"
             )
             return Row(function, "missing", why, variant)
         why = f"asked of the library's lookup; {format_version(version)} is in the range"
