@@ -381,30 +381,40 @@ cdef str _text_of(const char *text):
     return "" if text == NULL else text.decode("utf-8", "replace")
 
 
+def told(int code, str library):
+    """Name and text of an error code, by the library that answered it.
+
+    Codes of NVRTC are its own. Where the library does not say (a stub driver), the name is the
+    registry's, as far as it has the constant.
+    """
+    cdef const char *name = NULL
+    cdef const char *text = NULL
+    if library == "nvrtc":
+        name = nvrtcGetErrorString(result_=code)
+    elif library == "cuda":
+        cuGetErrorName(error=code, pStr=&name)
+        cuGetErrorString(error=code, pStr=&text)
+    else:
+        name, text = cudaGetErrorName(error=code), cudaGetErrorString(error=code)
+    label = _text_of(name)
+    if not label:
+        registry = _bound.registry if _bound is not None else _registry.load()
+        returns = registry.functions[registry.libraries[library].version].returns.name
+        codes = registry.enums[returns].constants
+        label = next((key for key, number in codes.items() if number == code), "unknown")
+    return label, _text_of(text) or "no text"
+
+
 def _error(int code, name, index=None):
     """The exception for an error code, with the thread's last error cleared."""
-    cdef str label = "", text = ""
     row = _bound.rows[name]
-    if row.function.library == "nvrtc":
-        # Codes of its own, which CUDA's functions would take for theirs.
-        if slots[SLOT_nvrtcGetErrorString].variant >= 0:
-            label = _text_of(nvrtcGetErrorString(result_=code))
-    else:
-        if slots[SLOT_cudaGetLastError].variant >= 0:
-            cudaGetLastError()
-        if slots[SLOT_cudaGetErrorName].variant >= 0:
-            label = _text_of(cudaGetErrorName(error=code))
-        if slots[SLOT_cudaGetErrorString].variant >= 0:
-            text = _text_of(cudaGetErrorString(error=code))
-    if not label:
-        # Without libcudart: by the registry, as far as it has the constant.
-        codes = _bound.registry.enums[row.function.returns.name].constants
-        label = next((key for key, number in codes.items() if number == code), "")
-    variant = row.variant.label if row.variant else "none"
-    library = _bound.file(row.function.library)
+    library = row.function.library
+    if library != "nvrtc":
+        _clear()
     if code not in BLAMES_A_COPY:
         index = None
-    return CudaError(code, label or "unknown", text or "no text", name, variant, library, index)
+    variant = row.variant.label if row.variant else "none"
+    return CudaError(code, *told(code, library), name, variant, _bound.file(library), index)
 
 
 cdef void _clear() noexcept nogil:
@@ -860,18 +870,16 @@ def _after_failure(int code, function):
     if code == cudaErrorNotSupported or code == cudaErrorCallRequiresNewerDriver:
         _clear()
         # It will answer so again: remember it.
-        _remembered = f"{function} answered {code} ({_name(code)})"
+        _remembered = f"{function} answered {code} ({_name(code, function)})"
         return _remembered
     if code == cudaErrorStreamCaptureUnsupported:
         _clear()
-        return f"{function} answered {code} ({_name(code)}): the stream is being captured"
+        return f"{function} answered {code} ({_name(code, function)}): the stream is being captured"
     return None
 
 
-def _name(int code):
-    if slots[SLOT_cudaGetErrorName].variant < 0:
-        return "unknown"
-    return _text_of(cudaGetErrorName(error=code))
+def _name(int code, str function):
+    return told(code, _bound.rows[function].function.library)[0]
 
 
 cdef object _failed_copy(

@@ -43,6 +43,9 @@ class Core(Protocol):
     def ask_version(self, row: Row) -> tuple[int, int]:
         """What a library's version function answers: an error code, and the version."""
 
+    def told(self, code: int, library: str) -> tuple[str, str]:
+        """Name and text of an error code of a library."""
+
     def proc_address(self, symbol: str, version: int) -> tuple[int, int, int]:
         """What the driver's lookup answers: an address, an error code and a status."""
 
@@ -247,9 +250,10 @@ class Binding:
         if not address:
             names = self.registry.enums["CUdriverProcAddressQueryResult"].constants
             label = next((name for name, number in names.items() if number == status), "unknown")
+            answer = f"{code} ({self.core.told(code, 'cuda')[0]})"
             why = (
                 f"cuGetProcAddress of {self.file(function.library)} does not give {wanted}: it"
-                f" answered {code}, with status {status} ({label})"
+                f" answered {answer}, with status {status} ({label})"
             )
             return Row(function, "missing", why, variant)
         why = f"asked of the library's lookup; {format_version(version)} is in the range"
@@ -259,7 +263,8 @@ class Binding:
         """What is known of a driver that does not tell a version."""
         code = self.untold.get("cuda")
         if code is not None:
-            return f"the driver does not tell its version: {self.file('cuda')} answered {code}"
+            answer = f"{code} ({self.core.told(code, 'cuda')[0]})"
+            return f"the driver does not tell its version: {self.file('cuda')} answered {answer}"
         return "the driver is missing"
 
     def choose_route(self) -> None:

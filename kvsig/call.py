@@ -130,8 +130,16 @@ def _result(
         return result
     if result != 0:
         raise _core.error_of(result, function.name)
-    found = {name: _marshal.unpack(registry, t, raw) for name, (t, raw) in outs.items()}
+    found = {name: _written(registry, ctype, raw) for name, (ctype, raw) in outs.items()}
     return next(iter(found.values())) if len(found) == 1 else found or None
+
+
+def _written(registry: Registry, ctype: CType, raw: bytearray) -> Any:
+    """What CUDA has written for an out-parameter; a text where that is the address of one."""
+    value = _marshal.unpack(registry, ctype, raw)
+    if (ctype.base, ctype.const, len(ctype.pointers)) == ("char", True, 1) and value:
+        return ctypes.string_at(value).decode("utf-8", "replace")
+    return value
 
 
 class _CallableModule(ModuleType):

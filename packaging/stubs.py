@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 #: To these no module belongs: they are for type checkers alone.
 NO_MODULE = {"kvsig._calls"}
-#: What Cython adds to modules and classes.
+#: What Cython adds to modules and classes, and one that no caller can make.
 ALLOWED = r"""
 .*\.__test__
 .*\.__pyx_\w+
@@ -18,6 +18,8 @@ ALLOWED = r"""
 .*\.__setstate_cython__
 .*\.__setstate__
 .*\.__reduce__
+.*\.__radd__
+kvsig\.planning\._plan\.Pages\.__init__
 """
 
 

@@ -25,6 +25,8 @@ static const struct handler {
     {"cuDriverGetVersion", do_driver_get_version, ANY_TIME | ASKS_DRIVER | DRIVER},
     {"cuFuncGetAttribute", do_function_get_attribute, DRIVER},
     {"cuFuncSetAttribute", do_function_set_attribute, DRIVER},
+    {"cuGetErrorName", do_driver_error_text, ANY_TIME | ASKS_DRIVER | DRIVER},
+    {"cuGetErrorString", do_driver_error_text, ANY_TIME | ASKS_DRIVER | DRIVER},
     {"cuGetProcAddress", do_entry_point, DRIVER | ANY_TIME},
     {"cuInit", do_initialise, DRIVER},
     {"cuLaunchKernel", do_launch_kernel, DRIVER},

@@ -346,7 +346,7 @@ handler_function do_runtime_get_version, do_driver_get_version, do_get_device_co
     do_set_device, do_device_get_attribute, do_get_last_error, do_peek_at_last_error,
     do_context_get_current, do_context_set_current, do_context_get_device, do_context_retain,
     do_context_release, do_device_get;
-handler_function do_entry_point, do_initialise;
+handler_function do_entry_point, do_initialise, do_driver_error_text;
 handler_function do_module_load, do_module_unload, do_module_get_function,
     do_function_get_attribute, do_function_set_attribute, do_launch_kernel, do_launch_kernel_ex;
 handler_function do_nvrtc_version, do_nvrtc_create, do_nvrtc_compile, do_nvrtc_destroy,

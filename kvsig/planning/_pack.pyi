@@ -1,7 +1,10 @@
-from typing import Any
+from typing import Any, Self
 
 from kvsig.planning._plan import Plan
 
 DEFAULT_PIECE: int
+
+class Packer:
+    def __new__(cls, plan: Plan) -> Self: ...
 
 def pieces(plan: Plan) -> list[tuple[str, Any]]: ...

@@ -1,5 +1,5 @@
 from enum import IntEnum
-from typing import Any
+from typing import Any, Self
 
 import numpy.typing as npt
 
@@ -25,15 +25,15 @@ def kernel_pays(
 ) -> bool: ...
 
 class Geometry:
-    def __init__(
-        self,
+    def __new__(
+        cls,
         planes: Planes,
         model: CostModel,
         host_seams: npt.ArrayLike | None = None,
         device_seams: npt.ArrayLike | None = None,
         sms: int = 0,
         rates: tuple[float, float] = ...,
-    ) -> None: ...
+    ) -> Self: ...
     @property
     def sms(self) -> int: ...
     @property

@@ -222,6 +222,7 @@ class TestResults:
         assert kvsig.call("cudaDeviceSynchronize") is None
         assert kvsig.call("cudaGetErrorName", error=801) == "cudaErrorNotSupported"
         assert kvsig.call("cudaGetErrorString", error=801) == "operation not supported"
+        assert kvsig.call("cuGetErrorName", error=807) == "CUDA_ERROR_MPS_SERVER_NOT_READY"
 
     def test_a_code_that_is_the_answer_raises_nothing(self, bind):
         bind("13.0")

@@ -287,7 +287,7 @@ class TestRoutes:
         copies = Copies(8)
         report = _core.copy_batch(*copies.arguments, on.cuda_stream)
         assert report.path == "loop"
-        assert report.reason.startswith(f"cuMemcpyBatchAsync answered {code} (cudaError")
+        assert report.reason.startswith(f"cuMemcpyBatchAsync answered {code} (CUDA_ERROR_")
         on.synchronize()
         copies.check()
         assert _core.copy_batch(*copies.arguments, on.cuda_stream).reason == report.reason
@@ -335,8 +335,8 @@ class TestRoutes:
         report = _core.copy_batch(*copies.arguments, on.cuda_stream)
         assert report.reason == (
             f"KVSIG_ROUTE=driver, and cuMemcpyBatchAsync is not bound: cuGetProcAddress of {path}"
-            " does not give cuMemcpyBatchAsync of 12.8: it answered 500, with status 1"
-            " (CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND)"
+            " does not give cuMemcpyBatchAsync of 12.8: it answered 500"
+            " (CUDA_ERROR_NOT_FOUND), with status 1 (CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND)"
         )
         on.synchronize()
         copies.check()

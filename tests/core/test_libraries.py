@@ -201,7 +201,8 @@ class TestDriver:
         )
         assert info["batch"] == {
             "path": "none",
-            "why": f"no copy can be made: the driver does not tell its version: {stub} answered 34",
+            "why": f"no copy can be made: the driver does not tell its version: {stub} answered 34"
+            " (CUDA_ERROR_STUB_LIBRARY)",
         }
 
     @pytest.mark.known_failure("driver-of-older-major")
@@ -232,7 +233,7 @@ class TestDriver:
         info = tell(KVSIG_CUDART=cudart, LD_LIBRARY_PATH=str(tmp_path / "driver"))
         said = (
             f"cuGetProcAddress of {wrapper} does not give cuMemcpyBatchAsync of 12.8: it answered"
-            " 500, with status 1 (CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND)"
+            " 500 (CUDA_ERROR_NOT_FOUND), with status 1 (CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND)"
         )
         rows = {row["name"]: row for row in info["functions"]}
         assert rows["cuMemcpyBatchAsync"]["why"] == said

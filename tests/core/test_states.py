@@ -38,7 +38,7 @@ def told(version, state):
         ("13.0", "old", "the driver is 12.0, and libcudart 13.0 needs 13.0"),
         ("12.9", "old", "the driver is 11.0, and libcudart 12.9 needs 12.0"),
         ("13.0", "stub", "the driver does not tell its version: "),
-        ("12.6", "stub", " answered 34"),
+        ("12.6", "stub", " answered 34 (CUDA_ERROR_STUB_LIBRARY)"),
         ("13.0", "ready", "cudaMemcpyBatchAsync of 13.0"),
         ("12.6", "ready", "the driver is 12.6, and batches need 12.8"),
     ],
