@@ -245,7 +245,7 @@ class TestSmallBlocks:
         handler.transfer([numbers("random", 60, 64)], [list(range(60))], [0])
         assert vllm.calls == ["swap_blocks_batch"]
         (cause,) = observe.stats()["fallbacks"]
-        assert cause == "cuLaunchKernelEx answered 1 cudaErrorInvalidValue"
+        assert cause == "cuLaunchKernelEx answered 1 CUDA_ERROR_INVALID_VALUE"
 
 
 def test_nothing_to_copy(vllm: types.SimpleNamespace, control: Control) -> None:
