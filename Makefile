@@ -97,9 +97,9 @@ export prerequisites
 demo: $(installed)
 	@$(py) -m kvsig demo $(ARGS)
 	@printf '%s\n' '' 'To go on:' \
-		'  $(VENV)/bin/kvsig info                 # which CUDA runtime is used, which prototypes' \
+		'  $(VENV)/bin/kvsig info                     # which CUDA runtime is used, which prototypes' \
 		'  $(py) examples/quickstart.py  # the script of README.md, to change' \
-		'  $(VENV)/bin/kvsig demo --help          # other models, layouts and paths'
+		'  $(VENV)/bin/kvsig demo --help              # other models, layouts and paths'
 
 test: build
 	$(py) -m pytest $(ARGS)

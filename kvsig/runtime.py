@@ -216,7 +216,8 @@ def cudart(spec: str, needed: Sequence[str]) -> Library:
 
 
 def _chosen(spec: str, needed: Sequence[str]) -> Library:
-    found = f"KVSIG_CUDART={spec}"
+    by_user = spec == os.environ.get("KVSIG_CUDART")
+    found = f"KVSIG_CUDART={spec}" if by_user else f"the program asked for {spec}"
     if spec.startswith("emulated:"):
         text, _, over = spec.partition(":")[2].partition("/")
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -264,7 +265,9 @@ class TestStreams:
     @pytest.mark.parametrize("command", ["info", "info --json", "demo --tokens 16"])
     def test_closed_stdout_is_quiet(self, command):
         done = self.shell(f"kvsig {command} >&-")
-        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        # On a busy machine the demo tells every 10 s how far it is.
+        said = re.sub(r"kvsig demo: \d+ of \d+ after .*\n", "", done.stderr)
+        assert (done.returncode, done.stdout, said) == (0, "", "")
 
     def test_closed_stderr_loses_nothing(self):
         done = self.shell("kvsig demo --tokens 16 2>&-")
@@ -303,6 +306,7 @@ class TestWithoutAGpu:
         answer = json.loads(kvsig_command("info", "--json", cudart=None).stdout)
         assert answer["emulated"] is True
         assert answer["note"].startswith("There is no GPU to run on: ")
+        assert answer["found"] == f"the program asked for emulated:{VERSIONS[-1][0]}"
 
     @pytest.mark.parametrize("args", [("info",), BENCH], ids=lambda a: a[0])
     def test_what_is_asked_for_is_taken_without_a_word(self, args):
