@@ -21,7 +21,7 @@ from kvsig.cli import build_parser
 
 PYTHON = [page for page in PAGES if blocks(page.read_text(), "python")]
 #: What the code of these pages runs inside of.
-ENGINES = {"sglang.md": {"sglang"}, "vllm.md": {"vllm"}}
+ENGINES = {"sglang.md": {"sglang"}, "vllm.md": {"vllm"}, "lmcache.md": {"lmcache"}}
 #: Which files have the quickstart, word for word; it is run as it stands, by itself.
 QUICKSTART = [ROOT / "README.md", DOCS / "quickstart.md"]
 

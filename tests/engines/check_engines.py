@@ -1,4 +1,4 @@
-"""The released Python of SGLang and vLLM against what kvsig relies on: ``make engines``.
+"""The released Python of SGLang, vLLM and LMCache against what kvsig relies on: ``make engines``.
 
 Fetches each wheel once, keeps its Python below build/engines, and looks at it in a process of its
 own, with what is compiled or far away stubbed. Run by hand: ``python tests/engines/check_engines.py
@@ -23,6 +23,7 @@ ENGINES = {
     "vllm-0.25.1": ("vllm==0.25.1",),
     "vllm-0.29.0": ("vllm==0.29.0",),
     "vllm-0.33.0": ("vllm==0.33.0",),
+    "lmcache-0.5.6": ("lmcache==0.5.6",),
 }
 PLATFORMS = ("manylinux_2_35", "manylinux_2_34", "manylinux_2_28", "manylinux2014", "manylinux1")
 
@@ -41,7 +42,7 @@ def unpacked(requirement: str) -> Path:
     subprocess.run([*download, "--platform", "any", requirement], check=True)
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        python = [name for name in archive.namelist() if name.endswith(".py")]
+        python = [name for name in archive.namelist() if name.endswith((".py", ".pyi"))]
         archive.extractall(folder, python)
     wheel.unlink()
     done.touch()
