@@ -269,10 +269,8 @@ def _write_invoker(registry: Registry, function: Function, index: int) -> Iterat
     yield f"    cdef {_type(registry, function.returns)} result"
     yield "    with nogil:"
     yield f"        result = (<{pointer_type}>address)({', '.join(names)})"
-    if registry.resolve(function.returns).pointers:
-        yield "    return <bytes>result if result != NULL else None"
-    else:
-        yield "    return result"
+    text = registry.resolve(function.returns).pointers
+    yield f"    return {'<bytes>result if result != NULL else None' if text else 'result'}"
     yield ""
 
 
@@ -280,13 +278,11 @@ def _write_invoke(registry: Registry) -> Iterator[str]:
     yield "cdef object invoke(int slot, tuple arguments):"
     yield "    cdef void *address = slots[slot].address"
     yield "    cdef int which = slots[slot].variant"
-    word = "if"
     for slot, function in enumerate(registry.functions.values()):
         for index in range(len(function.variants)):
-            yield f"    {word} slot == {slot} and which == {index}:"
+            yield f"    if slot == {slot} and which == {index}:"
             name = f"kvsig_invoke_{_pointer_type(function, index)}"
             yield f"        return {name}(address, arguments)"
-            word = "elif"
     yield '    raise SystemError("no invoker for slot %d, variant %d" % (slot, which))'
     yield ""
 
@@ -363,12 +359,6 @@ def _write_exported(registry: Registry, function: Function, variant: Variant) ->
     yield ""
 
 
-def _write_trap(symbol: str) -> Iterator[str]:
-    yield f"void {_global(symbol)}(void);"
-    yield f"void {symbol}(void) {{ emu_trap({_literal(symbol)}); }}"
-    yield ""
-
-
 def emulated_glue(registry: Registry, version: int, without: Collection[str] = ()) -> str:
     """C text of the emulated runtime's exported functions at one version.
 
@@ -406,27 +396,24 @@ def emulated_glue(registry: Registry, version: int, without: Collection[str] = (
     exported: set[str] = set(without)
     traps: list[str] = []
     for function in registry.functions.values():
-        if function.library != reader.RUNTIME:
-            # What is the driver's lies in the same file here, in every form: a driver keeps its
-            # old entry points, and its version is set apart from the runtime's.
-            for form in reversed(function.variants):
-                if form.symbol not in exported:
-                    exported.add(form.symbol)
-                    lines += _write_exported(registry, function, form)
-            continue
-        variant = function.select(version)
-        if variant is not None:
-            if variant.symbol not in exported:
-                exported.add(variant.symbol)
-                lines += _write_exported(registry, function, variant)
-            if variant.symbol != function.name:
+        # What is the driver's lies in the same file here, in every form: a driver keeps its old
+        # entry points, and its version is set apart from the runtime's.
+        forms = function.variants[::-1]
+        if function.library == reader.RUNTIME:
+            variant = function.select(version)
+            forms = () if variant is None else (variant,)
+            if variant is not None:
                 traps.append(function.name)
-        elif version >= function.variants[-1].since:
-            traps.append(function.variants[-1].symbol)
-    for symbol in traps:
+            elif version >= function.variants[-1].since:
+                traps.append(function.variants[-1].symbol)
+        for form in forms:
+            if form.symbol not in exported:
+                exported.add(form.symbol)
+                lines += _write_exported(registry, function, form)
+    for symbol in dict.fromkeys(traps):
         if symbol not in exported:
-            exported.add(symbol)
-            lines += _write_trap(symbol)
+            trap = f"void {_global(symbol)}(void)"
+            lines += [f"{trap};", f"{trap} {{ emu_trap({_literal(symbol)}); }}", ""]
     lines.append("#pragma GCC visibility pop")
     return "\n".join(lines) + "\n"
 

@@ -1,7 +1,7 @@
 """Which libcudart, libcuda and NVRTC this process has, and why.
 
-Nothing of CUDA is called here: it is looked at what is loaded, what is installed and whether a file
-is whole. Every candidate is looked at, and what was refused is named with its reason.
+Nothing of CUDA is called here: it is looked at what is loaded and what is installed, in the order
+in which each library comes into question.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import struct
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from . import _loader
 from ._errors import BindError
+from .library import Candidate, Library, files, first, loaded, opened
 from .registry import format_version, parse_version
 
 __all__ = [
     "Library",
     "cudart",
-    "defect",
     "driver",
+    "emulated_libraries",
     "emulated_library",
     "loaded_cudarts",
     "nvrtc",
@@ -39,31 +39,6 @@ HOWTO = "the path of a libcudart, or emulated:VERSION, such as emulated:12.9"
 EMULATED_FOLDER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "_emulated")
 
 
-@dataclass(frozen=True)
-class Library:
-    """A library that was found, or why there is none.
-
-    Attributes
-    ----------
-    handle : int
-        The loader's; 0 where there is none.
-    path : str
-        The file.
-    found : str
-        How it was found, or why not.
-    refused : tuple of str
-        What was looked at before, and what is wrong with it.
-    emulate : tuple of int, or None
-        Versions of the runtime and the driver that an emulated one is asked to be.
-    """
-
-    handle: int
-    path: str
-    found: str
-    refused: tuple[str, ...] = ()
-    emulate: tuple[int, int] | None = None
-
-
 def route(environ: Mapping[str, str]) -> str:
     """What ``KVSIG_ROUTE`` says: "auto", "runtime" or "driver".
 
@@ -78,97 +53,33 @@ def route(environ: Mapping[str, str]) -> str:
     return wanted
 
 
-# --- Files --------------------------------------------------------------------------------------
-
-
-def defect(path: str) -> str | None:
-    """Why a file is no whole 64-bit shared library, or None.
-
-    The loader maps what the headers say and dies by SIGBUS where the file ends before.
-    """
-    try:
-        size = os.stat(path).st_size
-        if not os.path.isfile(path):
-            return "is no file: it is a folder or a device"
-        with open(path, "rb") as file:
-            head = file.read(64)
-            if len(head) < 64 or head[:6] != b"\x7fELF\x02\x01":
-                return None  # the loader says what is wrong with it
-            start, sections = struct.unpack_from("<QQ", head, 32)
-            each, count, section, how_many = struct.unpack_from("<HHHH", head, 54)
-            file.seek(min(start, size))
-            table = file.read(each * count)
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
-    needed = max(start + each * count, sections + section * how_many)
-    if each >= 56 and len(table) == each * count:
-        for at in range(0, len(table), each):
-            kind, offset = struct.unpack_from("<I4xQ", table, at)
-            (length,) = struct.unpack_from("<Q", table, at + 32)
-            if kind == 1:  # a part of the file that is mapped
-                needed = max(needed, offset + length)
-    if needed > size:
-        return f"is cut off: it has {size} bytes, and its headers speak of {needed}"
-    return None
-
-
-def _opened(
-    path: str, found: str, needed: Sequence[str], *, is_loaded: bool = False
-) -> Library | str:
-    """Open a library that must have some functions; what is wrong with it otherwise."""
-    if not is_loaded and os.sep in path:
-        wrong = defect(path)
-        if wrong:
-            return wrong
-    handle = _loader.open_library(path)
-    if not handle:
-        return f"cannot be loaded: {_loader.open_error()}"
-    for name in needed:
-        if not _loader.symbol(handle, name):
-            return f"does not have {name}"
-    return Library(handle, _loader.address_file(_loader.symbol(handle, needed[0])) or path, found)
-
-
-def _first(candidates: Iterator[tuple[str, str, bool]], needed: Sequence[str]) -> Library:
-    """The first candidate (path, how it was found, whether it is loaded) that is whole."""
-    refused: list[str] = []
-    seen = set()
-    for path, found, is_loaded in candidates:
-        real = os.path.realpath(path)
-        if real in seen:
-            continue
-        seen.add(real)
-        library = _opened(path, found, needed, is_loaded=is_loaded)
-        if isinstance(library, Library):
-            return replace(library, refused=tuple(refused))
-        refused.append(f"{path} {library}")
-    return Library(0, "", "", tuple(refused))
-
-
 # --- libcudart ----------------------------------------------------------------------------------
 
 
-def emulated_library(text: str, folder: str = EMULATED_FOLDER) -> str:
-    """Path of the emulated runtime that serves a version, such as "12.9".
+def emulated_libraries(folder: str = EMULATED_FOLDER) -> list[tuple[int, str]]:
+    """First version and path of each emulated runtime that is built, oldest first."""
+    paths = files([folder], EMULATED)
+    found = ((EMULATED.fullmatch(os.path.basename(path)), path) for path in paths)
+    return sorted((parse_version(match[1]), path) for match, path in found if match)
+
+
+def emulated_library(wanted: int, folder: str = EMULATED_FOLDER) -> str:
+    """Path of the emulated runtime that serves a version.
 
     Raises
     ------
     ValueError
-        If the text is no version, nothing is built, or what is built starts later.
+        If nothing is built, or what is built starts later.
     """
-    wanted = parse_version(text)
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    built = sorted(
-        (parse_version(match[1]), name) for name in names if (match := EMULATED.fullmatch(name))
-    )
+    built = emulated_libraries(folder)
     if not built:
         raise ValueError(
             f"no emulated CUDA runtime is built in {folder}: build with"
             " `python setup.py build_ext --inplace`"
         )
-    for since, name in reversed(built):
+    for since, path in reversed(built):
         if since <= wanted:
-            return os.path.join(folder, name)
+            return path
     begin = ", ".join(format_version(since) for since, _ in built)
     raise ValueError(
         f"no emulated CUDA runtime serves version {format_version(wanted)}: those that are built"
@@ -179,9 +90,8 @@ def emulated_library(text: str, folder: str = EMULATED_FOLDER) -> str:
 def loaded_cudarts() -> list[str]:
     """Paths of all libcudarts of this process, each file once."""
     found: dict[str, str] = {}
-    for path in _loader.loaded_libraries():
-        if CUDART.fullmatch(os.path.basename(path)):
-            found.setdefault(os.path.realpath(path), path)
+    for path in loaded(CUDART):
+        found.setdefault(os.path.realpath(path), path)
     return list(found.values())
 
 
@@ -202,14 +112,15 @@ def cudart(spec: str, needed: Sequence[str]) -> Library:
     """
     if spec:
         return _chosen(spec, needed[:1])
-    why = [""]
-    library = _first(_candidates(why), needed)
+    library = first(_cudart_candidates(), needed)
     if library.handle:
         return library
-    loaded = "no libcudart is loaded in this process, and "
+    _, major, why = _installed_torch()
+    if major:
+        why = f"the installed torch wants {_soname(major)}, which was not found"
+    none = "" if loaded_cudarts() else "no libcudart is loaded in this process, and "
     raise BindError(
-        f"no CUDA runtime: {'' if loaded_cudarts() else loaded}"
-        f"{'; '.join([*library.refused, why[0]])}."
+        f"no CUDA runtime: {none}{'; '.join([*library.refused, why])}."
         " Install torch with CUDA, import what loads libcudart first, or set KVSIG_CUDART to the"
         " path of a libcudart or to emulated:VERSION, such as emulated:12.9"
     )
@@ -223,16 +134,16 @@ def _chosen(spec: str, needed: Sequence[str]) -> Library:
         try:
             version = parse_version(text)
             newest = parse_version(over) if over else version
-            path = emulated_library(text)
+            path = emulated_library(version)
         except ValueError as error:
             raise BindError(f"KVSIG_CUDART={spec!r}: {error}") from None
-        library = _opened(path, found, needed)
+        library = opened(path, found, needed)
         if isinstance(library, Library):
             return replace(library, emulate=(version, newest))
         raise BindError(f"{path} {library} ({found}); rebuild kvsig")
     if not os.path.exists(spec) and os.sep in spec:
         raise BindError(f"KVSIG_CUDART={spec!r}: there is no such file; give {HOWTO}")
-    library = _opened(spec, found, needed)
+    library = opened(spec, found, needed)
     if isinstance(library, Library):
         return library
     if library.startswith("does not have"):
@@ -241,35 +152,31 @@ def _chosen(spec: str, needed: Sequence[str]) -> Library:
     raise BindError(f"{spec} {what} ({found}): {detail}; give {HOWTO}")
 
 
-def _candidates(why: list[str]) -> Iterator[tuple[str, str, bool]]:
-    """All libcudarts that come into question, in order; says in `why` if one is not installed."""
+def _soname(major: str) -> str:
+    return "libcudart.so.11.0" if major == "11" else f"libcudart.so.{major}"
+
+
+def _cudart_candidates() -> Iterator[Candidate]:
+    """All libcudarts that come into question, in order."""
     paths = _loader.loaded_libraries()
     for wanted in TORCH_CUDA:
         for path in paths:
-            if os.path.basename(path) == wanted:
-                own = _linked_cudart(path)
-                if own:
-                    yield own, "loaded in this process, by torch", True
+            own = _linked_cudart(path) if os.path.basename(path) == wanted else ""
+            if own:
+                yield own, "loaded in this process, by torch", True
     for path in loaded_cudarts():
         yield path, "loaded in this process", True
-    root, major, why[0] = _installed_torch()
+    root, major, _ = _installed_torch()
     if not major:
         return
-    soname = "libcudart.so.11.0" if major == "11" else f"libcudart.so.{major}"
-    how = "the installed torch would load it"
+    how, soname = "the installed torch would load it", _soname(major)
     # A wheel of torch may have it under a name of its own; what another version left there has
     # another number behind.
-    own_name = re.compile(rf"libcudart-[0-9a-f]{{8,}}{re.escape(soname[9:])}(\.\d+)*")
-    for folder in _torch_folders(root, major, "cuda_runtime"):
-        if os.path.exists(os.path.join(folder, soname)):
-            yield os.path.join(folder, soname), how, False
-        if folder == os.path.join(root, "lib") and os.path.isdir(folder):
-            for name in sorted(os.listdir(folder)):
-                if own_name.fullmatch(name):
-                    yield os.path.join(folder, name), how, False
+    names = re.compile(rf"libcudart(-[0-9a-f]{{8,}})?{re.escape(soname[9:])}(\.\d+)*")
+    for path in files(_torch_folders(root, major, "cuda_runtime"), names):
+        yield path, how, False
     if _loader.open_library(soname):
         yield soname, how, True
-    why[0] = f"the installed torch wants {soname}, which was not found"
 
 
 def _linked_cudart(path: str) -> str:
@@ -325,19 +232,17 @@ def driver(sonames: Sequence[str], needed: str, runtime: int = 0) -> Library:
         With handle 0, and the reason in ``found``, where there is none.
     """
 
-    def candidates() -> Iterator[tuple[str, str, bool]]:
+    def candidates() -> Iterator[Candidate]:
         for soname in sonames:
             yield soname, "known to the loader", False
-        for path in _loader.loaded_libraries():
-            if DRIVER.fullmatch(os.path.basename(path)):
-                yield path, "loaded in this process", True
+        for path in loaded(DRIVER):
+            yield path, "loaded in this process", True
         for folder in _loader.search_path(runtime) if runtime else ():
             for soname in sonames:
                 if os.path.exists(os.path.join(folder, soname)):
                     yield os.path.join(folder, soname), "on libcudart's search path", False
 
-    library = _first(candidates(), [needed])
-    return library if library.handle else replace(library, found="; ".join(library.refused))
+    return first(candidates(), [needed])
 
 
 def nvrtc(sonames: Sequence[str], needed: str, runtime: str = "") -> Library:
@@ -346,10 +251,9 @@ def nvrtc(sonames: Sequence[str], needed: str, runtime: str = "") -> Library:
     Parameters and result are those of `driver`, but for `runtime`: the path of libcudart.
     """
 
-    def candidates() -> Iterator[tuple[str, str, bool]]:
-        for path in _loader.loaded_libraries():
-            if NVRTC.fullmatch(os.path.basename(path)):
-                yield path, "loaded in this process", True
+    def candidates() -> Iterator[Candidate]:
+        for path in loaded(NVRTC):
+            yield path, "loaded in this process", True
         folders = []
         if runtime:
             beside = os.path.dirname(os.path.realpath(runtime))
@@ -357,13 +261,9 @@ def nvrtc(sonames: Sequence[str], needed: str, runtime: str = "") -> Library:
         root, major, _ = _installed_torch()
         if major:
             folders += _torch_folders(root, major, "cuda_nvrtc")
-        for folder in folders:
-            if os.path.isdir(folder):
-                for name in sorted(os.listdir(folder), reverse=True):
-                    if NVRTC.fullmatch(name):
-                        yield os.path.join(folder, name), f"in {folder}", False
+        for path in files(folders, NVRTC):
+            yield path, f"in {os.path.dirname(path)}", False
         for soname in sonames:
             yield soname, "known to the loader", False
 
-    library = _first(candidates(), [needed])
-    return library if library.handle else replace(library, found="; ".join(library.refused))
+    return first(candidates(), [needed])

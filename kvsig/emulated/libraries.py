@@ -11,13 +11,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
+from kvsig import runtime
 from kvsig.registry import Registry, format_version
 
-DIRECTORY = Path(__file__).resolve().parents[1] / "_emulated"
+DIRECTORY = Path(runtime.EMULATED_FOLDER)
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "emulated"
-REBUILD = "python setup.py build_ext --inplace"
 
-_FILE = re.compile(r"libcudart-emulated-(\d+)\.(\d+)\.so")
 _VERSION = re.compile(r"(?:emulated:)?(\d+)\.(\d+)")
 
 
@@ -76,14 +75,10 @@ def available(directory: Path | str | None = None) -> list[Library]:
     list of Library
         Each serves the versions up to the next one's first; the last has no end.
     """
-    folder = DIRECTORY if directory is None else Path(directory)
-    found = []
-    for path in folder.glob("libcudart-emulated-*.so"):
-        if match := _FILE.fullmatch(path.name):
-            found.append((int(match[1]) * 1000 + int(match[2]) * 10, path))
-    found.sort()
+    found = runtime.emulated_libraries(str(directory or DIRECTORY))
     ends = [*(since for since, _ in found[1:]), None]
-    return [Library(since, end, path) for (since, path), end in zip(found, ends, strict=False)]
+    served = zip(found, ends, strict=False)
+    return [Library(since, end, Path(path)) for (since, path), end in served]
 
 
 def resolve(version: str | int, directory: Path | str | None = None) -> Path:
@@ -105,19 +100,7 @@ def resolve(version: str | int, directory: Path | str | None = None) -> Path:
     ValueError
         The text is no version, nothing is built, or what is built starts later.
     """
-    wanted = parse(version)
-    libraries = available(directory)
-    if not libraries:
-        folder = DIRECTORY if directory is None else directory
-        raise ValueError(f"no emulated CUDA runtime is built in {folder}: build with `{REBUILD}`")
-    for library in reversed(libraries):
-        if library.since <= wanted:
-            return library.path
-    names = ", ".join(format_version(library.since) for library in libraries)
-    raise ValueError(
-        f"no emulated CUDA runtime serves version {format_version(wanted)}: "
-        f"those that are built begin at {names}"
-    )
+    return Path(runtime.emulated_library(parse(version), str(directory or DIRECTORY)))
 
 
 def build(

@@ -12,7 +12,7 @@ ROOMS = {
     "codegen": ("codegen", "stubs"),
     "words": ("_errors", "_path"),
     "planning": ("planning", "planning.*"),
-    "runtime": ("_loader", "runtime"),
+    "runtime": ("_loader", "library", "runtime"),
     "core": ("binding", "_core", "_kernel", "_generated", "_page_copy"),
     "counters": ("_counters",),
     "call": ("_marshal", "call", "_calls"),
