@@ -6,6 +6,7 @@ import torch
 
 from kvsig._core import KernelCode, KernelLane, KernelPlanes, Report
 from kvsig.planning._plan import Direction, Geometry, Pages, Plan
+from kvsig.tensors import Place
 
 class TensorMoved(ValueError): ...
 class WrongPage(ValueError): ...
@@ -45,7 +46,7 @@ class Selection:
         layers: tuple[int, ...],
         geometry: Geometry,
         tensors: tuple[torch.Tensor, ...],
-        addresses: list[int],
+        places: list[Place],
         device: torch.device,
         launches: Launches | None = None,
         planes: KernelPlanes | None = None,
@@ -59,7 +60,7 @@ class Selection:
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]: ...
     @property
-    def addresses(self) -> list[int]: ...
+    def places(self) -> list[Place]: ...
     @property
     def device(self) -> torch.device: ...
     @property

@@ -128,7 +128,7 @@ class PagedKVCache:
         self.sms = sms
         self._owners = tensors.owners(host, self._far)
         self._places = {
-            id(item.tensor): item.tensor.data_ptr()
+            id(item.tensor): tensors.place_of(item.tensor)
             for item in self._near + self._far + self._owners
         }
         self._given_seams = [] if host_seams is None else tensors.addresses(
@@ -422,7 +422,7 @@ class PagedKVCache:
             known = self._near + self._far + self._owners
             name = next(name for name, other in known if other is tensor)
             return ValueError(
-                f"{name} was at {before:#x} when the cache was made, and is at {now:#x} now: "
+                f"{name} was {before} when the cache was made, and is {now} now: "
                 "a cache's tensors must stay where they are; make the cache anew"
             )
         addresses = getattr(error, "addresses", ())
@@ -479,14 +479,13 @@ class PagedKVCache:
 
     def _selection(self, layers: int | Sequence[int]) -> Selection:
         """Return the planes of the layers asked for, made once for each choice of layers."""
-        kind = type(layers)
-        key: Any = layers
-        if kind is not int and kind is not range:
-            # Checked at each call: 1.0 and True would find the entry of 1.
-            key = self._layer_numbers(layers)
+        # What can change is read once, at each call: an iterator is at its end then, and 1.0 and
+        # True would find the entry of 1.
+        fixed = type(layers) is int or type(layers) is range
+        key: Any = layers if fixed else self._layer_numbers(layers)
         found = self._selections.get(key)
         if found is None:
-            found = self._select(self._layer_numbers(layers))
+            found = self._select(self._layer_numbers(key))
             if len(self._selections) >= 4 * self.num_layers + 64:
                 self._selections.clear()  # no caller should grow it without end
             self._selections[key] = found

@@ -14,6 +14,7 @@ from kvsig._errors import page_out_of_range
 
 __all__ = [
     "Named",
+    "Place",
     "Places",
     "addresses",
     "arrays",
@@ -30,6 +31,7 @@ __all__ = [
     "owners",
     "page_locked",
     "page_numbers",
+    "place_of",
     "pool_places",
     "reach",
     "seams",
@@ -261,15 +263,34 @@ def _check_packed(named: list[Named]) -> None:
         _check_memory(name, tensor)
 
 
+def _is_whole(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's storage holds it: storages can be resized by themselves."""
+    length = tensor.nbytes if tensor.is_contiguous() else reach(tensor)
+    start = tensor.storage_offset() * tensor.element_size()
+    return bool(start + length <= tensor.untyped_storage().nbytes())
+
+
 def _check_memory(name: str, tensor: torch.Tensor) -> None:
-    """Check that a tensor's storage holds it: it may have been resized by itself."""
-    storage = tensor.untyped_storage()
-    end = tensor.data_ptr() + tensor.nbytes
-    if not storage.data_ptr() or end > storage.data_ptr() + storage.nbytes():
+    if not _is_whole(tensor) or (tensor.numel() and not tensor.data_ptr()):
         raise ValueError(
             f"{name} has {tensor.nbytes} bytes by its shape, but its storage has "
-            f"{storage.nbytes()}: it was resized; give a tensor that has its memory"
+            f"{tensor.untyped_storage().nbytes()}: it was resized; give a tensor that has its "
+            "memory"
         )
+
+
+class Place(NamedTuple):
+    """Where a tensor's memory is: its address, what it is part of, and how many bytes that has."""
+
+    address: int
+    storage: torch.UntypedStorage
+    size: int
+
+
+def place_of(tensor: torch.Tensor) -> Place:
+    """Look where a tensor's memory is."""
+    storage = tensor.untyped_storage()
+    return Place(tensor.data_ptr(), storage, storage.nbytes())
 
 
 class Places(NamedTuple):
@@ -477,10 +498,15 @@ def integers(tensor: torch.Tensor, name: str) -> npt.NDArray[Any]:
     Raises
     ------
     TypeError
-        If the elements are not integers.
+        If the elements are not integers, or not in memory one by one.
+    ValueError
+        If its storage has become too small for it.
     """
     if tensor.dtype not in _INTEGERS:
         raise TypeError(f"{name} must hold integers, not {tensor.dtype}")
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        raise TypeError(f"{name} must be in memory, number by number: give a dense tensor")
+    _check_memory(name, tensor)
     return np.asarray((tensor if tensor.is_cpu else tensor.cpu()).numpy())
 
 
@@ -490,7 +516,7 @@ def _odd(array: npt.NDArray[Any]) -> Iterator[object]:
 
 
 def page_numbers(values: Any, name: str, limit: int) -> I64:
-    """Return page numbers as one-dimensional contiguous int64.
+    """Return page numbers as one-dimensional contiguous int64, a copy but of int64 arrays.
 
     Parameters
     ----------
@@ -515,6 +541,7 @@ def page_numbers(values: Any, name: str, limit: int) -> I64:
     elif isinstance(values, torch.Tensor):
         array = integers(values, name)
     elif isinstance(values, range):
+        _check_range(values, name, limit)
         array = np.arange(values.start, values.stop, values.step, dtype=np.int64)
     elif isinstance(values, (list, tuple)) or hasattr(values, "__array__"):
         try:
@@ -538,8 +565,19 @@ def page_numbers(values: Any, name: str, limit: int) -> I64:
     if array.dtype == np.uint64 and len(array) and array.max() >> np.uint64(63):
         index = int(np.argmax(array >> np.uint64(63)))
         raise page_out_of_range(name, index, array[index], limit)
-    pages: I64 = np.ascontiguousarray(array, dtype=np.int64)
-    return pages
+    # A copy: elements of the other list may be the caller's code, and free a tensor's memory.
+    return np.array(array, dtype=np.int64, order="C")
+
+
+def _check_range(pages: range, name: str, limit: int) -> None:
+    """Refuse a range that leaves the pages there are, before memory for all of it is asked for."""
+    if not pages or (0 <= pages[0] < limit and 0 <= pages[-1] < limit):
+        return
+    position = 0
+    if 0 <= pages[0] < limit:
+        room = pages[0] if pages.step < 0 else limit - 1 - pages[0]
+        position = room // abs(pages.step) + 1
+    raise page_out_of_range(name, position, pages[position], limit)
 
 
 def _on_device(values: Any, name: str, device: torch.device) -> tuple[int, int, int] | None:
