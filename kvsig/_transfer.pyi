@@ -5,6 +5,7 @@ import numpy.typing as npt
 import torch
 
 from kvsig._core import KernelCode, KernelLane, KernelPlanes, Report
+from kvsig.memory import Place
 from kvsig.planning._plan import Direction, Geometry, Pages, Plan
 
 class DevicePages:
@@ -51,7 +52,7 @@ class Selection:
         geometry: Geometry,
         tensors: tuple[torch.Tensor, ...],
         names: tuple[str, ...],
-        addresses: list[int],
+        places: list[Place],
         device: torch.device,
         launches: Launches | None = None,
         planes: KernelPlanes | None = None,
@@ -67,7 +68,7 @@ class Selection:
     @property
     def names(self) -> tuple[str, ...]: ...
     @property
-    def addresses(self) -> list[int]: ...
+    def places(self) -> list[Place]: ...
     @property
     def device(self) -> torch.device: ...
     @property

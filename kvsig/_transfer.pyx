@@ -33,6 +33,9 @@ cdef object HANDLES = 1 << 64
 cdef object CudaError = _core.CudaError
 cdef object BindError = _core.BindError
 cdef object data_ptr = torch.Tensor.data_ptr
+cdef object DENSE = torch.strided
+cdef object untyped_storage = torch.Tensor.untyped_storage
+cdef object storage_bytes = torch.UntypedStorage.nbytes
 
 
 cdef object simple(object values):
@@ -40,8 +43,11 @@ cdef object simple(object values):
     kind = type(values)
     if kind is ndarray:
         return values
-    if kind is Tensor and values.dtype is int64 and values.is_cpu:
-        return values.numpy()
+    if kind is Tensor and values.dtype is int64 and values.is_cpu and values.layout is DENSE:
+        array = values.numpy()
+        # As `kvsig.memory.check_whole` asks; what is not contiguous goes the slow way in any case.
+        end = 8 * values.storage_offset() + array.nbytes
+        return array if end <= storage_bytes(untyped_storage(values)) else None
     if kind is list:
         try:
             return np.array(values)
@@ -223,7 +229,7 @@ cdef class Selection:
         What holds them, on both sides.
     names : tuple of str
         What to call them in messages.
-    addresses : list of int
+    places : list of Place
         Where each of them was when `geometry` was worked out.
     device : torch.device
         Where the layers are.
@@ -242,24 +248,28 @@ cdef class Selection:
     """
 
     cdef readonly tuple layers, tensors, names
-    cdef readonly list addresses
+    cdef readonly list places
     cdef readonly Geometry geometry
     cdef readonly object device
     cdef readonly Launches launches
     cdef readonly str why_not
     cdef KernelPlanes planes
     cdef unsigned int first_layer
+    cdef list addresses, storages
     cdef object index
     cdef bint one_device, strided
 
     def __init__(
-        self, tuple layers, Geometry geometry not None, tuple tensors, tuple names, list addresses,
+        self, tuple layers, Geometry geometry not None, tuple tensors, tuple names, list places,
         device, Launches launches=None, KernelPlanes planes=None, first_layer=0, str why_not="",
     ):
         self.layers, self.geometry, self.tensors = layers, geometry, tensors
         self.launches, self.planes, self.first_layer = launches, planes, first_layer
         self.why_not = why_not
-        self.names, self.addresses = names, addresses
+        self.names, self.places = names, places
+        self.addresses = [place.address for place in places]
+        # Most tensors of a cache share their storage with others.
+        self.storages = list({id(place.storage): place for place in places}.values())
         self.device = device
         self.index = device.index if device.type == "cuda" else None
         self.one_device = self.index is None or torch.cuda.device_count() == 1
@@ -349,8 +359,13 @@ cdef class Selection:
             tensor has moved.
         """
         cdef Geometry g = self.geometry
-        cdef object near = simple(device_pages), far = simple(host_pages)
+        cdef object near, far
         cdef Pages pages = None
+        # Elements of a list may be the caller's code, which could free a tensor's memory.
+        if type(host_pages) is list:
+            far, near = simple(host_pages), simple(device_pages)
+        else:
+            near, far = simple(device_pages), simple(host_pages)
         if near is not None and far is not None:
             pages = g.pages_now(near, far, direction)
         if pages is None:
@@ -361,18 +376,28 @@ cdef class Selection:
         return pages
 
     cpdef int check_places(self) except -1:
-        """Refuse tensors whose memory is not where it was."""
+        """Refuse tensors whose memory is not where it was, or not as long."""
         cdef Py_ssize_t i
         cdef object now
         for i in range(len(self.tensors)):
             now = data_ptr(self.tensors[i])
             if now != self.addresses[i]:
-                raise ValueError(
-                    f"{self.names[i]} was at {self.addresses[i]:#x} when the cache was made, and is"
-                    f" at {now:#x} now: a cache's tensors must stay where they are; make the cache"
-                    " anew"
+                raise self.moved(i, f"at {self.addresses[i]:#x}", f"at {now:#x}")
+        for place in self.storages:
+            now = storage_bytes(place.storage)
+            if now != place.size:
+                # Freed, and less of it taken again, which may begin at the same address.
+                raise self.moved(
+                    self.places.index(place), f"in a storage of {place.size} bytes",
+                    f"in one of {now}",
                 )
         return 0
+
+    cdef object moved(self, Py_ssize_t index, str before, str now):
+        return ValueError(
+            f"{self.names[index]} was {before} when the cache was made, and is {now} now: a cache's "
+            "tensors must stay where they are; make the cache anew"
+        )
 
     def plan(self, Pages pages not None, uint64_t handle, path):
         """Plan what `run` would do; nothing is queued. Returns the `Plan`."""

@@ -127,7 +127,7 @@ class PagedKVCache:
         self.sms = sms
         self._owners = tensors.owners(host, self._far)
         self._places = {
-            id(item.tensor): item.tensor.data_ptr()
+            id(item.tensor): memory.place_of(item.tensor)
             for item in self._near + self._far + self._owners
         }
         self._given_seams = memory.listed(() if host_seams is None else host_seams, "host_seams")
@@ -429,14 +429,13 @@ class PagedKVCache:
         """Return the planes of the layers asked for, made once for each choice of layers."""
         if layers is None:
             return self._all
-        kind = type(layers)
-        key: Any = layers
-        if kind is not int and kind is not range:
-            # Checked at each call: 1.0 and True would find the entry of 1.
-            key = self._layer_numbers(layers)
+        # What can change is read once, at each call: an iterator is at its end then, and 1.0 and
+        # True would find the entry of 1.
+        fixed = type(layers) is int or type(layers) is range
+        key: Any = layers if fixed else self._layer_numbers(layers)
         found = self._selections.get(key)
         if found is None:
-            found = self._select(self._layer_numbers(layers))
+            found = self._select(self._layer_numbers(key))
             if len(self._selections) >= 4 * self.num_layers + 64:
                 self._selections.clear()  # no caller should grow it without end
             self._selections[key] = found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,17 @@ import torch
 
 from kvsig import _core
 
-__all__ = ["Extent", "extent", "listed", "page_locked", "seams", "seams_inside"]
+__all__ = [
+    "Extent",
+    "Place",
+    "check_whole",
+    "extent",
+    "listed",
+    "page_locked",
+    "place_of",
+    "seams",
+    "seams_inside",
+]
 
 U64: TypeAlias = npt.NDArray[np.uint64]
 Extent: TypeAlias = tuple[int, int, bool]
@@ -25,6 +35,32 @@ def extent(tensor: torch.Tensor) -> Extent:
     size = (last + 1) * tensor.element_size() if tensor.numel() else 0
     limited = not _core.is_emulated() and (tensor.is_cuda or tensor.is_pinned())
     return start, start + size, limited
+
+
+class Place(NamedTuple):
+    """Where a tensor's memory is: its address, what it is part of, and how many bytes that has."""
+
+    address: int
+    storage: torch.UntypedStorage
+    size: int
+
+
+def place_of(tensor: torch.Tensor) -> Place:
+    """Look where a tensor's memory is."""
+    storage = tensor.untyped_storage()
+    return Place(tensor.data_ptr(), storage, storage.nbytes())
+
+
+def check_whole(name: str, tensor: torch.Tensor) -> None:
+    """Refuse a tensor that its storage does not hold: storages can be resized by themselves."""
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    end = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    room = tensor.untyped_storage().nbytes()
+    if tensor.numel() and (end > room or not tensor.data_ptr()):
+        raise ValueError(
+            f"{name} has {tensor.nbytes} bytes by its shape, but its storage has {room}: it was "
+            "resized; give a tensor that has its memory"
+        )
 
 
 def seams(extents: Iterable[Extent], given: Iterable[int] = ()) -> U64:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from kvsig._errors import page_out_of_range
+from kvsig.memory import check_whole
 
 __all__ = ["addresses", "checked_numbers", "device_numbers", "page_numbers"]
 
@@ -30,13 +31,16 @@ def _array(values: Any, name: str) -> npt.NDArray[Any]:
             if values.numel():
                 raise TypeError(f"{name} must hold integers, not {values.dtype}")
             return np.empty(values.shape, np.int64)  # no number is of the wrong type
+        if values.layout is not torch.strided or values.is_meta:
+            raise TypeError(f"{name} must be in memory, number by number: give a dense tensor")
+        check_whole(name, values)
         values = (values if values.is_cpu else values.cpu()).numpy()
     array = np.asarray(values)
     return array if array.size else array.astype(np.int64)  # no number is of the wrong type
 
 
 def page_numbers(values: Any, name: str, limit: int) -> I64:
-    """Return page numbers as one-dimensional contiguous int64.
+    """Return page numbers as one-dimensional contiguous int64, a copy but of int64 arrays.
 
     Parameters
     ----------
@@ -57,8 +61,11 @@ def page_numbers(values: Any, name: str, limit: int) -> I64:
     if type(values) is np.ndarray and values.dtype == np.int64 and values.ndim == 1:
         return np.ascontiguousarray(values)
     if isinstance(values, range):
+        _check_range(values, name, limit)
         array = np.arange(values.start, values.stop, values.step, dtype=np.int64)
-    elif isinstance(values, (list, tuple, torch.Tensor)) or hasattr(values, "__array__"):
+    elif isinstance(values, torch.Tensor):
+        array = _array(values, name)
+    elif isinstance(values, (list, tuple)) or hasattr(values, "__array__"):
         try:
             array = _array(values, name)
         except ValueError:
@@ -79,9 +86,19 @@ def page_numbers(values: Any, name: str, limit: int) -> I64:
     if array.dtype == np.uint64 and len(array) and array.max() >> np.uint64(63):
         index = int(np.argmax(array >> np.uint64(63)))
         raise page_out_of_range(name, index, array[index], limit)
-    pages: I64 = np.ascontiguousarray(array, dtype=np.int64)
-    return pages
+    # A copy: elements of the other list may be the caller's code, and free a tensor's memory.
+    return np.array(array, dtype=np.int64, order="C")
 
+
+def _check_range(pages: range, name: str, limit: int) -> None:
+    """Refuse a range that leaves the pages there are, before memory for all of it is asked for."""
+    if not pages or (0 <= pages[0] < limit and 0 <= pages[-1] < limit):
+        return
+    position = 0
+    if 0 <= pages[0] < limit:
+        room = pages[0] if pages.step < 0 else limit - 1 - pages[0]
+        position = room // abs(pages.step) + 1
+    raise page_out_of_range(name, position, pages[position], limit)
 
 def _on_device(values: Any, name: str, device: torch.device) -> tuple[int, int, int] | None:
     """Address, count and bytes of page numbers in device memory; None where they are not there."""

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from kvsig import _core
+from kvsig.memory import check_whole
 
 __all__ = [
     "Named",
@@ -227,14 +228,7 @@ def _check_packed(named: list[Named]) -> None:
             )
         if tensor.numel() == 0:
             raise ValueError(f"{name} is empty (shape {tuple(tensor.shape)})")
-        # A tensor may be larger than its storage, which may have been resized by itself.
-        storage = tensor.untyped_storage()
-        end = tensor.data_ptr() + tensor.nbytes
-        if not storage.data_ptr() or end > storage.data_ptr() + storage.nbytes():
-            raise ValueError(
-                f"{name} has {tensor.nbytes} bytes by its shape, but its storage has "
-                f"{storage.nbytes()}: it was resized; give a tensor that has its memory"
-            )
+        check_whole(name, tensor)
 
 
 class Places(NamedTuple):
