@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import operator
 import os
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ __all__ = [
     "planes_in_memory",
 ]
 
+logger = logging.getLogger("kvsig")
+
 U64: TypeAlias = npt.NDArray[np.uint64]
 
 #: Pages of fewer bytes, of pools of more bytes, are handled in order of their host addresses: a
@@ -44,7 +47,13 @@ def multiprocessors() -> int:
 
     0: copy engines only.
     """
-    given = os.environ.get("KVSIG_SMS", "").strip()
+    return _multiprocessors(os.environ.get("KVSIG_SMS", "").strip())
+
+
+@functools.cache
+def _multiprocessors(given: str) -> int:
+    if given and not given.isdigit():
+        logger.warning("kvsig: KVSIG_SMS is %r, no number of multiprocessors: 4 is taken", given)
     return int(given) if given.isdigit() else 4
 
 

@@ -173,14 +173,17 @@ def announce(integration: str, engine: str, served: str, not_served: str) -> Non
     served, not_served : str
         What kvsig does, and what it leaves alone, for a person to read.
     """
-    found = _core.info()
+    try:
+        found = _core.info()
+        runtime = f"CUDA runtime {found['runtime_version']}, {found['library']}"
+    except _core.BindError as error:  # it may be loaded later, and is looked for again then
+        runtime = str(error)
     logger.info(
-        "kvsig %s for %s (%s): CUDA runtime %s, %s; serves %s; leaves alone %s",
+        "kvsig %s for %s (%s): %s; serves %s; leaves alone %s",
         sys.modules["kvsig"].__version__,
         integration,
         engine,
-        found.get("runtime_version", found.get("version", "unknown")),
-        found.get("library", "no library"),
+        runtime,
         served,
         not_served,
     )

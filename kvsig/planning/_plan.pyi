@@ -21,7 +21,7 @@ def kernel_pays(
     rows: float,
     size: float,
     pieces: float,
-    batch_size: float = 256,
+    batch_size: float = 256.0,
 ) -> bool: ...
 
 class Geometry:

@@ -12,6 +12,7 @@ import torch
 from standins import filled, module
 
 from kvsig import _core, observe
+from kvsig._core import BindError
 from kvsig.emulated import Control
 from kvsig.integrations import sglang as integration
 
@@ -61,6 +62,23 @@ class TestPlugin:
         for word in ("sglang 0.5.23", "sgl_kernel 0.4.10", DIRECT, "libcudart-emulated"):
             assert word in line
 
+    def test_without_a_cuda_runtime_it_says_so_and_is_there(
+        self, sglang: SimpleNamespace, control: Control, monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:  # fmt: skip
+        def none() -> None:
+            raise BindError("no CUDA runtime: none is loaded")
+
+        with monkeypatch.context() as patch, caplog.at_level(logging.INFO, "kvsig"):
+            patch.setattr(_core, "info", none)
+            patch.setattr(_core, "kernel_refusal", none)
+            integration.plugin()
+        sglang.hooks.apply()
+        (line,) = caplog.messages
+        assert "): no CUDA runtime: none is loaded; serves transfer_" in line
+        call(sglang.pool.transfer_kv_direct)
+        assert served() == 1
+
     def test_the_switch(
         self, sglang: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -93,8 +111,12 @@ class TestInstall:
         for name, function in before.items():
             assert getattr(sglang.io, name) is getattr(sglang.pool, name) is function
 
-    def test_twice_is_once(self, sglang: SimpleNamespace, control: Control) -> None:
+    def test_twice_is_once(
+        self, sglang: SimpleNamespace, control: Control, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.INFO, "kvsig")
         assert integration.install() == integration.install()
+        assert len(caplog.messages) == 1
         call(sglang.pool.transfer_kv_direct)
         assert served() == 1
         integration.uninstall()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from standins import Handler, module
 
-from kvsig import kernel, observe
+from kvsig import kernel, launching, observe
 from kvsig.emulated import Control
 from kvsig.integrations import vllm as integration
 
@@ -218,6 +218,14 @@ class TestSmallBlocks:
         assert f"serves offload (by copy engines alone: {said}" in caplog.text
         check(handler, [numbers("random", 60, 64)], [list(range(60))], [0], control, 0)
         assert "kernel" not in observe.stats()["paths"]
+
+    def test_a_setting_that_is_no_number_is_said_once(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        monkeypatch.setenv("KVSIG_SMS", "all of them")
+        assert launching.multiprocessors() == launching.multiprocessors() == 4
+        (message,) = caplog.messages
+        assert "KVSIG_SMS is 'all of them', no number" in message
 
     def test_of_addresses_that_are_no_rows_go_by_copy_engines(
         self, vllm: types.SimpleNamespace, control: Control

@@ -206,7 +206,8 @@ def install() -> list[str]:
             f"there is nothing to replace: {_KVCACHEIO} is missing, or has none of "
             f"{', '.join(_DIRECT)}"
         )
-    _announce([name.rpartition(".")[2] for name in done])
+    if new:
+        _announce([name.rpartition(".")[2] for name in done])
     return done
 
 

@@ -71,7 +71,10 @@ _heads: tuple[Any, torch.Tensor] | None = None
 
 def refusal() -> str | None:
     """Say why this process cannot launch the page-copy kernel, or None."""
-    return kernel.refusal() if multiprocessors() else "KVSIG_SMS is 0"
+    try:
+        return kernel.refusal() if multiprocessors() else "KVSIG_SMS is 0"
+    except BindError as error:
+        return str(error)
 
 
 def serve(request: Request) -> Report | str:
