@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvsig import copies, observe, streams
+from kvsig import merging, observe, streams
 from kvsig._core import Report
 from kvsig._counters import now, since
 from kvsig.planning import descriptors
@@ -153,7 +153,7 @@ def _serve(
     found = descriptors.split(found, marks)
     place = torch.device(device)
     with streams.device_guard(place):
-        return copies.submit(found, streams.current_handle(place))
+        return merging.submit(found, streams.current_handle(place))
 
 
 def _transfer(
