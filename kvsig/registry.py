@@ -265,7 +265,7 @@ class _Reader:
             elif key in required:
                 self.bad("missing key; add it", key)
         if not found.keys() >= set(required):
-            raise ValueError
+            raise ValueError  # each was said already; without them there is no entry
         return found
 
     def entries(

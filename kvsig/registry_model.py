@@ -329,7 +329,9 @@ class Registry:
         if ctype.base not in INTEGERS:
             return None
         bits = INTEGERS[ctype.base]
-        return (0, 2**bits - 1) if ctype.unsigned else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        if ctype.base == "size_t" or ctype.base.startswith("unsigned "):
+            return 0, 2**bits - 1
+        return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
     def caller_params(self, function: Function) -> dict[str, CType]:
         """Parameters that a caller gives: all that some variant has no value for.

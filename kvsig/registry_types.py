@@ -93,11 +93,6 @@ class CType:
         """The base without ``struct`` or ``enum``."""
         return self.base.removeprefix("struct ").removeprefix("enum ")
 
-    @property
-    def unsigned(self) -> bool:
-        """Whether it is one of C's unsigned integers."""
-        return self.base.startswith("unsigned ") or self.base == "size_t"
-
     def named(self, name: str) -> str:
         """C text that declares a name with this type."""
         text = str(self)
