@@ -9,16 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kvsig.cli.arguments import (
-    UsageError,
-    existing,
-    many,
-    natural,
-    one_of,
-    output,
-    positive,
-    size,
-)
+from kvsig.cli.arguments import UsageError, existing, many, natural, one_of, output, positive, size
 from kvsig.tools import cells, runtimes
 from kvsig.tools.cells import CHOICES, LIMIT, PATHS, SECTIONS
 from kvsig.tools.models import MODELS

@@ -323,7 +323,8 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
     checked = []
     for cell in result["cells"]:
         rows = cell["methods"]
-        checked += [row["verified"] for row in rows.values() if row["verified"] is not None]
+        # Condensed results leave out what is None.
+        checked += [row["verified"] for row in rows.values() if row.get("verified") is not None]
         others = {
             name: float(row["auto_ratio"])
             for name, row in rows.items()

@@ -14,7 +14,9 @@ import pytest
 import torch
 from tools.invented import gpu_result
 
+from kvsig.cli.bench import text_of
 from kvsig.tools import report
+from kvsig.tools.measuring import summary
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -193,8 +195,13 @@ class TestGpuRun:
         monkeypatch.syspath_prepend(str(BENCHMARKS))
         import gpu_run
 
-        from kvsig.cli.bench import text_of
-
         result = gpu_result()
         kept = json.loads(gpu_run.compact(gpu_run.condensed(result)))
         assert text_of(kept) == text_of(result)
+        assert summary(kept) == result["summary"]
+
+    @pytest.mark.parametrize("part", ["quick", "models"])
+    def test_the_summary_that_is_kept_can_be_shown(self, part):
+        kept = json.loads((BENCHMARKS / "results/h100/summary.json").read_text())[part]
+        assert "every byte was right" in text_of(kept)
+        assert summary(kept)["worst"] == kept["summary"]["worst"]
