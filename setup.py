@@ -15,8 +15,9 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 KERNEL = ROOT / "csrc/page_copy.cu"
 FLAGS = ["-O2", "-g0", "-Wno-unused-function", "-fno-strict-aliasing"]
-# A build of its own, which tells coverage.py of each line and is several times slower.
+# A build of its own, which counts how often each line runs: packaging/covered.py.
 COVERAGE = os.environ.get("KVSIG_COVERAGE") == "1"
+COUNTING = ["-O0", "--coverage"] if COVERAGE else []
 
 
 def load(name):
@@ -96,11 +97,11 @@ def extension(name, *depends):
         [f"kvsig/{name.replace('.', '/')}.pyx"],
         depends=["kvsig/_path.pxd", *(f"kvsig/{file}" for file in depends)],
         include_dirs=["csrc"] if name == "_core" else [],
-        extra_compile_args=FLAGS,
-        define_macros=[("CYTHON_TRACE_NOGIL", "1")] if COVERAGE else [],
-        extra_link_args=["-s"],
+        extra_compile_args=FLAGS + COUNTING,
+        extra_link_args=["-s", *COUNTING],
         libraries=["dl"] if name == "_loader" else [],
     )
+    # Lines are marked in the C text; nothing traces them.
     made.cython_directives = {"linetrace": True} if COVERAGE else {}
     return made
 
