@@ -186,10 +186,10 @@ def side(
     for axis in reversed(order):
         steps[axis], step = step, step * counts[axis]
     head, layer = np.arange(heads, dtype=np.uint64)[:, None], np.arange(layers, dtype=np.uint64)
-    base = base + head * steps["heads"] + layer * steps["layers"]
-    columns = np.broadcast_arrays(base, step, width, steps["rows"])
-    base, pitch, width, row = (np.ascontiguousarray(column).ravel() for column in columns)
-    return Side(base, pitch, width, row, pages)
+    start = base + head * steps["heads"] + layer * steps["layers"]
+    columns = np.broadcast_arrays(start, step, width, steps["rows"])
+    start, pitch, width, row = (np.ascontiguousarray(column).ravel() for column in columns)
+    return Side(start, pitch, width, row, pages)
 
 
 def join(device: Side, host: Side, layers: int, rows: int = 1) -> Planes:
