@@ -23,7 +23,7 @@ from kvsig._core cimport (
 )
 from kvsig._path cimport PATH_STRIDED
 from kvsig.planning._pack cimport Packer, Piece
-from kvsig.planning._plan cimport KERNEL, LOAD, Direction, Geometry, Pages, Plan
+from kvsig.planning._plan cimport DEVICE, HOST, KERNEL, LOAD, Direction, Geometry, Pages, Plan
 
 cdef object ndarray = np.ndarray
 cdef object Tensor = torch.Tensor
@@ -334,8 +334,8 @@ cdef class Selection:
             pages if type(pages) is tuple
             else _numbers.checked_numbers(pages, name, limit, (direction == LOAD) == (side == 0))
             for side, (pages, name, limit) in enumerate((
-                (lists[0], "device_pages", g.layout.device_pages),
-                (lists[1], "host_pages", g.layout.host_pages),
+                (lists[0], "device_pages", g.layout.pages[DEVICE]),
+                (lists[1], "host_pages", g.layout.pages[HOST]),
             ))
         )
         return DevicePages(near, far, direction)
@@ -367,11 +367,14 @@ cdef class Selection:
         else:
             near, far = simple(device_pages), simple(host_pages)
         if near is not None and far is not None:
-            pages = g.pages_now(near, far, direction)
+            try:
+                pages = g.pages(near, far, direction)
+            except TypeError:
+                pass  # numbers of another type, or none: read with care
         if pages is None:
-            near = _numbers.page_numbers(device_pages, "device_pages", g.layout.device_pages)
-            far = _numbers.page_numbers(host_pages, "host_pages", g.layout.host_pages)
-            pages = g.pages_now(near, far, direction)
+            near = _numbers.page_numbers(device_pages, "device_pages", g.layout.pages[DEVICE])
+            far = _numbers.page_numbers(host_pages, "host_pages", g.layout.pages[HOST])
+            pages = g.pages(near, far, direction)
         self.check_places()
         return pages
 
@@ -402,7 +405,7 @@ cdef class Selection:
     def plan(self, Pages pages not None, uint64_t handle, path):
         """Plan what `run` would do; nothing is queued. Returns the `Plan`."""
         refusal = batch_refusal_of(handle) if path == "auto" else None
-        return self.geometry.plan_pages(
+        return self.geometry.plan(
             pages, path, refusal is None, self.strided, self.launches is not None
         )
 
@@ -438,7 +441,7 @@ cdef class Selection:
             refusal = batch_refusal_of(handle)
             if refusal is not None and path == "batch" and pages.count:
                 raise no_batch(refusal, handle)
-        plan = self.geometry.plan_pages(pages, path, refusal is None, self.strided, kernel)
+        plan = self.geometry.plan(pages, path, refusal is None, self.strided, kernel)
         if plan.mode == KERNEL:
             return self.launch(pages, handle, False)[0] if pages.count else Report()
         return submit(plan, handle, path == "batch", refusal)
@@ -468,7 +471,7 @@ cdef class Selection:
         if type(pages) is Pages:
             listed = pages
             self.launches.describe(&request, listed.direction, listed.count, True)
-            request.pages[0], request.pages[1] = listed.device, listed.host
+            request.pages[0], request.pages[1] = listed.number
         else:
             there = pages
             self.launches.describe(&request, there.direction, there.count, False)

@@ -366,7 +366,7 @@ class PagedKVCache:
         path = _checked_path(path)
         handle = chosen.handle_of(stream)
         pages = chosen.begin(device_pages, host_pages, direction)
-        return planning.explain(chosen.plan(pages, handle, path))
+        return Plan(chosen.plan(pages, handle, path))
 
     def _explain(self, error: CudaError, chosen: Selection) -> None:
         """Note at an error which page it is about, or that memory of the cache has changed."""

@@ -62,7 +62,7 @@ def _unit_of(planes: Planes) -> int:
         planes.device_base, planes.host_base, planes.device_pitch, planes.host_pitch, planes.width,
     )  # fmt: skip
     rows = () if planes.rows == 1 else (planes.device_row, planes.host_row)
-    return kernel.unit_of(*columns, *(row for row in rows if row is not None))
+    return kernel.unit_of(*columns, *rows)
 
 
 def planes_in_memory(planes: Planes, unit: int) -> KernelPlanes:
@@ -81,17 +81,13 @@ def planes_in_memory(planes: Planes, unit: int) -> KernelPlanes:
         Layer by layer.
     """
     ordered = planes.by_layer()
-    none = np.zeros(len(ordered), np.uint64)
     table = kernel.table(
         (ordered.device_base, ordered.host_base),
         (ordered.device_pitch, ordered.host_pitch),
         ordered.width,
         unit,
         ordered.rows,
-        (
-            none if ordered.device_row is None else ordered.device_row,
-            none if ordered.host_row is None else ordered.host_row,
-        ),
+        (ordered.device_row, ordered.host_row),
     )
     return KernelPlanes(table, len(ordered) // ordered.layers, unit)
 

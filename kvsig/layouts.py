@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from kvsig import tensors
 from kvsig.planning import geometry
-from kvsig.planning.geometry import Planes, Side
-from kvsig.tensors import Named, Places
+from kvsig.planning.geometry import Planes
+from kvsig.tensors import Named
 
 __all__ = ["LAYOUTS", "Cache", "read"]
 
@@ -17,6 +17,14 @@ LAYOUTS = {
     "page_first": "(tokens, layers, ...)",
     "page_first_direct": "(pages, layers, page_size, ...)",
     "page_head": "(pages, heads, page_size, layers, ...)",
+}
+
+#: What a page of a tensor consists of in each, the outermost first.
+_ORDERS = {
+    "layer_first": ("rows", "heads"),
+    "page_first": ("rows", "layers"),
+    "page_first_direct": ("layers", "rows"),
+    "page_head": ("heads", "rows", "layers"),
 }
 
 
@@ -70,17 +78,6 @@ def read(device: Any, host: Any, layout: str, page_size: int) -> Cache:
     )
     tensors.check_apart(near + far)
     rows = page_size if layout in ("page_first", "page_head") else 1
-    device_side = geometry.layer_first(*on_device, layers, rows, heads)
-    host_side = _host_side(layout, places, layers, rows, heads)
+    device_side = geometry.side(*on_device, _ORDERS["layer_first"], layers, rows, heads)
+    host_side = geometry.side(*places, _ORDERS[layout], layers, rows, heads)
     return Cache(near, far, geometry.join(device_side, host_side, layers, rows))
-
-
-def _host_side(layout: str, places: Places, layers: int, rows: int, heads: int) -> Side:
-    bases, page_bytes, pages = places
-    if layout == "layer_first":
-        return geometry.layer_first(bases, page_bytes, pages, layers)
-    if layout == "page_first_direct":
-        return geometry.page_first_direct(bases, page_bytes, layers, pages)
-    if layout == "page_first":
-        return geometry.page_first(bases, page_bytes, layers, pages, rows)
-    return geometry.page_head(bases, page_bytes, layers, pages, rows, heads)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from kvsig.planning._pack import pieces
 from kvsig.planning._plan import Direction, Geometry, Pages
-from kvsig.planning.explain import Plan, explain, plan
+from kvsig.planning.explain import Plan
 from kvsig.planning.geometry import Planes
 
-__all__ = ["Direction", "Geometry", "Pages", "Plan", "Planes", "explain", "pieces", "plan"]
+__all__ = ["Direction", "Geometry", "Pages", "Plan", "Planes", "pieces"]

@@ -1,7 +1,7 @@
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport uint64_t
 
 from kvsig._path cimport Path
-from kvsig.planning._plan cimport Group, Layout, Plan, Scan
+from kvsig.planning._plan cimport Layout, Plan, Run, Scan, Way
 
 
 cdef struct Piece:
@@ -15,62 +15,30 @@ cdef struct Piece:
     Py_ssize_t count
 
 
-cdef struct Columns:
-    # Memory for copies that grows; `used` of `room` are there.
-    uint64_t *dst
-    uint64_t *src
-    uint64_t *size
-    Py_ssize_t used, room
+cdef struct Rows:
+    # One side of a strided copy: the first row, bytes from row to row, rows from slice to slice.
+    uint64_t address, pitch, step
 
 
-cdef struct Block:
-    # Runs of pages that are packed together: lowest page on each side, pages, steps of pages.
-    int64_t *device
-    int64_t *host
-    int64_t *pages
-    int64_t *device_step
-    int64_t *host_step
-    Py_ssize_t room
+cdef struct Strided:
+    # The nine words of a strided copy, as kvsig._core.copy_strided takes them.
+    Rows end[2]                     # destination and source
+    uint64_t width, height, depth
 
 
 cdef class Packer:
     cdef Plan plan
-    cdef const Layout *p
+    cdef const Layout *layout
+    cdef const Way *way
     cdef Scan scan
-    cdef int mode
-    cdef int direction
-    cdef Py_ssize_t room, given
-    cdef Columns copies
-    cdef uint64_t *op
-    cdef Py_ssize_t ops, op_room
-    cdef Block block
-    cdef bint plain_waits
+    cdef int side[2]                # of destinations and sources
+    cdef Py_ssize_t room            # operations aimed at in the next piece
+    cdef uint64_t *copy[3]          # destinations, sources and sizes of plain copies, of which
+    cdef Py_ssize_t used, given     # so many are there, and were given away
+    cdef Strided *op
+    cdef Py_ssize_t ops
+    cdef Run *run
+    cdef Py_ssize_t copy_room[3]
+    cdef Py_ssize_t op_room, run_room
 
     cdef bint next(self, Piece *piece) except -1
-    cdef void give(self, Piece *piece) noexcept nogil
-    cdef void settle(self) noexcept nogil
-    cdef int fill(self) except -1 nogil
-    cdef int grow_copies(self, Py_ssize_t more) except -1 nogil
-    cdef int grow_ops(self, Py_ssize_t more) except -1 nogil
-    cdef int make_block(self, Py_ssize_t room) except -1 nogil
-    cdef bint take(self, Py_ssize_t n) noexcept nogil
-    cdef int emit_pages(self, const int64_t *device, const int64_t *host,
-                        Py_ssize_t n) except -1 nogil
-    cdef int emit_plain(self, const Group *g, const int64_t *device, const int64_t *host,
-                        Py_ssize_t n) except -1 nogil
-    cdef int emit_runs(self, Py_ssize_t n) except -1 nogil
-    cdef int put_run(self, const Group *g, Py_ssize_t i) except -1 nogil
-    cdef int put(self, const Group *g, int form, int64_t device, int64_t host,
-                 uint64_t size) except -1 nogil
-    cdef bint put_slabs(self, const Group *g, Py_ssize_t i) except -1 nogil
-    cdef bint meets_seam(self, const Group *g, uint64_t device, uint64_t host,
-                         uint64_t device_extent, uint64_t host_extent) noexcept nogil
-    cdef uint64_t device_room(self, uint64_t address) noexcept nogil
-    cdef uint64_t host_room(self, uint64_t address) noexcept nogil
-    cdef int put_copy(self, bint seamed, uint64_t device, uint64_t host,
-                      uint64_t size) except -1 nogil
-    cdef int put_rows(self, bint seamed, uint64_t device, uint64_t device_pitch, uint64_t host,
-                      uint64_t host_pitch, uint64_t width, uint64_t rows) except -1 nogil
-    cdef int push(self, uint64_t device, uint64_t device_pitch, uint64_t device_rows,
-                  uint64_t host, uint64_t host_pitch, uint64_t host_rows, uint64_t width,
-                  uint64_t height, uint64_t depth) except -1 nogil

@@ -2,8 +2,6 @@ from typing import Any, Self
 
 from kvsig.planning._plan import Plan
 
-DEFAULT_PIECE: int
-
 class Packer:
     def __new__(cls, plan: Plan) -> Self: ...
 

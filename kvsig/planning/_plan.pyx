@@ -8,14 +8,18 @@ CUDA, and no memory of what was planned before.
 """
 
 from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytearray cimport PyByteArray_AS_STRING
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
+
+import numpy as np
 
 from kvsig._errors import page_out_of_range
 from kvsig.planning import geometry as _geometry
 
 PATHS = ("auto", "batch", "strided", "loop", "kernel")
+NO_PAGES = "page numbers must be one-dimensional contiguous int64 arrays"
 METHODS = ("batch", "loop", "strided", "strided+batch", "strided+loop", "kernel")
 
 LONGEST_PITCH = _geometry.LONGEST_PITCH
@@ -23,136 +27,18 @@ LONGEST_PITCH = _geometry.LONGEST_PITCH
 cdef double SMALLER_CALLS = 0.97
 # The kernel must be this much faster than the copy engine, which costs a computing model nothing.
 cdef double WORTH_KERNEL = 1.1
-# A batch call has no more copies, whatever the cost model says.
-cdef Py_ssize_t LONGEST_CALL = 1 << 31
 # Runs are cut here, so that one run never fills a buffer without bound.
 LONGEST_RUN = 1 << 16
 # Below this many pages or copies the loops take less time than giving the GIL away and back.
 KEEP_GIL = 512
-# Destinations up to this many are compared pairwise, which touches no memory but theirs.
-cdef Py_ssize_t FEW = 24
-# Run lengths below it have a bucket of their own, longer ones one per octave.
-cdef Py_ssize_t EXACT = 36
+# Runs of fewer pages are counted by their length, longer ones together. Those of neighbours on both
+# sides stand behind those of any other constant step.
+cdef Py_ssize_t BUCKETS = 64
 cdef double NEVER = 1e30
 cdef int64_t NO_RUN = 0x7FFFFFFFFFFFFFFF
 
-cdef extern from *:
-    int lowest_bit "__builtin_ctzll"(uint64_t bits) noexcept nogil
-
-
-# --- Costs ------------------------------------------------------------------------------------
-
-
-cdef inline double larger(double a, double b) noexcept nogil:
-    return a if a > b else b
-
-
-cdef inline bint batched(int mode) noexcept nogil:
-    return mode == BATCH or mode == STRIDED_BATCH
-
-
-cdef inline double plain_host(const Costs *c, int mode) noexcept nogil:
-    return c.copy_submit if batched(mode) else c.loop_submit
-
-
-cdef inline double plain_engine(const Costs *c, int mode, double size) noexcept nogil:
-    return (c.copy_engine if batched(mode) else c.loop_engine) + size * c.byte
-
-
-cdef inline double plain_cost(const Costs *c, int mode, double size) noexcept nogil:
-    # Of one copy among many: its share of a full call counts.
-    cdef double share = 1.0 / 256 if batched(mode) else 0
-    return larger(
-        plain_host(c, mode) + share * c.call_submit,
-        plain_engine(c, mode, size) + share * c.call_engine,
-    )
-
-
-cdef inline double strided_cost(const Costs *c, double rows, double size) noexcept nogil:
-    return larger(c.strided_submit, c.strided_engine + rows * (c.strided_row + size * c.byte))
-
-
-cdef Form form_of(const Costs *c, const Kind *kind, int mode, double size) noexcept nogil:
-    # How the planes of a group move `size` bytes each.
-    if mode == BATCH or mode == LOOP:
-        return PLAIN
-    if mode == STRIDED:
-        return STACK if kind.planes > 1 else LINES
-    if kind.planes < 2:
-        return PLAIN
-    if strided_cost(c, kind.planes, size) < kind.planes * plain_cost(c, mode, size):
-        return STACK
-    return PLAIN
-
-
-cdef inline int64_t shortest_run(double calls, double gain) noexcept nogil:
-    # Pages at which a run saves more than the calls that it takes.
-    if gain <= 0 or calls / gain >= 1e9:
-        return NO_RUN
-    return <int64_t>larger(2, <double>(<int64_t>(calls / gain) + 1))
-
-
-cdef Use choose_use(const Costs *c, const Kind *kind, int mode) noexcept nogil:
-    cdef Use use
-    cdef double page, gain
-    use.form = form_of(c, kind, mode, <double>kind.width)
-    use.shortest = use.slab = NO_RUN
-    if not kind.rows or mode == BATCH or mode == LOOP:
-        return use
-    if use.form == PLAIN:
-        page = kind.planes * plain_cost(c, mode, <double>kind.width)
-    elif use.form == STACK:
-        page = strided_cost(c, kind.planes, <double>kind.width)
-    else:
-        page = kind.planes * strided_cost(c, 1, <double>kind.width)
-    gain = page - kind.planes * (c.strided_row + kind.width * c.byte)
-    use.shortest = shortest_run(kind.planes * c.strided_engine, gain)
-    if kind.slabs:
-        use.slab = shortest_run(kind.depth * c.strided_engine, gain)
-    return use
-
-
-cdef Use *use_of(const Layout *p, Py_ssize_t direction, Py_ssize_t mode,
-                 Py_ssize_t kind) noexcept nogil:
-    return &p.use[(direction * MODES + mode) * p.kinds + kind]
-
-
-cdef int read_costs(Costs *into, object costs) except -1:
-    into.byte = costs.byte
-    into.latency = costs.latency
-    into.loop_submit, into.loop_engine = costs.loop_submit, costs.loop_engine
-    into.call_submit, into.call_engine = costs.call_submit, costs.call_engine
-    into.copy_submit, into.copy_engine = costs.copy_submit, costs.copy_engine
-    into.strided_submit, into.strided_engine = costs.strided_submit, costs.strided_engine
-    into.strided_row = costs.strided_row
-    into.kernel_submit, into.kernel_latency = costs.kernel_submit, costs.kernel_latency
-    into.kernel_byte, into.kernel_block_byte = costs.kernel_byte, costs.kernel_block_byte
-    into.kernel_piece = costs.kernel_piece
-    return 0
-
-
-cdef void hold_kernel(Costs *c, int sms, double rate) noexcept:
-    # Few blocks, or a rate that is kept, make a byte dearer.
-    if sms > 0:
-        c.kernel_byte = larger(c.kernel_byte, c.kernel_block_byte / sms)
-    if rate > 0:
-        c.kernel_byte = larger(c.kernel_byte, 1 / rate)
-
 
 # --- Geometry ---------------------------------------------------------------------------------
-
-
-cdef uint64_t *address_array(const uint64_t[::1] addresses) except? NULL:
-    cdef Py_ssize_t i, n = addresses.shape[0]
-    cdef uint64_t *array
-    if n == 0:
-        return NULL
-    array = <uint64_t *>malloc(n * sizeof(uint64_t))
-    if array == NULL:
-        raise MemoryError("no memory for the seams")
-    for i in range(n):
-        array[i] = addresses[i]
-    return array
 
 
 cdef class Geometry:
@@ -179,63 +65,25 @@ cdef class Geometry:
 
     def __cinit__(self, planes, model, host_seams=None, device_seams=None, int sms=0,
                   rates=(0.0, 0.0)):
+        cdef Layout *p = &self.layout
         cdef Py_ssize_t i
         cdef double rate
-        lengths = {
-            len(array) for array in (
-                planes.device_base, planes.device_pitch, planes.host_base, planes.host_pitch,
-                planes.width,
-            )
-        }
-        if len(lengths) != 1:
-            raise ValueError("the arrays of planes differ in length")
-        self.planes, self.model = planes, model
-        self.layout.device_pages, self.layout.host_pages = planes.device_pages, planes.host_pages
-        read_costs(&self.layout.cost[<int>LOAD], model.load)
-        read_costs(&self.layout.cost[<int>OFFLOAD], model.offload)
-        self.sms, self.rates = sms, rates
-        for i in range(2):
-            rate = rates[i]
-            hold_kernel(&self.layout.cost[i], sms, rate)
-        sizes = sorted({min(int(size), LONGEST_CALL) for size in model.batch_sizes})[:MOST_SIZES]
-        if not sizes or sizes[0] < 1:
-            raise ValueError(f"batch_sizes is {model.batch_sizes!r}: needs positive sizes")
-        self.layout.sizes = len(sizes)
-        for i in range(self.layout.sizes):
-            self.layout.batch_size[i] = sizes[i]
+        self.planes, self.model, self.memory = planes, model, []
+        p.planes_in, p.page_bytes = len(planes), planes.width.sum()
+        p.pages[DEVICE], p.pages[HOST] = planes.device_pages, planes.host_pages
+        for i, (costs, rate) in enumerate(zip((model.load, model.offload), rates)):
+            read_costs(&p.cost[i], costs, sms, rate)
+        sizes = sorted(set(model.batch_sizes))
+        p.sizes = len(sizes)
+        for i in range(p.sizes):
+            p.batch_size[i] = sizes[i]
         seams = _geometry.Seams(device_seams, host_seams, planes.device_pages, planes.host_pages)
-        self.layout.device_seam = address_array(seams.device)
-        self.layout.host_seam = address_array(seams.host)
-        self.layout.device_seams, self.layout.host_seams = len(seams.device), len(seams.host)
-        self.layout.planes_in = len(planes)
-        self.layout.page_bytes = planes.width.sum()
-        store_groups(&self.layout, _geometry.grouped(planes, seams), seams)
+        for i, (addresses, _) in enumerate(seams.sides):
+            p.seam[i], p.seams[i] = words(self, addresses), len(addresses)
+        store_groups(self, _geometry.grouped(planes, seams), seams)
+        store_ways(self)
 
-    def __dealloc__(self):
-        free(self.layout.device_base)
-        free(self.layout.host_base)
-        free(self.layout.group)
-        free(self.layout.kind)
-        free(self.layout.use)
-        free(self.layout.device_seam)
-        free(self.layout.host_seam)
-
-    @property
-    def plane_groups(self):
-        """Bytes of a page and number of planes of each group that moves together."""
-        cdef Py_ssize_t g
-        return [
-            (self.layout.group[g].width, self.layout.group[g].planes)
-            for g in range(self.layout.groups)
-        ]
-
-    @property
-    def plane_slices(self):
-        """Number of slices of each group; its planes are shared out among them."""
-        cdef Py_ssize_t g
-        return [self.layout.group[g].depth for g in range(self.layout.groups)]
-
-    def pages(self, device_pages, host_pages, Direction direction):
+    cpdef Pages pages(self, device_pages, host_pages, Direction direction):
         """Copy and check the page numbers of a request.
 
         Parameters
@@ -257,18 +105,23 @@ cdef class Geometry:
             If lengths differ, a number is out of range, or a destination comes twice; the message
             names the place and both values.
         """
-        cdef Pages pages = self.pages_now(device_pages, host_pages, direction)
-        if pages is None:
-            raise TypeError("page numbers must be one-dimensional contiguous int64 arrays")
+        cdef Pages pages = Pages.__new__(Pages)
+        cdef Py_buffer near, far
+        look_at(device_pages, &near)
+        try:
+            look_at(host_pages, &far)
+            try:
+                copy(pages, &near, &far)
+            finally:
+                PyBuffer_Release(&far)
+        finally:
+            PyBuffer_Release(&near)
+        pages.direction = direction
+        check(pages, self.layout.pages)
         return pages
 
-    cdef Pages pages_now(self, object device_pages, object host_pages, Direction direction):
-        return pages_of(
-            device_pages, host_pages, self.layout.device_pages, self.layout.host_pages, direction
-        )
-
-    def plan(self, Pages pages not None, path="auto", *, bint batch=True, bint strided=True,
-             bint kernel=False):
+    cpdef Plan plan(self, Pages pages, path="auto", bint batch=True, bint strided=True,
+                    bint kernel=False):
         """Choose how to move pages; nothing is packed.
 
         Parameters
@@ -286,136 +139,134 @@ cdef class Geometry:
         -------
         Plan
         """
-        return self.plan_pages(pages, path, batch, strided, kernel)
-
-    cdef Plan plan_pages(self, Pages pages, object path, bint batch, bint strided, bint kernel):
         cdef Plan plan = Plan.__new__(Plan)
-        cdef bint wanted[MODES]
+        cdef int wanted = modes_of(path, batch, strided, kernel)
         plan.geometry, plan.pages = self, pages
-        want(wanted, path, batch, strided, kernel)
         predict(&self.layout, pages, wanted, plan.price)
         plan.mode = cheapest(wanted, plan.price)
+        plan.way = &self.layout.way[pages.direction][plan.mode]
         plan.batch_size = plan.price[plan.mode].batch_size
-        keep_runs(&self.layout, pages, plan)
-        if (
-            (plan.mode == BATCH or plan.mode == LOOP) and self.layout.kinds == 1
-            and not self.layout.any_seamed and not plan.uses_runs
-        ):
-            plan.same_size = self.layout.kind[0].width
+        plan.uses_runs = pages.runs != NULL and plan.mode != KERNEL and (
+            plan.way.unit <= LONGEST_RUN or plan.way.step <= LONGEST_RUN
+        )
+        plan.same_size = 0 if plan.uses_runs else self.layout.same_size
         return plan
 
 
-cdef int store_groups(Layout *p, list groups, object seams) except -1:
-    cdef Py_ssize_t g, k, place = 0
-    cdef Group *group
-    cdef Kind *kind
-    kinds = {}
-    p.groups = len(groups)
-    p.planes = sum(len(slices) * len(slices[0]) for slices in groups)
-    # One more of each, for geometries without planes.
-    p.device_base = <uint64_t *>calloc(p.planes + 1, sizeof(uint64_t))
-    p.host_base = <uint64_t *>calloc(p.planes + 1, sizeof(uint64_t))
-    p.group = <Group *>calloc(p.groups + 1, sizeof(Group))
-    p.kind = <Kind *>calloc(p.groups + 1, sizeof(Kind))
-    p.use = <Use *>calloc(2 * MODES * (p.groups + 1), sizeof(Use))
-    if (p.device_base == NULL or p.host_base == NULL or p.group == NULL or p.kind == NULL
-            or p.use == NULL):
-        raise MemoryError("no memory for the planes")
-    for g, slices in enumerate(groups):
-        group = &p.group[g]
-        group.first = place
-        for row in (row for part in slices for row in part):
-            p.device_base[place], p.host_base[place] = row.device, row.host
-            place += 1
-        k = store_group(group, slices, seams, kinds)
-        kind = &p.kind[k]
-        kind.groups += 1
-        p.any_seamed = p.any_seamed or group.seamed
-    p.kinds = len(kinds)
-    for key, k in kinds.items():
-        kind = &p.kind[k]
-        kind.planes, kind.depth, kind.width, kind.merges, kind.rows, kind.slabs = key
-        p.any_merges = p.any_merges or kind.merges
-    store_uses(p)
+cdef int read_costs(Costs *c, object costs, int sms, double rate) except -1:
+    c.byte, c.latency = costs.byte, costs.latency
+    c.loop_submit, c.loop_engine = costs.loop_submit, costs.loop_engine
+    c.call_submit, c.call_engine = costs.call_submit, costs.call_engine
+    c.copy_submit, c.copy_engine = costs.copy_submit, costs.copy_engine
+    c.strided_submit, c.strided_engine = costs.strided_submit, costs.strided_engine
+    c.strided_row, c.kernel_piece = costs.strided_row, costs.kernel_piece
+    c.kernel_submit, c.kernel_latency = costs.kernel_submit, costs.kernel_latency
+    c.kernel_byte, c.kernel_block_byte = costs.kernel_byte, costs.kernel_block_byte
+    # Few blocks, or a rate that is kept, make a byte dearer.
+    if sms > 0:
+        c.kernel_byte = max(c.kernel_byte, c.kernel_block_byte / sms)
+    if rate > 0:
+        c.kernel_byte = max(c.kernel_byte, 1 / rate)
     return 0
 
 
-cdef Py_ssize_t store_group(Group *group, list slices, object seams, dict kinds) except -1:
-    """Describe a group; the number of its kind."""
-    first = slices[0]
-    group.depth = len(slices)
-    group.planes = group.depth * len(first)
-    _, _, group.device_pitch, group.host_pitch, group.width = first[0]
-    if len(first) > 1:
-        group.device_step = first[1].device - first[0].device
-        group.host_step = first[1].host - first[0].host
-    group.device_rows = group.host_rows = len(first)
-    if group.depth > 1:
-        group.device_rows = (slices[1][0].device - first[0].device) // group.device_step
-        group.host_rows = (slices[1][0].host - first[0].host) // group.host_step
-    group.seamed = seams.touch(row for part in slices for row in part)
-    merges = group.width == group.device_pitch == group.host_pitch
-    rows = group.device_pitch >= group.width and group.host_pitch >= group.width
-    slabs = (
-        rows and len(first) > 1
-        and group.device_step % group.device_pitch == 0
-        and group.host_step % group.host_pitch == 0
-    )
-    key = (group.planes, group.depth, group.width, merges, rows, slabs)
-    group.kind = kinds.setdefault(key, len(kinds))
-    return group.kind
+cdef void *room(Geometry geometry, Py_ssize_t size) except NULL:
+    """Memory of zeros that goes with the geometry."""
+    array = bytearray(size + 1)
+    geometry.memory.append(array)
+    return PyByteArray_AS_STRING(array)
 
 
-cdef void store_uses(Layout *p) noexcept:
-    cdef Py_ssize_t direction, mode, k
+cdef const uint64_t *words(Geometry geometry, list values) except NULL:
+    """Addresses in memory that goes with the geometry."""
+    array = np.array([*values, 0], np.uint64)
+    cdef const uint64_t[::1] view = array
+    geometry.memory.append(array)
+    return &view[0]
+
+
+cdef int store_groups(Geometry geometry, list groups, object seams) except -1:
+    cdef Layout *p = &geometry.layout
+    cdef Group *g
+    cdef Spacing *s
+    cdef Py_ssize_t first = 0, k, side
+    cdef bint plain = True
+    p.groups = len(groups)
+    p.group = <Group *>room(geometry, p.groups * sizeof(Group))
+    rows = [row for slices in groups for part in slices for row in part]
+    kinds = {}
+    for k, slices in enumerate(groups):
+        g = &p.group[k]
+        one = slices[0]
+        g.first, g.depth, g.planes, g.width = first, len(slices), len(one), one[0].width
+        g.merges, g.slabs = True, g.planes > 1
+        for side in range(2):
+            s = &g.side[side]
+            s.pitch = one[0][2 + side]
+            s.step = one[1][side] - one[0][side] if g.planes > 1 else 0
+            s.rows = (slices[1][0][side] - one[0][side]) // s.step if g.depth > 1 else g.planes
+            g.merges = g.merges and s.pitch == g.width
+            # Whole numbers of pages apart, and no plane begins within another one.
+            g.slabs = g.slabs and not s.step % s.pitch and s.step >= s.pitch * p.pages[side]
+        g.planes *= g.depth
+        g.seamed = seams.touch(rows[first:first + g.planes])
+        first += g.planes
+        plain = plain and not g.seamed and g.width == p.group[0].width
+        kind = g.planes, g.depth, g.width, g.merges, g.slabs
+        p.group[kinds.setdefault(kind, k)].alike += 1
+    p.base[DEVICE] = words(geometry, [row.device for row in rows])
+    p.base[HOST] = words(geometry, [row.host for row in rows])
+    p.same_size = p.group[0].width if plain and groups else 0
+    return 0
+
+
+cdef int store_ways(Geometry geometry) except -1:
+    cdef Layout *p = &geometry.layout
+    cdef const Costs *c
+    cdef Way *way
     cdef Use *use
+    cdef Py_ssize_t direction, k
+    cdef int mode
     for direction in range(2):
-        for mode in range(MODES):
-            for k in range(p.kinds):
-                use = use_of(p, direction, mode, k)
-                use[0] = choose_use(&p.cost[direction], &p.kind[k], <int>mode)
-                p.weight[direction][mode] += p.kind[k].groups * (
-                    1 if use.form == STACK else p.kind[k].planes
-                )
+        c = &p.cost[direction]
+        for mode in range(KERNEL):
+            way = &p.way[direction][mode]
+            way.mode, way.unit, way.step = mode, LONGEST_RUN + 1, LONGEST_RUN + 1
+            way.use = <Use *>room(geometry, p.groups * sizeof(Use))
+            way.submit, way.engine = c.loop_submit, c.loop_engine
+            if batched(mode):
+                way.submit, way.engine = c.copy_submit, c.copy_engine
+            elif mode == STRIDED:
+                # A row by itself is no cheaper than a copy by itself.
+                way.submit = max(c.strided_submit, c.loop_submit)
+                way.engine = max(c.strided_engine + c.strided_row, c.loop_engine)
+            for k in range(p.groups):
+                use = &way.use[k]
+                use[0] = choose_use(c, &p.group[k], way)
+                way.operations += 1 if use.stack else p.group[k].planes
+                way.step = min(way.step, use.shortest, use.slab)
+                way.unit = 2 if p.group[k].merges else min(way.unit, way.step)
+            # Steps of one pair occur by chance among random pages.
+            way.step = max(way.step, 3)
+    return 0
 
 
 # --- Page numbers -----------------------------------------------------------------------------
 
 
-cdef bint viewed(object array, Py_buffer *view) except -1:
-    """Look at page numbers where they are; 0 if they are none that can be copied as they stand."""
+cdef int look_at(object array, Py_buffer *view) except -1:
+    """Look at page numbers where they are."""
     try:
         PyObject_GetBuffer(array, view, PyBUF_ND | PyBUF_FORMAT)
     except (TypeError, BufferError, ValueError):
-        return False
+        raise TypeError(NO_PAGES) from None
     if (
-        view.ndim == 1 and view.itemsize == 8 and view.format != NULL
-        and (view.format[0] == c"l" or view.format[0] == c"q")
+        view.ndim != 1 or view.itemsize != 8 or view.format == NULL
+        or (view.format[0] != c"l" and view.format[0] != c"q")
     ):
-        return True
-    PyBuffer_Release(view)
-    return False
-
-
-cdef Pages pages_of(object device_pages, object host_pages, int64_t device_limit,
-                    int64_t host_limit, Direction direction):
-    """Copy and check page numbers; None where they are no contiguous int64 arrays."""
-    cdef Pages pages = Pages.__new__(Pages)
-    cdef Py_buffer near, far
-    if not viewed(device_pages, &near):
-        return None
-    try:
-        if not viewed(host_pages, &far):
-            return None
-        try:
-            pages.copy(&near, &far)
-        finally:
-            PyBuffer_Release(&far)
-    finally:
-        PyBuffer_Release(&near)
-    pages.direction = direction
-    pages.check(device_limit, host_limit)
-    return pages
+        PyBuffer_Release(view)
+        raise TypeError(NO_PAGES)
+    return 0
 
 
 # Memory of page numbers that are no longer needed, kept for the next request: memory that is new
@@ -424,6 +275,40 @@ cdef Pages pages_of(object device_pages, object host_pages, int64_t device_limit
 cdef Py_ssize_t MOST_SPARE = 1 << 20
 cdef int64_t *spare_numbers = NULL
 cdef Py_ssize_t spare_count = 0
+
+
+cdef int copy(Pages pages, const Py_buffer *near, const Py_buffer *far) except -1:
+    """Copy page numbers, which nobody else can write to then."""
+    global spare_numbers, spare_count
+    cdef Py_ssize_t n = near.shape[0]
+    if n != far.shape[0]:
+        raise ValueError(
+            f"device_pages has {n} page numbers and host_pages has {far.shape[0]}: "
+            "give as many of each"
+        )
+    if spare_numbers != NULL and spare_count >= 2 * n:
+        pages.number[DEVICE], pages.room = spare_numbers, spare_count
+        spare_numbers = NULL
+    else:
+        pages.number[DEVICE] = <int64_t *>malloc(2 * n * sizeof(int64_t) + 1)
+        if pages.number[DEVICE] == NULL:
+            no_memory()
+        pages.room = 2 * n
+    pages.number[HOST], pages.count = pages.number[DEVICE] + n, n
+    memcpy(pages.number[DEVICE], near.buf, n * sizeof(int64_t))
+    memcpy(pages.number[HOST], far.buf, n * sizeof(int64_t))
+    return 0
+
+
+cdef int no_memory() except -1 nogil:
+    with gil:
+        raise MemoryError("no memory for the pages of a transfer")
+
+
+# A bit for each page, all 0 between uses, kept for the next request that marks pages. Whoever marks
+# takes it away meanwhile, so that no two threads share it.
+cdef uint64_t *spare_marks = NULL
+cdef int64_t spare_room = 0
 
 
 cdef class Pages:
@@ -442,164 +327,85 @@ cdef class Pages:
     def __init__(self):
         raise TypeError("page numbers are checked against a geometry: use Geometry.pages")
 
-    cdef int copy(self, const Py_buffer *near, const Py_buffer *far) except -1:
-        """Copy page numbers, which nobody else can write to then."""
-        global spare_numbers, spare_count
-        cdef Py_ssize_t n = near.shape[0]
-        if n != far.shape[0]:
-            raise ValueError(
-                f"device_pages has {n} page numbers and host_pages has {far.shape[0]}: "
-                "give as many of each"
-            )
-        if spare_numbers != NULL and spare_count >= 2 * n:
-            self.device, self.room = spare_numbers, spare_count
-            spare_numbers = NULL
-        else:
-            self.device, self.room = <int64_t *>malloc(2 * n * sizeof(int64_t) + 1), 2 * n
-            if self.device == NULL:
-                raise MemoryError(f"no memory for {2 * n} page numbers")
-        self.host, self.count = self.device + n, n
-        memcpy(self.device, near.buf, n * sizeof(int64_t))
-        memcpy(self.host, far.buf, n * sizeof(int64_t))
-        return 0
-
-    cdef int check(self, int64_t device_limit, int64_t host_limit) except -1:
-        cdef Py_ssize_t n = self.count, first
-        cdef const int64_t *to = self.device
-        cdef int64_t limit = device_limit
-        if self.direction == OFFLOAD:
-            to, limit = self.host, host_limit
-        if n < KEEP_GIL:
-            first = first_beyond(self.device, self.host, n, device_limit, host_limit)
-            if first < 0:
-                self.find_runs()
-        else:
-            with nogil:
-                first = first_beyond(self.device, self.host, n, device_limit, host_limit)
-                if first < 0:
-                    self.find_runs()  # differences of numbers out of range may overflow
-        if first >= 0:
-            raise self.beyond(first, device_limit, host_limit)
-        first = first_repeated(to, n) if n <= FEW else first_marked(to, n, limit)
-        if first >= 0:
-            raise self.repeated(to, first)
-        return 0
-
     def __dealloc__(self):
         global spare_numbers, spare_count
-        free(self.runs.count[0])
+        free(self.runs)
         if self.room <= MOST_SPARE and (spare_numbers == NULL or spare_count < self.room):
             free(spare_numbers)
-            spare_numbers, spare_count = self.device, self.room
+            spare_numbers, spare_count = self.number[DEVICE], self.room
         else:
-            free(self.device)
+            free(self.number[DEVICE])
 
-    cdef object beyond(self, Py_ssize_t first, int64_t device_limit, int64_t host_limit):
-        cdef int64_t page = self.device[first]
-        if page < 0 or page >= device_limit:
-            return page_out_of_range("device_pages", first, page, device_limit)
-        return page_out_of_range("host_pages", first, self.host[first], host_limit)
 
-    cdef object repeated(self, const int64_t *to, Py_ssize_t last):
-        cdef Py_ssize_t i = 0
-        while to[i] != to[last]:
-            i += 1
-        name = "device_pages" if self.direction == LOAD else "host_pages"
-        return ValueError(
-            f"{name}[{last}] is page {to[last]} again, after {name}[{i}]: "
-            "a destination page may be given once"
+cdef int check(Pages pages, const int64_t *limit) except -1:
+    """Refuse page numbers that may not be, and find the runs of the others."""
+    global spare_marks, spare_room
+    cdef uint64_t *marks = spare_marks
+    cdef int64_t room = spare_room
+    cdef Py_ssize_t wrong
+    spare_marks = NULL
+    if marks == NULL or room < limit[pages.direction]:
+        free(marks)
+        room = limit[pages.direction]
+        marks = <uint64_t *>calloc(room // 64 + 1, sizeof(uint64_t))
+        if marks == NULL:
+            no_memory()
+    try:
+        if pages.count < KEEP_GIL:
+            wrong = first_wrong(pages, limit, marks)
+        else:
+            with nogil:
+                wrong = first_wrong(pages, limit, marks)
+    finally:
+        if spare_marks == NULL:
+            spare_marks, spare_room = marks, room
+        else:
+            free(marks)
+    if wrong >= 0:
+        raise refused(pages, wrong, limit)
+    return 0
+
+
+cdef Py_ssize_t first_wrong(Pages pages, const int64_t *limit, uint64_t *marks) except -2 nogil:
+    cdef Py_ssize_t wrong = first_beyond(pages, limit)
+    if wrong < 0:
+        find_runs(pages)  # differences of numbers out of range may overflow
+        wrong = first_repeated(
+            pages.number[pages.direction], pages.count, marks, limit[pages.direction]
         )
-
-    cdef int find_runs(self) except -1 nogil:
-        cdef Scan s
-        cdef int64_t a = 0, b = 0
-        cdef Py_ssize_t r, unit, q
-        s.device, s.host, s.count = self.device, self.host, self.count
-        s.position = s.known = 0
-        s.unit, s.step = 2, 3
-        while s.position < s.count:
-            r = lone_pages(&s)
-            s.position += r
-            self.runs.single += r
-            r = next_run(&s, &a, &b)
-            s.position += r
-            if r == 1:
-                self.runs.single += 1
-                continue
-            if self.runs.count[0] == NULL:
-                self.make_buckets()
-            unit = 1 if a == b and (a == 1 or a == -1) else 0
-            q = bucket_of(r)
-            self.runs.used[unit] |= <uint64_t>1 << q
-            self.runs.count[unit][q] += 1
-            self.runs.pages[unit][q] += r
-        self.lone = not (self.runs.used[0] | self.runs.used[1])
-        return 0
-
-    cdef int make_buckets(self) except -1 nogil:
-        # Most requests have no run, and need none.
-        cdef Py_ssize_t unit
-        cdef double *block = <double *>calloc(4 * BUCKETS, sizeof(double))
-        if block == NULL:
-            with gil:
-                raise MemoryError("no memory for the runs of a transfer")
-        for unit in range(2):
-            self.runs.count[unit] = block + unit * BUCKETS
-            self.runs.pages[unit] = block + (2 + unit) * BUCKETS
-        return 0
+    return wrong
 
 
-cdef Py_ssize_t first_beyond(const int64_t *d, const int64_t *h, Py_ssize_t n,
-                             int64_t device_limit, int64_t host_limit) noexcept nogil:
+cdef object refused(Pages pages, Py_ssize_t i, const int64_t *limit):
+    cdef const int64_t *to = pages.number[pages.direction]
+    cdef Py_ssize_t side, first = 0
+    names = "device_pages", "host_pages"
+    for side in range(2):
+        if not 0 <= pages.number[side][i] < limit[side]:
+            return page_out_of_range(names[side], i, pages.number[side][i], limit[side])
+    while to[first] != to[i]:
+        first += 1
+    name = names[pages.direction]
+    return ValueError(
+        f"{name}[{i}] is page {to[i]} again, after {name}[{first}]: "
+        "a destination page may be given once"
+    )
+
+
+cdef Py_ssize_t first_beyond(Pages pages, const int64_t *limit) noexcept nogil:
     # A negative number is a huge unsigned one: one comparison per side.
+    cdef const int64_t *d = pages.number[DEVICE]
+    cdef const int64_t *h = pages.number[HOST]
+    cdef uint64_t device_limit = limit[DEVICE], host_limit = limit[HOST]
     cdef Py_ssize_t i
-    for i in range(n):
-        if <uint64_t>d[i] >= <uint64_t>device_limit or <uint64_t>h[i] >= <uint64_t>host_limit:
+    for i in range(pages.count):
+        if <uint64_t>d[i] >= device_limit or <uint64_t>h[i] >= host_limit:
             return i
     return -1
 
 
-cdef Py_ssize_t first_repeated(const int64_t *pages, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i, j
-    for i in range(1, n):
-        for j in range(i):
-            if pages[i] == pages[j]:
-                return i
-    return -1
-
-
-# A bit for each page, all 0 between uses, kept for the next request that marks pages. Whoever marks
-# takes it away meanwhile, so that no two threads share it.
-cdef uint64_t *spare_marks = NULL
-cdef int64_t spare_room = 0
-
-
-cdef Py_ssize_t first_marked(const int64_t *pages, Py_ssize_t n, int64_t limit) except? -2:
-    global spare_marks, spare_room
-    cdef uint64_t *marks = spare_marks
-    cdef int64_t room = spare_room
-    cdef Py_ssize_t found
-    spare_marks = NULL
-    if marks == NULL or room < limit:
-        free(marks)
-        room = limit
-        marks = <uint64_t *>calloc((limit + 63) // 64, sizeof(uint64_t))
-        if marks == NULL:
-            raise MemoryError(f"no memory to mark {limit} pages")
-    if n < KEEP_GIL:
-        found = mark_pages(pages, n, marks, limit)
-    else:
-        with nogil:
-            found = mark_pages(pages, n, marks, limit)
-    if spare_marks == NULL:
-        spare_marks, spare_room = marks, room
-    else:
-        free(marks)
-    return found
-
-
-cdef Py_ssize_t mark_pages(const int64_t *pages, Py_ssize_t n, uint64_t *marks,
-                           int64_t limit) noexcept nogil:
+cdef Py_ssize_t first_repeated(const int64_t *pages, Py_ssize_t n, uint64_t *marks,
+                               int64_t limit) noexcept nogil:
     # Bits, because what is accessed at random has to stay in the CPU's nearest caches.
     cdef Py_ssize_t i, found = -1
     cdef uint64_t bit
@@ -622,61 +428,81 @@ cdef Py_ssize_t mark_pages(const int64_t *pages, Py_ssize_t n, uint64_t *marks,
 # --- Runs -------------------------------------------------------------------------------------
 
 
-cdef inline int bucket_of(Py_ssize_t pages) noexcept nogil:
-    cdef int bucket
-    if pages < EXACT:
-        return <int>pages
-    bucket = <int>EXACT
-    pages //= EXACT
-    while pages > 1 and bucket < BUCKETS - 1:
-        pages >>= 1
-        bucket += 1
-    return bucket
+cdef int find_runs(Pages pages) except -1 nogil:
+    """Count the runs of a request by their length."""
+    cdef Scan s
+    cdef Run run
+    cdef Bucket *bucket
+    s.pages[DEVICE], s.pages[HOST], s.count = pages.number[DEVICE], pages.number[HOST], pages.count
+    s.position = s.known = 0
+    s.unit, s.step = 2, 3
+    pages.lone.runs = pages.lone.pages = pages.count
+    while s.position < s.count:
+        skip_lone_pages(&s)
+        run = next_run(&s)
+        if run.pages == 1:
+            continue
+        if pages.runs == NULL:
+            # Most requests have none.
+            pages.runs = <Bucket *>calloc(2 * BUCKETS, sizeof(Bucket))
+            if pages.runs == NULL:
+                no_memory()
+        bucket = pages.runs + min(run.pages, BUCKETS - 1)
+        if run.step[DEVICE] == 1 and run.step[HOST] == 1:
+            bucket += BUCKETS
+        bucket.runs += 1
+        bucket.pages += run.pages
+        pages.lone.runs -= run.pages
+        pages.lone.pages -= run.pages
+    return 0
 
 
-cdef Py_ssize_t next_run(Scan *s, int64_t *device_step, int64_t *host_step) noexcept nogil:
-    # Pages from the position on that belong together; it is not moved. A run has a constant step
-    # on each side, both up or both down.
-    cdef Py_ssize_t i = s.position, j, last, need
-    cdef int64_t a, b
-    if i + 1 >= s.count or i < s.known:
-        return 1
-    a = s.device[i + 1] - s.device[i]
-    b = s.host[i + 1] - s.host[i]
-    # Among random pages each of these tests almost always fails, so the branches are cheap.
-    if a == b and (a == 1 or a == -1):
-        need = s.unit
-    elif (
-        i + 2 < s.count
-        and s.device[i + 2] - s.device[i + 1] == a
-        and s.host[i + 2] - s.host[i + 1] == b
-        and ((a > 0 and b > 0) or (a < 0 and b < 0))
-    ):
-        need = s.step
-    else:
-        return 1
-    last = s.count if s.count - i < LONGEST_RUN else i + LONGEST_RUN
-    j = i + 2
-    while j < last and s.device[j] - s.device[j - 1] == a and s.host[j] - s.host[j - 1] == b:
+cdef Run next_run(Scan *s) noexcept nogil:
+    # Pages from the position on that belong together; it moves behind them. A run has a constant
+    # step on each side, both up or both down.
+    cdef const int64_t *d = s.pages[DEVICE]
+    cdef const int64_t *h = s.pages[HOST]
+    cdef Py_ssize_t i = s.position, j = i + 1, last, need = 0
+    cdef int64_t a = 1, b = 1
+    cdef Run run
+    if j < s.count and i >= s.known:
+        a, b = d[j] - d[i], h[j] - h[i]
+        # Among random pages each of these tests almost always fails, so the branches are cheap.
+        if a == b and (a == 1 or a == -1):
+            need = s.unit
+        elif (
+            j + 1 < s.count and d[j + 1] - d[j] == a and h[j + 1] - h[j] == b
+            and ((a > 0 and b > 0) or (a < 0 and b < 0))
+        ):
+            need = s.step
+    if need:
+        last = min(s.count, i + LONGEST_RUN)
         j += 1
-    if j - i < need:
-        # Every later start inside gives the same run, shorter still.
-        s.known = j - 1
-        return 1
-    device_step[0] = a
-    host_step[0] = b
-    return j - i
+        while j < last and d[j] - d[j - 1] == a and h[j] - h[j - 1] == b:
+            j += 1
+        if j - i < need:
+            # Every later start inside gives the same run, shorter still.
+            s.known = j - 1
+            j = i + 1
+    s.position = j
+    run.pages = j - i
+    if run.pages == 1:
+        a = b = 1
+    # Downwards on both sides is upwards from the other end.
+    j = i if a > 0 else j - 1
+    run.page[DEVICE], run.page[HOST] = d[j], h[j]
+    run.step[DEVICE], run.step[HOST] = (a, b) if a > 0 else (-a, -b)
+    return run
 
 
-cdef inline Py_ssize_t lone_pages(const Scan *s) noexcept nogil:
-    # Pages from the position on that are in no run: what `next_run` says of most pages, many times
-    # faster.
-    cdef const int64_t *d = s.device
-    cdef const int64_t *h = s.host
+cdef inline void skip_lone_pages(Scan *s) noexcept nogil:
+    # What `next_run` says of most pages, many times faster: that they are in no run.
+    cdef const int64_t *d = s.pages[DEVICE]
+    cdef const int64_t *h = s.pages[HOST]
     cdef Py_ssize_t i = s.position, last = s.count - 2
     cdef int64_t a, b, c, e
     if i >= last:
-        return 0
+        return
     a = d[i + 1] - d[i]
     b = h[i + 1] - h[i]
     while i < last:
@@ -686,7 +512,7 @@ cdef inline Py_ssize_t lone_pages(const Scan *s) noexcept nogil:
             break
         a, b = c, e
         i += 1
-    return i - s.position
+    s.position = i
 
 
 # --- Prices and the choice --------------------------------------------------------------------
@@ -697,106 +523,147 @@ cdef struct Tally:
     double host, engine, copies, strided
 
 
-cdef int want(bint *wanted, object path, bint batch, bint strided, bint kernel) except -1:
-    """Which modes a path may choose from."""
-    cdef Py_ssize_t m
-    for m in range(MODES):
-        wanted[m] = False
+cdef int modes_of(object path, bint batch, bint strided, bint kernel) except -1:
+    """The modes that a path may choose from, a bit each."""
     if path == "auto":
-        wanted[BATCH], wanted[LOOP] = batch, True
-        wanted[STRIDED_BATCH], wanted[STRIDED_LOOP] = batch and strided, strided
-        wanted[KERNEL] = kernel
-    elif path in PATHS:
-        wanted[METHODS.index(path)] = True
+        return (
+            batch << BATCH | 1 << LOOP | (strided and batch) << STRIDED_BATCH
+            | strided << STRIDED_LOOP | kernel << KERNEL
+        )
+    if path in PATHS:
+        return 1 << METHODS.index(path)
+    raise ValueError(f"path is {path!r}: it is one of {', '.join(PATHS)}")
+
+
+cdef inline bint batched(int mode) noexcept nogil:
+    return mode == BATCH or mode == STRIDED_BATCH
+
+
+cdef double plain_cost(const Costs *c, const Way *way, double size) noexcept nogil:
+    # Of one copy among many: its share of a full call counts.
+    cdef double share = 1.0 / 256 if batched(way.mode) else 0
+    return max(
+        way.submit + share * c.call_submit, way.engine + size * c.byte + share * c.call_engine
+    )
+
+
+cdef double strided_cost(const Costs *c, double rows, double size) noexcept nogil:
+    return max(c.strided_submit, c.strided_engine + rows * (c.strided_row + size * c.byte))
+
+
+cdef bint stacks(const Costs *c, const Group *g, const Way *way, double size) noexcept nogil:
+    # Whether `size` bytes of each plane of a group are moved by one strided copy.
+    if g.planes < 2 or way.mode == BATCH or way.mode == LOOP:
+        return False
+    return way.mode == STRIDED or (
+        strided_cost(c, g.planes, size) < g.planes * plain_cost(c, way, size)
+    )
+
+
+cdef Use choose_use(const Costs *c, const Group *g, const Way *way) noexcept nogil:
+    cdef Use use
+    cdef double page, gain
+    use.stack = stacks(c, g, way, <double>g.width)
+    use.shortest = use.slab = NO_RUN
+    if way.mode == BATCH or way.mode == LOOP:
+        return use
+    page = g.planes * plain_cost(c, way, <double>g.width)
+    if use.stack:
+        page = strided_cost(c, g.planes, <double>g.width)
+    gain = page - g.planes * (c.strided_row + g.width * c.byte)
+    use.shortest = shortest_run(g.planes * c.strided_engine, gain)
+    if g.slabs:
+        use.slab = shortest_run(g.depth * c.strided_engine, gain)
+    return use
+
+
+cdef int64_t shortest_run(double calls, double gain) noexcept nogil:
+    # Pages at which a run saves more than the calls that it takes.
+    if gain <= 0 or calls / gain >= 1e9:
+        return NO_RUN
+    return max(2, <int64_t>(calls / gain) + 1)
+
+
+cdef void count_pages(Tally *t, const Costs *c, const Group *g, const Way *way, bint stack,
+                      double pages, double size) noexcept nogil:
+    """Count pages, or merged runs, of `size` bytes each."""
+    if stack:
+        count_strided(t, c, pages * g.alike, g.planes, size)
+        return
+    pages *= g.alike * g.planes
+    t.copies += pages
+    t.host += pages * way.submit
+    t.engine += pages * (way.engine + size * c.byte)
+
+
+cdef void count_strided(Tally *t, const Costs *c, double copies, double rows,
+                        double size) noexcept nogil:
+    t.strided += copies
+    t.host += copies * c.strided_submit
+    t.engine += copies * (c.strided_engine + rows * (c.strided_row + size * c.byte))
+
+
+cdef void count_runs(Tally *t, const Costs *c, const Group *g, const Way *way, const Use *use,
+                     double runs, double pages, bint unit) noexcept nogil:
+    """Count runs of about one length, of neighbours (`unit`) or not, in groups that are alike."""
+    cdef double length = pages / runs, width = <double>g.width
+    cdef bint slabs = unit and length >= use.slab
+    if unit and g.merges:
+        width *= length
+        count_pages(t, c, g, way, stacks(c, g, way, width), runs, width)
+    elif slabs or length >= use.shortest:
+        runs *= g.depth if slabs else g.planes
+        pages *= g.planes
+        count_strided(t, c, runs * g.alike, pages / runs, width)
     else:
-        raise ValueError(f"path is {path!r}: it is one of {', '.join(PATHS)}")
-    return 0
+        count_pages(t, c, g, way, use.stack, pages, width)
 
 
-cdef void count_page(Tally *t, const Costs *c, const Kind *kind, int mode, Form form,
-                     double times, double size) noexcept nogil:
-    cdef double many = times * kind.groups * kind.planes
-    if form == PLAIN:
-        t.copies += many
-        t.host += many * plain_host(c, mode)
-        t.engine += many * plain_engine(c, mode, size)
-    elif form == STACK:
-        t.strided += times * kind.groups
-        t.host += times * kind.groups * c.strided_submit
-        t.engine += times * kind.groups * c.strided_engine
-        t.engine += many * (c.strided_row + size * c.byte)
-    else:
-        # A row by itself is no cheaper than a copy by itself.
-        t.strided += many
-        t.host += many * larger(c.strided_submit, c.loop_submit)
-        t.engine += many * larger(c.strided_engine + c.strided_row + size * c.byte,
-                                  c.loop_engine + size * c.byte)
-
-
-cdef void count_rows(Tally *t, const Costs *c, const Kind *kind, double runs, double pages,
-                     bint slabs) noexcept nogil:
-    cdef double many = runs * kind.groups * (kind.depth if slabs else kind.planes)
-    t.strided += many
-    t.host += many * c.strided_submit
-    t.engine += many * c.strided_engine
-    t.engine += pages * kind.groups * kind.planes * (c.strided_row + kind.width * c.byte)
-
-
-cdef void count_runs(Tally *t, const Costs *c, const Kind *kind, int mode, const Use *use,
-                     const Runs *runs, int unit) noexcept nogil:
-    cdef uint64_t bits = runs.used[unit]
-    cdef double many, pages, length
-    cdef int q
-    while bits:
-        q = lowest_bit(bits)
-        bits &= bits - 1
-        many, pages = runs.count[unit][q], runs.pages[unit][q]
-        length = pages / many
-        if unit and kind.merges:
-            count_page(
-                t, c, kind, mode, form_of(c, kind, mode, length * kind.width), many,
-                length * kind.width,
-            )
-        elif unit and length >= use.slab:
-            count_rows(t, c, kind, many, pages, True)
-        elif length >= use.shortest:
-            count_rows(t, c, kind, many, pages, False)
-        else:
-            count_page(t, c, kind, mode, use.form, pages, <double>kind.width)
-
-
-cdef void predict(const Layout *p, Pages pages, const bint *wanted, Price *price) noexcept nogil:
+cdef void predict(const Layout *p, Pages pages, int wanted, Price *price) noexcept nogil:
     """Price the modes that are wanted."""
     cdef const Costs *c = &p.cost[pages.direction]
-    cdef const Kind *kind
-    cdef const Use *use
-    cdef Tally t
+    cdef Tally tally[6]
+    cdef Py_ssize_t i
+    cdef int m
+    memset(tally, 0, sizeof(tally))
+    count_bucket(tally, p, pages.direction, wanted, &pages.lone, False)
+    for i in range(2 * BUCKETS if pages.runs != NULL else 0):
+        count_bucket(tally, p, pages.direction, wanted, &pages.runs[i], i >= BUCKETS)
+    for m in range(MODES):
+        price[m].time, price[m].method = NEVER, m
+        if wanted >> m & 1 and m == KERNEL:
+            price_kernel(
+                c, <double>pages.count * p.page_bytes, <double>pages.count * p.planes_in, &price[m]
+            )
+        elif wanted >> m & 1:
+            price_calls(p, c, &p.way[pages.direction][m], &tally[m], &price[m])
+
+
+cdef inline void count_bucket(Tally *tally, const Layout *p, int direction, int wanted,
+                              const Bucket *bucket, bint unit) noexcept nogil:
+    cdef const Way *way
     cdef Py_ssize_t k
     cdef int m
-    for m in range(MODES):
-        price[m].time = NEVER
-        if not wanted[m]:
-            continue
-        if m == KERNEL:
-            price_kernel(p, c, pages.count, &price[m])
-            continue
-        t.host = t.engine = t.copies = t.strided = 0
-        for k in range(p.kinds):
-            kind = &p.kind[k]
-            use = use_of(p, pages.direction, m, k)
-            count_page(&t, c, kind, m, use.form, pages.runs.single, <double>kind.width)
-            count_runs(&t, c, kind, m, use, &pages.runs, 0)
-            count_runs(&t, c, kind, m, use, &pages.runs, 1)
-        price_mode(p, c, m, &t, &price[m])
+    if bucket.runs == 0:
+        return
+    for m in range(KERNEL):
+        way = &p.way[direction][m]
+        for k in range(p.groups if wanted >> m & 1 else 0):
+            if p.group[k].alike:
+                count_runs(
+                    &tally[m], &p.cost[direction], &p.group[k], way, &way.use[k],
+                    bucket.runs, bucket.pages, unit,
+                )
 
 
-cdef void price_mode(const Layout *p, const Costs *c, int mode, Tally *t,
-                     Price *price) noexcept nogil:
+cdef void price_calls(const Layout *p, const Costs *c, const Way *way, Tally *t,
+                      Price *price) noexcept nogil:
     # Longest calls first: shorter ones cost the host more.
     cdef Py_ssize_t i, calls, size
     cdef double host, engine, time
-    price.copies, price.strided = t.copies, t.strided
-    if batched(mode) and t.copies == 1:
+    if way.mode > STRIDED and (t.copies == 0 or t.strided == 0):
+        price.method = STRIDED if t.copies == 0 else way.mode - STRIDED_BATCH
+    if batched(way.mode) and t.copies == 1:
         # A batch of one copy takes longer than the copy by itself.
         t.host += c.loop_submit
         t.engine += c.loop_engine
@@ -804,29 +671,36 @@ cdef void price_mode(const Layout *p, const Costs *c, int mode, Tally *t,
         size = p.batch_size[i]
         calls = <Py_ssize_t>t.copies
         host, engine = t.host, t.engine
-        if batched(mode):
+        if batched(way.mode):
             calls = (calls + size - 1) // size
             host += calls * c.call_submit
             engine += calls * c.call_engine
         time = c.latency + time_of(host, engine, calls + t.strided)
         if time < price.time * SMALLER_CALLS:
-            price.time, price.host, price.work = time, host, larger(host, engine)
-            price.calls, price.batch_size = calls + <Py_ssize_t>t.strided, size
-        if not batched(mode) or t.copies <= p.batch_size[0]:
+            price.time, price.host, price.work = time, host, max(host, engine)
+            price.batch_size = size
+        if not batched(way.mode) or t.copies <= p.batch_size[0]:
             break
 
 
-cdef void price_kernel(const Layout *p, const Costs *c, Py_ssize_t pages,
-                       Price *price) noexcept nogil:
-    price_launch(c, <double>pages * p.page_bytes, <double>pages * p.planes_in, price)
+cdef double time_of(double host, double engine, double calls) noexcept nogil:
+    # Host and copy engine work side by side; what neither hides is the first call, or the last one
+    # where the host is the slower.
+    return max(host, engine) + (min(host, engine) / calls if calls > 0 else 0)
 
 
-cdef void price_launch(const Costs *c, double size, double rows, Price *price) noexcept nogil:
+cdef void price_kernel(const Costs *c, double size, double rows, Price *price) noexcept nogil:
     # One launch, of bytes or of rows, whichever takes longer.
-    price.host, price.calls, price.copies, price.strided = c.kernel_submit, 1, 0, 0
-    price.batch_size = 1
-    price.work = larger(size * c.kernel_byte, rows * c.kernel_piece)
+    price.host, price.batch_size = c.kernel_submit, 1
+    price.work = max(size * c.kernel_byte, rows * c.kernel_piece)
     price.time = c.kernel_submit + c.kernel_latency + price.work
+
+
+cdef bint is_worth_it(const Price *kernel, const Price *engine) noexcept nogil:
+    # By itself, and in a row of transfers, where what the first call keeps waiting is hidden.
+    return (
+        kernel.time * WORTH_KERNEL < engine.time and kernel.work * WORTH_KERNEL < engine.work
+    )
 
 
 def kernel_pays(costs, int sms, double copies, double strided, double rows, double size,
@@ -856,57 +730,24 @@ def kernel_pays(costs, int sms, double copies, double strided, double rows, doub
     cdef Costs c
     cdef Price kernel, engine
     cdef double calls = (copies + batch_size - 1) // batch_size
-    read_costs(&c, costs)
-    hold_kernel(&c, sms, costs.kernel_rate)
+    read_costs(&c, costs, sms, costs.kernel_rate)
     engine.host = copies * c.copy_submit + calls * c.call_submit + strided * c.strided_submit
     engine.work = (
         copies * c.copy_engine + calls * c.call_engine + strided * c.strided_engine
         + rows * c.strided_row + size * c.byte
     )
     engine.time = c.latency + time_of(engine.host, engine.work, calls + strided)
-    engine.work = larger(engine.host, engine.work)
-    price_launch(&c, size, pieces, &kernel)
-    return kernel_is_worth_it(&kernel, &engine)
+    engine.work = max(engine.host, engine.work)
+    price_kernel(&c, size, pieces, &kernel)
+    return is_worth_it(&kernel, &engine)
 
 
-cdef inline double time_of(double host, double engine, double calls) noexcept nogil:
-    # Host and copy engine work side by side; what neither hides is the first call, or the last one
-    # where the host is the slower.
-    cdef double hidden = host if host < engine else engine
-    return larger(host, engine) + (hidden / calls if calls > 0 else 0)
-
-
-cdef int cheapest(const bint *wanted, const Price *price) noexcept nogil:
-    cdef int m, best = -1
+cdef int cheapest(int wanted, const Price *price) noexcept nogil:
+    cdef int m, best = KERNEL
     for m in range(KERNEL):
-        if wanted[m] and (best < 0 or price[m].time < price[best].time):
+        if price[m].time < NEVER and (best == KERNEL or price[m].time < price[best].time):
             best = m
-    if wanted[KERNEL] and (best < 0 or kernel_is_worth_it(&price[KERNEL], &price[best])):
-        return KERNEL
-    return best
-
-
-cdef bint kernel_is_worth_it(const Price *kernel, const Price *engine) noexcept nogil:
-    # By itself, and in a row of transfers, where what the first call keeps waiting is hidden.
-    return (
-        kernel.time * WORTH_KERNEL < engine.time and kernel.work * WORTH_KERNEL < engine.work
-    )
-
-
-cdef void keep_runs(const Layout *p, Pages pages, Plan plan) noexcept:
-    # Keep together only the runs that some group makes use of.
-    cdef Py_ssize_t k
-    cdef Use *use
-    cdef int64_t shortest = LONGEST_RUN + 1
-    plan.unit = plan.step = LONGEST_RUN + 1
-    if pages.lone or plan.mode == KERNEL:
-        return
-    for k in range(p.kinds):
-        use = use_of(p, pages.direction, plan.mode, k)
-        shortest = min(shortest, use.shortest, use.slab)
-    plan.unit = 2 if p.any_merges else shortest
-    # Steps of one pair occur by chance among random pages.
-    plan.step = max(shortest, 3)
+    return KERNEL if is_worth_it(&price[KERNEL], &price[best]) else best
 
 
 cdef class Plan:
@@ -923,34 +764,9 @@ cdef class Plan:
     """
 
     @property
-    def uses_runs(self):
-        """Whether some pages are kept together."""
-        return self.unit <= LONGEST_RUN or self.step <= LONGEST_RUN
-
-    @property
     def method(self):
         """What moves the pages: ``"batch"``, ``"strided+loop"``, and so on."""
-        return self.name_of(self.mode)
-
-    cdef str name_of(self, int mode):
-        # A mixture in which one part is empty goes by the plain name.
-        cdef const Price *price = &self.price[mode]
-        if mode == STRIDED_BATCH or mode == STRIDED_LOOP:
-            if price.copies == 0:
-                return METHODS[STRIDED]
-            if price.strided == 0:
-                return METHODS[mode - STRIDED_BATCH]
-        return METHODS[mode]
-
-    @property
-    def copies_in(self):
-        """Copies of one page of one plane each that the request asks for."""
-        return self.pages.count * self.geometry.layout.planes_in
-
-    @property
-    def bytes(self):
-        """Bytes to be moved."""
-        return self.pages.count * self.geometry.layout.page_bytes
+        return METHODS[self.price[self.mode].method]
 
     @property
     def predicted_us(self):
@@ -963,16 +779,11 @@ cdef class Plan:
         return self.price[self.mode].host
 
     @property
-    def predicted_calls(self):
-        """Predicted number of CUDA calls; cuts at seams come on top."""
-        return self.price[self.mode].calls
-
-    @property
     def candidates(self):
         """Predicted microseconds of each method that was considered."""
         cdef int m
         found = {}
         for m in range(MODES):
             if self.price[m].time < NEVER:
-                found.setdefault(self.name_of(m), self.price[m].time)
+                found.setdefault(METHODS[self.price[m].method], self.price[m].time)
         return found

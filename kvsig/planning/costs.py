@@ -162,40 +162,21 @@ _H100_LOAD = DirectionCosts(
     kernel_piece=0.011,
     kernel_rate=0,
 )
-_H100_OFFLOAD = DirectionCosts(
+_H100_OFFLOAD = replace(
+    _H100_LOAD,
     byte=1 / 55.1e3,
-    loop_submit=2.4,
     loop_engine=2.4,
-    call_submit=3.5,
     call_engine=1.5,
-    copy_submit=0.4,
     copy_engine=0.16,
-    strided_submit=1.9,
     strided_engine=2.45,
-    strided_row=0.005,
-    latency=7.0,
-    kernel_submit=4.5,
     kernel_latency=9.5,
     kernel_byte=1 / 52.4e3,
-    kernel_block_byte=1 / 28e3,
-    kernel_piece=0.011,
     kernel_rate=45e3,
 )
 # Nothing is known of the device: a slower link, and strided copies only where they win clearly.
-_DEFAULT_LOAD = replace(
-    _H100_LOAD, byte=1 / 25e3, strided_submit=3.3, strided_engine=3.6, kernel_byte=1 / 23e3
-)
-_DEFAULT_OFFLOAD = replace(
-    _H100_OFFLOAD, byte=1 / 25e3, strided_submit=3.3, strided_engine=3.6, kernel_byte=1 / 23e3,
-    kernel_rate=20e3,
-)  # fmt: skip
-
-# Words that a device name must hold, and the figures it gets. The H200 has the H100's link
-# and copy engines.
-_BUILTIN: tuple[tuple[str, DirectionCosts, DirectionCosts], ...] = (
-    (r"\bH100\b", _H100_OFFLOAD, _H100_LOAD),
-    (r"\bH200\b", _H100_OFFLOAD, _H100_LOAD),
-)
+_CAREFUL = {"byte": 1 / 25e3, "strided_submit": 3.3, "strided_engine": 3.6, "kernel_byte": 1 / 23e3}
+_DEFAULT_LOAD = replace(_H100_LOAD, **_CAREFUL)
+_DEFAULT_OFFLOAD = replace(_H100_OFFLOAD, **_CAREFUL, kernel_rate=20e3)
 
 
 def builtin(device_name: str | None = None) -> CostModel:
@@ -212,9 +193,9 @@ def builtin(device_name: str | None = None) -> CostModel:
         Of that device, or a careful default for one that is not known.
     """
     name = device_name or "unknown device"
-    for pattern, offload, to_device in _BUILTIN:
-        if re.search(pattern, name):
-            return CostModel(name, "built in", offload, to_device)
+    # The H200 has the H100's link and copy engines.
+    if re.search(r"\bH[12]00\b", name):
+        return CostModel(name, "built in", _H100_OFFLOAD, _H100_LOAD)
     return CostModel(name, "default", _DEFAULT_OFFLOAD, _DEFAULT_LOAD)
 
 
@@ -285,19 +266,26 @@ def load(device_name: str | None = None, path: Path | None = None) -> CostModel:
     CostModel
         The figures. A file that cannot be read is reported by a warning and left alone.
     """
+    model = builtin(device_name)
     if path is None:
         if device_name is None:
-            return builtin()
+            return model
         try:
             path = cache_path(device_name)
         except OSError:
-            return builtin(device_name)  # nowhere to keep figures, so none are kept
+            return model  # nowhere to keep figures, so none are kept
     try:
         return _parse(json.loads(_read(path)))
     except FileNotFoundError:
-        return builtin(device_name)
+        return model
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        return _unreadable(path, str(error), device_name)
+        warnings.warn(
+            f"{path}: calibrated costs cannot be used ({error}); taking the {model.source} "
+            "figures. Delete the file or run: python -m kvsig calibrate",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return model
 
 
 def _read(path: Path) -> str:
@@ -311,17 +299,6 @@ def _read(path: Path) -> str:
     if len(data) > LONGEST_FILE:
         raise ValueError(f"it is longer than {LONGEST_FILE} bytes")
     return data.decode("utf-8")
-
-
-def _unreadable(path: Path, why: str, device_name: str | None) -> CostModel:
-    model = builtin(device_name)
-    warnings.warn(
-        f"{path}: calibrated costs cannot be used ({why}); taking the {model.source} figures. "
-        "Delete the file or run: python -m kvsig calibrate",
-        RuntimeWarning,
-        stacklevel=3,
-    )
-    return model
 
 
 def _parse(data: Any) -> CostModel:

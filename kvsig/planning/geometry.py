@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +18,7 @@ __all__ = [
     "Side",
     "grouped",
     "join",
-    "layer_first",
-    "page_first",
-    "page_first_direct",
-    "page_head",
+    "side",
 ]
 
 #: cudaDevAttrMaxPitch of every device so far: a strided copy takes no longer pitch.
@@ -44,7 +41,9 @@ class Planes:
     device_base, host_base : ndarray
         Address of page 0.
     device_pitch, host_pitch : ndarray
-        Bytes from one page to the next.
+        Bytes from one page to the next, at least those of a page.
+    device_row, host_row : ndarray
+        Bytes from one row of a page to the next.
     width : ndarray
         Bytes of one row of a page.
     device_pages, host_pages : int
@@ -54,21 +53,19 @@ class Planes:
         (or one latent of every layer); where a layer has several planes of K, so do these.
     rows : int
         Rows of a page. 1 where a page of a plane lies in one piece on both sides.
-    device_row, host_row : ndarray, optional
-        Bytes from one row to the next; needed where there are several.
     """
 
     device_base: U64
     device_pitch: U64
+    device_row: U64
     host_base: U64
     host_pitch: U64
+    host_row: U64
     width: U64
     device_pages: int
     host_pages: int
     layers: int
     rows: int = 1
-    device_row: U64 | None = None
-    host_row: U64 | None = None
 
     def __len__(self) -> int:
         return len(self.width)
@@ -86,51 +83,38 @@ class Planes:
         layers : sequence of int
             Layer numbers, each in ``range(self.layers)``.
         """
-        groups = len(self) // self.layers
         chosen = np.asarray(layers, dtype=np.intp)
-        index = (np.arange(groups, dtype=np.intp)[:, None] * self.layers + chosen).ravel()
-        return self._taken(index, len(chosen))
+        return self._taken(self._table()[:, chosen].ravel(), len(chosen))
 
     def by_layer(self) -> Planes:
         """Return the same planes, those of each layer side by side."""
-        groups = len(self) // self.layers
-        index = np.arange(len(self), dtype=np.intp).reshape(groups, self.layers).T.ravel()
-        return self._taken(index, self.layers)
-
-    def _taken(self, index: npt.NDArray[np.intp], layers: int) -> Planes:
-        return replace(
-            self,
-            device_base=self.device_base[index],
-            device_pitch=self.device_pitch[index],
-            host_base=self.host_base[index],
-            host_pitch=self.host_pitch[index],
-            width=self.width[index],
-            layers=layers,
-            device_row=None if self.device_row is None else self.device_row[index],
-            host_row=None if self.host_row is None else self.host_row[index],
-        )
+        return self._taken(self._table().T.ravel(), self.layers)
 
     def flat(self) -> Planes:
         """Return planes of one row each: those of row 0, 1, ... of a plane side by side."""
         if self.rows == 1:
             return self
-        if self.device_row is None or self.host_row is None:
-            raise ValueError(f"pages have {self.rows} rows, but nothing says how far apart")
+        each = self._taken(np.repeat(np.arange(len(self)), self.rows), self.layers)
         row = np.tile(np.arange(self.rows, dtype=np.uint64), len(self))
-
-        def spread(values: U64) -> U64:
-            return np.repeat(values, self.rows)
-
-        return Planes(
-            spread(self.device_base) + row * spread(self.device_row),
-            spread(self.device_pitch),
-            spread(self.host_base) + row * spread(self.host_row),
-            spread(self.host_pitch),
-            spread(self.width),
-            self.device_pages,
-            self.host_pages,
-            self.layers,
+        return replace(
+            each,
+            device_base=each.device_base + row * each.device_row,
+            host_base=each.host_base + row * each.host_row,
+            rows=1,
         )
+
+    def _table(self) -> npt.NDArray[np.intp]:
+        """Return the numbers of the planes, a column for each layer."""
+        return np.arange(len(self)).reshape(-1, self.layers)
+
+    def _taken(self, index: npt.NDArray[np.intp], layers: int) -> Planes:
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        taken: dict[str, Any] = {
+            name: column[index]
+            for name, column in columns.items()
+            if isinstance(column, np.ndarray)
+        }
+        return replace(self, layers=layers, **taken)
 
     def locate(self, address: int) -> tuple[int, int, bool] | None:
         """Find the page that holds an address, where pages have one row.
@@ -169,108 +153,43 @@ class Side(NamedTuple):
     pages: int
 
 
-def _whole(value: int | Sequence[int]) -> U64:
-    return np.array(value, dtype=np.uint64)
-
-
-def _table(base: U64, pitch: U64, width: U64, row: U64, pages: int) -> Side:
-    """Bring columns of any shape that fit together into one list, in the order of `base`."""
-    columns = np.broadcast_arrays(base, pitch, width, row)
-    base, pitch, width, row = (np.ascontiguousarray(column).ravel() for column in columns)
-    return Side(base, pitch, width, row, pages)
-
-
-def layer_first(
+def side(
     bases: Sequence[int],
     page_bytes: Sequence[int],
     pages: int,
-    layers: int | None = None,
+    order: Sequence[str],
+    layers: int,
     rows: int = 1,
     heads: int = 1,
 ) -> Side:
-    """Describe planes that each lie in one piece: a tensor per layer, or (layers, tokens, ...).
+    """Describe the planes of tensors that hold one layer each, or all of them.
 
     Parameters
     ----------
-    bases : sequence of int
-        Address of each plane.
-    page_bytes : sequence of int
-        Bytes of one page in each plane.
+    bases, page_bytes : sequence of int
+        Address of each tensor, and bytes of one page of one layer in it.
     pages : int
-        Number of pages of every plane.
-    layers : int, optional
-        Number of layers; as many as planes if not given.
-    rows, heads : int
-        Rows that a page is to be seen as, and parts of a row that are planes of their own: as the
-        other side needs it.
+        Pages of every tensor, which follow each other.
+    order : sequence of {"layers", "rows", "heads"}
+        What a page of a tensor consists of, the outermost first. Without "layers" there is a
+        tensor for each.
+    layers, rows, heads : int
+        How many there are. A page that is to be seen as one piece is one row; heads that lie apart
+        on either side are planes of their own, head by head.
     """
-    shape = (-1, 1, len(bases) if layers is None else layers)
-    base, size = _whole(bases).reshape(shape), _whole(page_bytes).reshape(shape)
-    row = size // np.uint64(rows)
-    width = row // np.uint64(heads)
-    head = np.arange(heads, dtype=np.uint64).reshape(1, -1, 1)
-    return _table(base + head * width, size, width, row, pages)
-
-
-def page_first_direct(
-    pools: Sequence[int], page_bytes: Sequence[int], layers: int, pages: int
-) -> Side:
-    """Describe planes of pools (pages, layers, page_size, ...): the layers of a page lie together.
-
-    Parameters
-    ----------
-    pools : sequence of int
-        Address of each pool: K and V, or one latent.
-    page_bytes : sequence of int
-        Bytes of one page of one layer in each pool.
-    layers, pages : int
-        Layers and pages of every pool.
-    """
-    base, size = _whole(pools)[:, None], _whole(page_bytes)[:, None]
-    layer = np.arange(layers, dtype=np.uint64)
-    return _table(base + layer * size, size * np.uint64(layers), size, size, pages)
-
-
-def page_first(
-    pools: Sequence[int], page_bytes: Sequence[int], layers: int, pages: int, rows: int
-) -> Side:
-    """Describe planes of pools (tokens, layers, ...): the layers of a token lie together.
-
-    Parameters
-    ----------
-    pools, page_bytes, layers, pages
-        As in `page_first_direct`.
-    rows : int
-        Tokens of a page, which are its rows.
-    """
-    base, width = _whole(pools)[:, None], _whole(page_bytes)[:, None] // np.uint64(rows)
-    layer, row = np.arange(layers, dtype=np.uint64), width * np.uint64(layers)
-    return _table(base + layer * width, row * np.uint64(rows), width, row, pages)
-
-
-def page_head(
-    pools: Sequence[int],
-    page_bytes: Sequence[int],
-    layers: int,
-    pages: int,
-    rows: int,
-    heads: int,
-) -> Side:
-    """Describe planes of pools (pages, heads, page_size, layers, ...): one for each head.
-
-    Parameters
-    ----------
-    pools, page_bytes, layers, pages, rows
-        As in `page_first`.
-    heads : int
-        Heads of a layer; each is a plane, in the order head by head.
-    """
-    base, size = _whole(pools)[:, None, None], _whole(page_bytes)[:, None, None]
-    width = size // np.uint64(rows * heads)
-    layer, row = np.arange(layers, dtype=np.uint64), width * np.uint64(layers)
-    head = np.arange(heads, dtype=np.uint64)[:, None] * row * np.uint64(rows)
-    pitch = row * np.uint64(rows * heads)
-    return _table(base + head + layer * width, pitch, width, row, pages)
+    shape = (-1, 1, 1 if "layers" in order else layers)
+    base, size = (np.array(values, np.uint64).reshape(shape) for values in (bases, page_bytes))
+    counts = {"layers": layers, "rows": rows, "heads": heads}
+    steps: dict[str, U64] = dict.fromkeys(counts, np.zeros(1, np.uint64))
+    step: U64 = size // (rows * heads)
+    width = step
+    for axis in reversed(order):
+        steps[axis], step = step, step * counts[axis]
+    head, layer = np.arange(heads, dtype=np.uint64)[:, None], np.arange(layers, dtype=np.uint64)
+    start = base + head * steps["heads"] + layer * steps["layers"]
+    columns = np.broadcast_arrays(start, step, width, steps["rows"])
+    start, pitch, width, row = (np.ascontiguousarray(column).ravel() for column in columns)
+    return Side(start, pitch, width, row, pages)
 
 
 def join(device: Side, host: Side, layers: int, rows: int = 1) -> Planes:
@@ -278,8 +197,8 @@ def join(device: Side, host: Side, layers: int, rows: int = 1) -> Planes:
     if not np.array_equal(device.width, host.width):
         raise ValueError("device and host pages differ in number or width")
     planes = Planes(
-        device.base, device.pitch, host.base, host.pitch, device.width,
-        device.pages, host.pages, layers, rows, device.row, host.row,
+        device.base, device.pitch, device.row, host.base, host.pitch, host.row, device.width,
+        device.pages, host.pages, layers, rows,
     )  # fmt: skip
     packed = np.array_equal(device.row, device.width) and np.array_equal(host.row, host.width)
     if not packed or rows == 1:
@@ -297,8 +216,12 @@ class Row(NamedTuple):
     width: int
 
 
-#: Planes that one strided copy can take: slices of evenly spaced planes.
-Group: TypeAlias = list[list[Row]]
+#: Evenly spaced planes; and slices that are alike and evenly spaced, which one strided copy can
+#: take a page of.
+Slice: TypeAlias = list[Row]
+Group: TypeAlias = list[Slice]
+#: Bytes from one plane to another, on the device and on the host.
+Distance: TypeAlias = tuple[int, int]
 
 
 class Seams:
@@ -320,35 +243,30 @@ class Seams:
         device_pages: int,
         host_pages: int,
     ) -> None:
-        self.device, self.host = _sorted(device), _sorted(host)
-        sides = ((self.device, device_pages), (self.host, host_pages))
-        self._sides = [
-            (side, [int(seam) for seam in seams], pages - 1)
-            for side, (seams, pages) in enumerate(sides)
+        #: Sorted addresses and the last page of each side, device first.
+        self.sides = [
+            (np.unique(np.array(() if seams is None else seams, np.uint64)).tolist(), pages - 1)
+            for seams, pages in ((device, device_pages), (host, host_pages))
         ]
 
-    def between(self, low: Row, high: Row) -> bool:
-        """Whether a seam lies between two planes whatever the page is."""
+    def between(self, rows: list[Row]) -> bool:
+        """Whether a seam lies between the outermost of some planes whatever the page is."""
+        low, high = min(rows), max(rows)
         return any(
             _inside(seams, low[side] + last * low[2 + side], high[side] + high.width)
-            for side, seams, last in self._sides
+            for side, (seams, last) in enumerate(self.sides)
         )
 
-    def touch(self, rows: Iterable[Row]) -> bool:
+    def touch(self, rows: list[Row]) -> bool:
         """Whether some page, or some run of pages, of these planes may meet a seam."""
-        rows = list(rows)
         return any(
             _inside(
                 seams,
                 min(row[side] for row in rows),
                 max(row[side] + last * row[2 + side] + row.width for row in rows),
             )
-            for side, seams, last in self._sides
+            for side, (seams, last) in enumerate(self.sides)
         )
-
-
-def _sorted(addresses: npt.ArrayLike | None) -> U64:
-    return np.unique(np.asarray(() if addresses is None else addresses, dtype=np.uint64))
 
 
 def _inside(seams: list[int], start: int, end: int) -> bool:
@@ -373,11 +291,17 @@ def grouped(planes: Planes, seams: Seams) -> list[Group]:
         are the slices of a group, at a whole number of those steps.
     """
     table = _fused(planes)
+
+    def groups(order: list[Row]) -> list[Group]:
+        slices = [
+            [row for part in chain for row in part]
+            for chain in _chains([[row] for row in order], seams, _are_rows)
+        ]
+        return _chains(slices, seams, _are_slices)
+
     # K of each layer in turn is the usual order of one array; a list of tensors may lie in memory
     # in any order.
-    as_given = _stacked(_split(table, seams), seams)
-    by_address = _stacked(_split(sorted(table), seams), seams)
-    return by_address if len(by_address) < len(as_given) else as_given
+    return min(groups(table), groups(sorted(table)), key=len)
 
 
 def _fused(planes: Planes) -> list[Row]:
@@ -392,8 +316,7 @@ def _fused(planes: Planes) -> list[Row]:
         last = found[-1] if found else None
         if (
             last is not None
-            and row.device == last.device + last.width
-            and row.host == last.host + last.width
+            and _distance([last], [row]) == (last.width, last.width)
             and row[2:4] == last[2:4]
             and last.width + row.width <= min(row.device_pitch, row.host_pitch)
         ):
@@ -403,70 +326,46 @@ def _fused(planes: Planes) -> list[Row]:
     return found
 
 
-def _distance(one: Row, other: Row) -> tuple[int, int]:
-    return other.device - one.device, other.host - one.host
+def _distance(one: Slice, other: Slice) -> Distance:
+    return other[0].device - one[0].device, other[0].host - one[0].host
 
 
-def _upwards(distance: tuple[int, int]) -> bool:
-    return distance[0] > 0
+def _are_rows(one: Slice, _: Slice, way: Distance) -> bool:
+    """Whether two planes at a distance can be rows of one copy."""
+    return all(one[0].width <= abs(part) <= LONGEST_PITCH for part in way)
 
 
-def _same_sense(distance: tuple[int, int]) -> bool:
-    return (distance[0] > 0) == (distance[1] > 0)
+def _are_slices(one: Slice, other: Slice, way: Distance) -> bool:
+    """Whether two slices at a distance can be so of one copy: alike, a whole number of steps on."""
+    if not len(one) == len(other) > 1:
+        return False
+    step = _distance(one, one[1:])
+    return step == _distance(other, other[1:]) and all(
+        abs(part) % each == 0 and abs(part) >= len(one) * each
+        for part, each in zip(way, step, strict=True)
+    )
 
 
-def _split(table: list[Row], seams: Seams) -> list[list[Row]]:
-    """Cut planes into the fewest slices that are evenly spaced on both sides, in one sense."""
-    slices: list[list[Row]] = []
-    start = 0
-    while start < len(table):
-        members = [table[start]]
-        step: tuple[int, int] | None = None
-        for row in table[start + 1 :]:
-            last = members[-1]
-            way = _distance(last, row)
-            if row[2:] != last[2:] or (step is not None and way != step) or not _same_sense(way):
-                break
-            if seams.between(last, row):
-                break
-            if not all(row.width <= abs(part) <= LONGEST_PITCH for part in way):
-                break
+def _chains(
+    slices: list[Slice], seams: Seams, fit: Callable[[Slice, Slice, Distance], bool]
+) -> list[Group]:
+    """Cut a list into the longest chains of slices at one distance, upwards on both sides."""
+    chains: list[Group] = []
+    step: Distance | None = None
+    for part in slices:
+        last = chains[-1][-1] if chains else part
+        way = _distance(last, part)
+        if (
+            chains
+            and step in (None, way)
+            and (way[0] > 0) == (way[1] > 0)
+            and last[0][2:] == part[0][2:]
+            and fit(last, part, way)
+            and not seams.between(last + part)
+        ):
+            chains[-1].append(part)
             step = way
-            members.append(row)
-        start += len(members)
-        slices.append(members if step is None or _upwards(step) else members[::-1])
-    return slices
-
-
-def _follows(last: list[Row], members: list[Row], seams: Seams) -> bool:
-    """Whether a slice can be the next one of a group: alike, and a whole number of steps on."""
-    if len(members) != len(last) or len(last) < 2 or members[0][2:] != last[0][2:]:
-        return False
-    step, way = _distance(*last[:2]), _distance(last[0], members[0])
-    if step != _distance(*members[:2]) or not _same_sense(way):
-        return False
-    for part, each in zip(way, step, strict=True):
-        if abs(part) % each or abs(part) < len(last) * each:
-            return False
-    low, high = (last, members) if _upwards(way) else (members, last)
-    return not seams.between(low[0], high[-1])
-
-
-def _stacked(slices: list[list[Row]], seams: Seams) -> list[Group]:
-    """Put slices that are alike and evenly spaced into groups: K and V of all layers, mostly."""
-    groups: list[Group] = []
-    start = 0
-    while start < len(slices):
-        group = [slices[start]]
-        distance: tuple[int, int] | None = None
-        for members in slices[start + 1 :]:
-            way = _distance(group[-1][0], members[0])
-            if not _follows(group[-1], members, seams) or (
-                distance is not None and way != distance
-            ):
-                break
-            distance = way
-            group.append(members)
-        start += len(group)
-        groups.append(group if distance is None or _upwards(distance) else group[::-1])
-    return groups
+        else:
+            chains.append([part])
+            step = None
+    return [chain if chain[0] <= chain[-1] else chain[::-1] for chain in chains]

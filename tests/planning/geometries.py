@@ -4,19 +4,29 @@ from dataclasses import fields
 
 import numpy as np
 
-from kvsig import planning
-from kvsig.planning import Direction, Planes
+from kvsig.planning import Direction, Geometry, Plan, Planes
 from kvsig.planning.costs import CostModel, DirectionCosts, builtin
+from kvsig.planning.geometry import Seams, grouped
 
 H100 = builtin("NVIDIA H100 80GB HBM3")
 DEVICE, HOST = 0x7F00_0000_0000, 0x6000_0000_0000
 KIB = 1024
 
 
-def plan(planes, device_pages, host_pages, direction, *args, **options):
-    """A whole plan, the direction by its name."""
-    way = Direction[direction.upper()]
-    return planning.plan(planes, device_pages, host_pages, way, *args, **options)
+def plan(
+    planes, device_pages, host_pages, direction, path="auto", model=None, host_seams=None,
+    device_seams=None, **options,
+):
+    """A whole plan of a geometry, ready or not."""
+    if not isinstance(planes, Geometry):
+        planes = Geometry(planes, model or builtin(), host_seams, device_seams)
+    return Plan(choose(planes, device_pages, host_pages, direction, path, **options))
+
+
+def groups(planes, host_seams=None, device_seams=None):
+    """Of the planes that move together: bytes of a page, slices, planes of a slice."""
+    seams = Seams(device_seams, host_seams, planes.device_pages, planes.host_pages)
+    return [(part[0][0].width, len(part), len(part[0])) for part in grouped(planes, seams)]
 
 
 def choose(ready, device_pages, host_pages, direction, path="auto", **options):
@@ -42,8 +52,9 @@ def planes_of(device_base, device_pitch, host_base, host_pitch, width, pages, la
         return np.array(np.broadcast_to(np.asarray(values, dtype=np.uint64), n), order="C")
 
     return Planes(
-        column(device_base), column(device_pitch), column(host_base), column(host_pitch),
-        column(width), pages, pages, n if layers is None else layers,
+        column(device_base), column(device_pitch), column(width), column(host_base),
+        column(host_pitch), column(width), column(width), pages, pages,
+        n if layers is None else layers,
     )
 
 

@@ -2,9 +2,7 @@
 
 import numpy as np
 import pytest
-from geometries import DEVICE, H100, HOST, cubes, flat, layer_first, page_first, plan
-
-from kvsig.planning import Geometry
+from geometries import DEVICE, H100, HOST, cubes, flat, groups, layer_first, page_first, plan
 
 
 class TestSeams:
@@ -17,7 +15,7 @@ class TestSeams:
         width, pages, layers = 4096, 512, 40
         planes = page_first(layers, width, pages, kv=1)
         seams = self.separate(layers, width, pages)
-        assert Geometry(planes, H100, None, seams).plane_groups == [(width, 1)] * layers
+        assert groups(planes, None, seams) == [(width, 1, 1)] * layers
         result = plan(planes, [7, 100], [5, 2], "load", "auto", H100, None, seams)
         assert result.method in ("batch", "loop") and len(result.dsts) == 80
         runs = np.arange(64)
@@ -28,7 +26,7 @@ class TestSeams:
         width, pages = 4096, 512
         planes = page_first(8, width, pages, kv=1)
         seams = self.separate(8, width, pages)[[0, 3, 8]]
-        assert Geometry(planes, H100, None, seams).plane_groups == [(width, 3), (width, 5)]
+        assert groups(planes, None, seams) == [(width, 1, 3), (width, 1, 5)]
 
     @pytest.mark.parametrize("side", ["host", "device"])
     def test_pools_of_k_and_v_in_two_allocations_are_no_slices(self, side):
@@ -38,7 +36,7 @@ class TestSeams:
         seams = {f"{side}_seams": [seam]}
         result = plan(planes, [7], [5], "load", "strided", H100, **seams)
         assert len(cubes(result)) == 0 and flat(result)[:, 4:].tolist() == [[width, 8]] * 2
-        assert Geometry(planes, H100, **seams).plane_slices == [1, 1]
+        assert groups(planes, **seams) == [(width, 1, layers)] * 2
         # nor are they two rows of one layer
         one = plan(planes.select([3]), [7], [5], "load", "strided", H100, **seams)
         assert flat(one)[:, 4:].tolist() == [[width, 1]] * 2

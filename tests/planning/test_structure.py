@@ -9,6 +9,7 @@ from geometries import (
     choose,
     cubes,
     flat,
+    groups,
     layer_first,
     page_first,
     plan,
@@ -111,14 +112,14 @@ class TestFindsStructure:
         """A caching allocator may put some layers elsewhere."""
         device = [DEVICE + i * 10_000 for i in (0, 1, 2, 3, 50, 51, 52, 9)]
         planes = planes_of(device, 100, [HOST + i * 100 for i in range(8)], 800, 100, 10)
-        assert Geometry(planes, H100).plane_groups == [(100, 4), (100, 3), (100, 1)]
+        assert groups(planes) == [(100, 1, 4), (100, 1, 3), (100, 1, 1)]
 
     def test_layers_out_of_order_in_memory(self):
         order = [3, 1, 0, 2]
         planes = planes_of(
             [DEVICE + i * 10_000 for i in order], 100, [HOST + i * 100 for i in order], 400, 100, 10
         )
-        assert Geometry(planes, H100).plane_groups == [(100, 4)]
+        assert groups(planes) == [(100, 1, 4)]
 
     def test_reversed_on_both_sides_is_one_group(self):
         planes = planes_of(
@@ -133,13 +134,13 @@ class TestFindsStructure:
             [DEVICE + i * 10_000 for i in range(3)], 100,
             [HOST + i * 100 for i in (2, 1, 0)], 300, 100, 10,
         )
-        assert Geometry(planes, H100).plane_groups == [(100, 1)] * 3
+        assert groups(planes) == [(100, 1, 1)] * 3
 
     def test_pitch_beyond_the_limit_is_no_group(self):
         near = planes_of([DEVICE, DEVICE + 2**31 - 1], 64, [HOST, HOST + 64], 128, 64, 10)
         far = planes_of([DEVICE, DEVICE + 2**31], 64, [HOST, HOST + 64], 128, 64, 10)
-        assert Geometry(near, H100).plane_groups == [(64, 2)]
-        assert Geometry(far, H100).plane_groups == [(64, 1)] * 2
+        assert groups(near) == [(64, 1, 2)]
+        assert groups(far) == [(64, 1, 1)] * 2
 
     def test_k_and_v_of_one_layer_are_two_rows(self):
         planes = page_first(8, 256, 100).select([3])
