@@ -43,7 +43,8 @@ def run(*command: str, **variables: str) -> int:
     begin = time.monotonic()
     env = {**os.environ, **variables, "PYTHONPATH": f"{BUILD}:{BUILD / 'start'}"}
     code = subprocess.run(command, cwd=BUILD, env=env).returncode
-    print(f"coverage: {time.monotonic() - begin:.0f} s, status {code}: {' '.join(command[1:5])} ...")
+    shown = " ".join(command[1:5])
+    print(f"coverage: {time.monotonic() - begin:.0f} s, status {code}: {shown} ...")
     return code
 
 
@@ -80,7 +81,8 @@ def add_compiled() -> None:
     data.read()
     for counts in BUILD.glob("build/temp.*/**/kvsig/**/*.gcda"):
         name = counts.relative_to(next(p for p in counts.parents if p.name == "kvsig"))
-        for file, lines in lines_run(BUILD / "kvsig" / name.with_suffix(".c"), counted(counts)).items():
+        text = BUILD / "kvsig" / name.with_suffix(".c")
+        for file, lines in lines_run(text, counted(counts)).items():
             data.add_lines({str(file): lines})
             data.add_file_tracers({str(file): CYTHON})
     data.write()
