@@ -34,10 +34,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--dry-run", action="store_true", help="measure and print, but keep nothing"
     )
     parser.add_argument(
-        "--output",
-        type=output,
-        metavar="FILE",
-        help="keep it in this file, not in the cache folder",
+        "--output", type=output, metavar="FILE", help="keep it in this file, not the cache folder"
     )
     parser.add_argument("--json", type=output, metavar="FILE", help="write measurements as JSON")
     parser.set_defaults(run=run)

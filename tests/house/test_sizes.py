@@ -20,6 +20,7 @@ BUDGETS = {
     "check/": 1500,
     "integrations/vllm.py": 250,
     "kernel.py": 250,
+    "tools/ cli/": 2500,
 }
 
 
@@ -96,7 +97,7 @@ def test_rooms_keep_to_their_budgets(room):
     lines = {
         name: len(file.read_text(encoding="utf-8").splitlines())
         for name, file in inside.items()
-        if (name.startswith(room) if room[-1] == "/" else name == room)
+        if (name.startswith(tuple(room.split())) if room[-1] == "/" else name == room)
     }
     assert lines and sum(lines.values()) <= 1.1 * BUDGETS[room], lines
 
