@@ -19,7 +19,6 @@ from kvsig._errors import page_out_of_range
 from kvsig.planning import geometry as _geometry
 
 PATHS = ("auto", "batch", "strided", "loop", "kernel")
-NO_PAGES = "page numbers must be one-dimensional contiguous int64 arrays"
 METHODS = ("batch", "loop", "strided", "strided+batch", "strided+loop", "kernel")
 
 LONGEST_PITCH = _geometry.LONGEST_PITCH
@@ -259,14 +258,18 @@ cdef int look_at(object array, Py_buffer *view) except -1:
     try:
         PyObject_GetBuffer(array, view, PyBUF_ND | PyBUF_FORMAT)
     except (TypeError, BufferError, ValueError):
-        raise TypeError(NO_PAGES) from None
+        raise no_numbers() from None
     if (
         view.ndim != 1 or view.itemsize != 8 or view.format == NULL
         or (view.format[0] != c"l" and view.format[0] != c"q")
     ):
         PyBuffer_Release(view)
-        raise TypeError(NO_PAGES)
+        raise no_numbers()
     return 0
+
+
+cdef object no_numbers():
+    return TypeError("page numbers must be one-dimensional contiguous int64 arrays")
 
 
 # Memory of page numbers that are no longer needed, kept for the next request: memory that is new
