@@ -156,6 +156,7 @@ def address(seconds: float, quick: bool, pytest: list[str]) -> int:
 
 def thread(seconds: float) -> int:
     """Run many threads and streams on the emulated runtime under ThreadSanitizer."""
+    sys.path.insert(0, str(ROOT))
     from kvsig import codegen, registry
 
     folder = BUILD / "thread"
