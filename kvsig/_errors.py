@@ -50,10 +50,10 @@ class CudaError(RuntimeError):
         )
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Pickle the fields, and what callers noted."""
+        """Pickle the fields, and what was noted or set since."""
         fields = (self.code, self.name, self.text, self.function, self.variant, self.library)
-        notes = getattr(self, "__notes__", None)
-        return type(self), (*fields, self.index), {"__notes__": list(notes)} if notes else None
+        state = {name: list(v) if name == "__notes__" else v for name, v in vars(self).items()}
+        return type(self), (*fields, self.index), state
 
 
 def page_out_of_range(name: str, position: int, page: object, limit: int) -> ValueError:

@@ -413,8 +413,9 @@ cdef int _launch(
         function, blocks, threads = code.wide, sms, WIDE_THREADS
         cluster = code.clusters and sms > 1
         if rate > 0:
-            given.pace = <unsigned int>(
-                blocks * threads * KVSIG_CHUNKS * given.unit / rate
+            # The slowest that can be said is four seconds from tile to tile.
+            given.pace = <unsigned int>min(
+                blocks * threads * KVSIG_CHUNKS * given.unit / rate, <double>0xFFFFFFFF
             )
     memset(&config, 0, sizeof(config))
     config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1

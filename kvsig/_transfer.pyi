@@ -25,6 +25,7 @@ class Launches:
         sms: int,
         rates: tuple[float, float],
         window_pitch: int,
+        locked: list[tuple[int, int]],
     ) -> None: ...
     @property
     def code(self) -> KernelCode: ...

@@ -116,6 +116,8 @@ cdef class Launches:
         Bytes a microsecond that long loads and offloads are held to; 0: not held.
     window_pitch : int
         Host bytes from page to page to order pages by; 0: as they come.
+    locked : list of (int, int)
+        The page-locked blocks that hold the host pool, by address and size.
     """
 
     cdef readonly KernelCode code
@@ -127,9 +129,11 @@ cdef class Launches:
     cdef dict lanes             # by numbers of streams, of which each stream has its own
     cdef dict latest            # by handles, which come again
     cdef list spare             # lanes that no stream has yet
+    cdef list locked
 
     def __init__(self, KernelCode code not None, KernelPlanes planes not None, layers, limits,
-                 sms, rates, window_pitch):
+                 sms, rates, window_pitch, list locked not None):
+        self.locked = locked
         self.code, self.planes, self.layers, self.sms = code, planes, layers, sms
         self.limits[0], self.limits[1] = limits
         self.rates[0], self.rates[1] = rates
@@ -184,6 +188,7 @@ cdef class Launches:
         Report
         """
         cdef KernelRequest request
+        self.check_locked()
         self.describe(&request, direction, device_pages.shape[0], True)
         request.pages[0], request.pages[1] = &device_pages[0], &host_pages[0]
         request.layers, request.recorded = self.layers, recorded_now(stream)
@@ -203,6 +208,17 @@ cdef class Launches:
                 error = page_out_of_range(name, position, page, self.limits[side])
                 error.add_note("the numbers were on the GPU: nothing of that transfer has moved")
                 raise error
+        return 0
+
+    cdef int check_locked(self) except -1:
+        """Refuse memory that is not page-locked any more: a fault of the kernel ends the context."""
+        for block in self.locked:
+            if _core.memory_range(block[0]) != block:
+                raise ValueError(
+                    f"the host pool's {block[1]} bytes at {block[0]:#x} were page-locked when the "
+                    "cache was made, and are not any more: the kernel cannot reach them. Make the "
+                    "cache anew, or use path='batch' with page numbers in host memory"
+                )
         return 0
 
     cdef void describe(self, KernelRequest *request, int direction, Py_ssize_t count,
@@ -463,6 +479,7 @@ cdef class Selection:
         (Report, KernelLane, int)
             And what a stream waits for, layer by layer: `KernelLane.wait`.
         """
+        self.launches.check_locked()
         cdef KernelLane lane = self.launches.lane_of(handle)
         cdef KernelRequest request
         cdef Pages listed

@@ -136,10 +136,11 @@ class PagedKVCache:
         self._rates = rates if rate is None else (rate * 1e3, rate * 1e3)
         host_tensors = [item.tensor for item in self._far]
         with streams.device_guard(self.device):
-            self.pinned = all(memory.page_locked(tensor) for tensor in host_tensors)
+            locked = memory.locked_blocks(host_tensors)
+            self.pinned = locked is not None
             self._seams = self._look_for_seams()
             self._launches, self._why_no_kernel = launching.launches_of(
-                self._planes, host_tensors, self.pinned, sms, self._rates
+                self._planes, host_tensors, locked, sms, self._rates
             )
         self._selections: dict[Any, Selection] = {}
         self._followers = launching.Followers(self.device)

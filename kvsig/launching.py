@@ -126,7 +126,7 @@ class Followers:
 def launches_of(
     planes: Planes,
     host: Sequence[torch.Tensor],
-    pinned: bool,
+    locked: list[tuple[int, int]] | None,
     sms: int,
     rates: tuple[float, float],
 ) -> tuple[Launches | None, str]:
@@ -138,8 +138,8 @@ def launches_of(
         All planes of the cache.
     host : sequence of Tensor
         The host pool.
-    pinned : bool
-        Whether all of it is page-locked.
+    locked : list of (int, int) or None
+        The page-locked blocks that hold it, by address and size; None where it is pageable.
     sms : int
         Multiprocessors of a long transfer; 0: the kernel is not wanted.
     rates : (float, float)
@@ -153,7 +153,7 @@ def launches_of(
     """
     if sms == 0:
         return None, "the cache was made with sms=0: the copy engine only"
-    if not pinned:
+    if locked is None:
         return None, "the host pool is pageable, and the kernel reads and writes mapped memory only"
     refusal = kernel.refusal()
     if refusal is not None:
@@ -177,6 +177,7 @@ def launches_of(
             sms,
             rates,
             pitch if windowed else 0,
+            locked,
         ),
         "",
     )
@@ -218,13 +219,14 @@ class AddressLaunches:
             kernel_pays(self.costs, sms, MANY, 0, 0, MANY * width, MANY) for width in widths
         ):
             refusal = "pages are large"
-        if refusal is None and not all(map(memory.page_locked, host)):
+        locked = memory.locked_blocks(host)
+        if refusal is None and locked is None:
             refusal = "host memory is pageable, and the kernel reads and writes mapped memory only"
         if refusal is None and _mapped_elsewhere(host):
             refusal = "the GPU knows host memory by other addresses than the host does"
         if refusal is not None:
             raise BindError(refusal)
-        self.direction, self.sms = direction, sms
+        self.direction, self.sms, self.locked = direction, sms, locked or []
         sides = device, host
         starts, ends = zip(*map(_stretch, sides), strict=True)
         # What divides all distances within a side, as a power of two: rows begin there, and so do
@@ -288,7 +290,7 @@ class AddressLaunches:
             windowed = width < SMALL_PAGE and self.limits[1] * self.grain > WINDOWED_POOL
             found = self._launches[width] = Launches(
                 KernelCode(kernel.build(unit)), KernelPlanes(table, 1, unit), 1, self.limits,
-                self.sms, self.rates, self.grain if windowed else 0,
+                self.sms, self.rates, self.grain if windowed else 0, self.locked,
             )  # fmt: skip
         return found
 

@@ -14,7 +14,8 @@ from typing import TypeAlias
 
 from . import _loader
 
-__all__ = ["Candidate", "Library", "defect", "files", "first", "loaded", "opened"]
+__all__ = ["Candidate", "Library", "defect", "defect_of_name", "files", "first", "loaded",
+           "opened"]  # fmt: skip
 
 Candidate: TypeAlias = tuple[str, str, bool]
 """Path of a library, how it was found, and whether it is loaded."""
@@ -76,14 +77,29 @@ def defect(path: str) -> str | None:
     return None
 
 
+def defect_of_name(path: str) -> str | None:
+    """As `defect`, also for a name that the loader would look for."""
+    if os.sep in path:
+        return defect(path)
+    if _loader.open_library(path, only_loaded=True):
+        return None
+    # LD_LIBRARY_PATH and the system's folders are the same for every library.
+    handle = _loader.open_library("libc.so.6", only_loaded=True)
+    if not handle:
+        return None
+    places = [os.path.join(folder, path) for folder in _loader.search_path(handle)]
+    file = next(filter(os.path.exists, places), "")
+    wrong = defect(file) if file else None
+    return f"is {file}, which {wrong}" if wrong else None
+
+
 def opened(
     path: str, found: str, needed: Sequence[str], *, is_loaded: bool = False
 ) -> Library | str:
     """Open a library that must have some functions; what is wrong with it otherwise."""
-    if not is_loaded and os.sep in path:
-        wrong = defect(path)
-        if wrong:
-            return wrong
+    wrong = None if is_loaded else defect_of_name(path)
+    if wrong:
+        return wrong
     handle = _loader.open_library(path)
     if not handle:
         return f"cannot be loaded: {_loader.open_error()}"

@@ -17,7 +17,7 @@ __all__ = [
     "check_whole",
     "extent",
     "listed",
-    "page_locked",
+    "locked_blocks",
     "place_of",
     "seams",
     "seams_inside",
@@ -89,19 +89,29 @@ def seams_inside(start: int, end: int) -> list[int]:
     return [seam for seam in set(_bounds(start, end, False)) if start < seam < end]
 
 
-def page_locked(tensor: torch.Tensor) -> bool:
-    """Whether all of a host tensor is page-locked, with what lies between its rows.
+def locked_blocks(tensors: Iterable[torch.Tensor]) -> list[tuple[int, int]] | None:
+    """Find the page-locked blocks that hold all of some host tensors, and what lies between rows.
 
-    ``is_pinned`` looks at its first byte only.
+    ``is_pinned`` of a tensor looks at its first byte only.
+
+    Returns
+    -------
+    list of (address, size) or None
+        Each block once; None where some memory is pageable. Where the driver cannot be asked,
+        torch is believed, and no block is known.
     """
-    place, end, _ = extent(tensor)
-    while place < end:
-        block = _core.memory_range(place)
-        if block is None:
-            # At the first byte: where the driver cannot be asked, torch is believed.
-            return place == tensor.data_ptr() and tensor.is_pinned()
-        place = block[0] + block[1]
-    return True
+    found: dict[int, int] = {}
+    for tensor in tensors:
+        place, end, _ = extent(tensor)
+        while place < end:
+            block = _core.memory_range(place)
+            if block is None:
+                if place == tensor.data_ptr() and tensor.is_pinned():
+                    break
+                return None
+            found.setdefault(*block)
+            place = block[0] + block[1]
+    return list(found.items())
 
 
 def _bounds(start: int, end: int, limited: bool) -> Iterator[int]:

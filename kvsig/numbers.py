@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from typing import Any, TypeAlias
 
@@ -114,13 +115,31 @@ def _on_device(values: Any, name: str, device: torch.device) -> tuple[int, int, 
             )
         return values.data_ptr(), values.numel(), values.element_size()
     interface = getattr(values, "__cuda_array_interface__", None)
-    if interface is None or interface["typestr"] not in ("<i4", "<i8"):
-        return None
-    (count, *more), strides = interface["shape"], interface.get("strides")
-    size = int(interface["typestr"][2])
-    if more or (strides is not None and tuple(strides) != (size,)):
-        return None
-    return int(interface["data"][0]), int(count), size
+    return None if interface is None else _as_described(interface, name)
+
+
+def _as_described(interface: Any, name: str) -> tuple[int, int, int] | None:
+    """Read ``__cuda_array_interface__``, once; None for what is no flat list of int32 or int64."""
+    try:
+        kind, shape, strides = interface["typestr"], interface["shape"], interface.get("strides")
+        address, counts = operator.index(interface["data"][0]), [operator.index(n) for n in shape]
+        masked = interface.get("mask") is not None
+        size = {"<i4": 4, "<i8": 8}.get(kind, 0)
+        if not size or len(counts) != 1 or (strides is not None and tuple(strides) != (size,)):
+            return None
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise TypeError(
+            f"{name} has a __cuda_array_interface__ that is not as the protocol has it: {error!r}"
+        ) from error
+    (count,) = counts
+    # The kernel reads there without asking anybody, and a fault of it ends the CUDA context.
+    if masked or count < 0 or address % size or not (0 < address < 2**64 or count == 0 == address):
+        raise ValueError(
+            f"{name} has {count} numbers of {size} bytes at {address:#x}"
+            f"{' and a mask' if masked else ''} by its __cuda_array_interface__, which is no list "
+            "that can be read"
+        )
+    return address, count, size
 
 
 def device_numbers(

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from . import _loader
 from ._errors import BindError
-from .library import Candidate, Library, files, first, loaded, opened
+from .library import Candidate, Library, defect_of_name, files, first, loaded, opened
 from .registry import format_version, parse_version
 
 __all__ = [
@@ -175,7 +175,9 @@ def _cudart_candidates() -> Iterator[Candidate]:
     names = re.compile(rf"libcudart(-[0-9a-f]{{8,}})?{re.escape(soname[9:])}(\.\d+)*")
     for path in files(_torch_folders(root, major, "cuda_runtime"), names):
         yield path, how, False
-    if _loader.open_library(soname):
+    if defect_of_name(soname):
+        yield soname, how, False  # refused by name
+    elif _loader.open_library(soname):
         yield soname, how, True
 
 

@@ -202,7 +202,9 @@ class TestWhatIsToBlame:
         assert pickle.loads(pickle.dumps(error)).index == 7
         error.add_note("the copy that failed begins at page 3")
         error.add_note("and one more")
+        error.addresses = 4096, 8192  # as a transfer says of the copy that failed
         again = pickle.loads(pickle.dumps(error))
         assert again.__notes__ == error.__notes__ and str(again) == str(error)
+        assert again.addresses == (4096, 8192)
         again.add_note("of its own")
         assert len(error.__notes__) == 2

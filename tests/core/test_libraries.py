@@ -131,6 +131,19 @@ class TestCudart:
         error = tell(KVSIG_CUDART=str(cut))["error"]
         assert error.startswith(f"{cut} is cut off (KVSIG_CUDART={cut}): it has ")
 
+    @pytest.mark.known_failure("truncated-by-name")
+    @pytest.mark.parametrize("part", [0.3, 0.95])
+    def test_one_that_a_name_stands_for(self, tmp_path, part):
+        """The loader looks for it along LD_LIBRARY_PATH, and maps it in the same way."""
+        whole = Path(emulated.resolve("13.0")).read_bytes()
+        cut = tmp_path / "libcudart.so.77"
+        cut.write_bytes(whole[: int(part * len(whole))])
+        error = tell(KVSIG_CUDART=cut.name, LD_LIBRARY_PATH=str(tmp_path))["error"]
+        assert error.startswith(f"{cut.name} is {cut}, which is cut off (KVSIG_CUDART={cut.name})")
+        cut.write_bytes(whole)
+        info = tell(KVSIG_CUDART=cut.name, LD_LIBRARY_PATH=str(tmp_path))
+        assert info["library"] == str(cut)
+
     @pytest.mark.known_failure("not-a-library")
     @pytest.mark.parametrize("content", [b"", b"\x7fELF", b"\x7fELF\x02\x01" + b"\xff" * 58])
     def test_what_is_no_library_at_all(self, tmp_path, content):
@@ -204,6 +217,17 @@ class TestDriver:
             "why": f"no copy can be made: the driver does not tell its version: {stub} answered 34"
             " (CUDA_ERROR_STUB_LIBRARY)",
         }
+
+    @pytest.mark.known_failure("truncated-by-name")
+    @pytest.mark.parametrize("part", [0.3, 0.95])
+    def test_one_that_is_cut_off(self, tmp_path, cudart, part):
+        whole = Path(emulated.resolve("13.0")).read_bytes()
+        cut = tmp_path / "driver/libcuda.so.1"
+        cut.parent.mkdir()
+        cut.write_bytes(whole[: int(part * len(whole))])
+        info = tell(KVSIG_CUDART=cudart, LD_LIBRARY_PATH=str(tmp_path / "driver"))
+        assert f"libcuda.so.1 is {cut}, which is cut off: it has " in info["driver_found"]
+        assert info["batch"]["path"] == "none"
 
     @pytest.mark.known_failure("driver-of-older-major")
     def test_older_than_the_major_of_the_runtime(self, tmp_path, cudart):

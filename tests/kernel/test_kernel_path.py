@@ -243,6 +243,53 @@ class TestChoice:
         with pytest.raises(ValueError, match="rate must be a number of GB/s from 0 to 1e4"):
             Setup(control, rate=rate)
 
+    @pytest.mark.known_failure("paces")
+    @pytest.mark.parametrize("rate", [1e-5, 1e-300, 5e-324])
+    @pytest.mark.parametrize("load", [True, False])
+    def test_rates_slower_than_can_be_said(self, control, stream, rate, load):
+        """The pace is a number of 32 bits: nothing that a sanitizer finds fault with."""
+        setup = Setup(control, rate=rate, dim=1 << 15)
+        wanted = setup.expected(DEVICE, HOST, load)
+        move = setup.cache.load if load else setup.cache.offload
+        lists = (HOST, DEVICE) if load else (DEVICE, HOST)
+        report = move(*lists, stream=stream, path="kernel")
+        stream.synchronize()
+        assert report.bytes > 8 << 20 and setup.same(wanted)
+
+    @pytest.mark.known_failure("unregistered-later")
+    @pytest.mark.parametrize("kind", ["host", "<i8"])
+    @pytest.mark.parametrize("what", ["load", "offload", "load with events"])
+    @pytest.mark.parametrize("left", [0, 0.5])
+    def test_memory_that_is_not_locked_any_more(self, control, stream, kind, what, left):
+        """A GPU's fault of the kernel would end the context, and everything in it."""
+        setup = Setup(control, pinned=False)
+        kvsig.call("cudaHostRegister", ptr=setup.far, size=setup.far.nbytes, flags=0)
+        device, host = list(setup.near[0]), setup.far[0]
+        cache = kvsig.PagedKVCache(device, host, setup.layout, SIZE, model=H100)
+        near, far = (p if kind == "host" else Numbers(p, kind) for p in (DEVICE, HOST))
+        events = [Event() for _ in range(LAYERS)] if "events" in what else None
+        move = {
+            "load": lambda: cache.load(far, near, stream=stream),
+            "offload": lambda: cache.offload(near, far, stream=stream),
+            "load with events": lambda: cache.load(far, near, stream=stream, events=events),
+        }[what]
+        assert move().path == "kernel"
+        stream.synchronize()
+        before = setup.everything()
+        kvsig.call("cudaHostUnregister", ptr=setup.far)
+        if left:
+            size = int(left * setup.far.nbytes)
+            kvsig.call("cudaHostRegister", ptr=setup.far, size=size, flags=0)
+        with pytest.raises(ValueError, match="were page-locked when the cache was made, and are"):
+            move()
+        stream.synchronize()
+        assert setup.same(before)
+        if kind == "host":
+            assert cache.load(HOST, DEVICE, stream=stream, path="batch").path == "batch"
+            stream.synchronize()
+        if left:
+            kvsig.call("cudaHostUnregister", ptr=setup.far)
+
     def test_without_nvrtc(self, control, stream, monkeypatch):
         monkeypatch.setattr(kernel, "refusal", lambda: "nvrtcCreateProgram is not bound: no file")
         setup = Setup(control)
@@ -277,6 +324,27 @@ class TestPageNumbersOnTheGpu:
         assert report.path == "kernel"
         assert setup.same(wanted)
         setup.cache.check()
+
+    @pytest.mark.known_failure("described-wrongly")
+    @pytest.mark.parametrize("side", [0, 1])
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("shape", (-5,)), ("shape", (5.0,)), ("shape", 5), ("shape", None), ("data", None),
+            ("data", (0, False)), ("data", (1, False)), ("data", (-8, False)), ("data", (2**64, 0)),
+            ("data", (None, False)), ("mask", 1), ("strides", 8), ("typestr", None),
+        ],
+    )  # fmt: skip
+    def test_a_description_that_cannot_be(self, control, stream, side, key, value):
+        """What another library says of its array is looked at before the GPU reads there."""
+        setup = Setup(control)
+        before = setup.everything()
+        lists = [Numbers(DEVICE), Numbers(HOST)]
+        lists[side].__cuda_array_interface__[key] = value
+        with pytest.raises((TypeError, ValueError), match="(device|host)_pages "):
+            setup.cache.load(lists[1], lists[0], stream=stream)
+        stream.synchronize()
+        assert setup.same(before)
 
     @pytest.mark.parametrize("side", ["device_pages", "host_pages"])
     @pytest.mark.parametrize("wrong", [-1, 10**6])
