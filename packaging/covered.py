@@ -2,10 +2,15 @@
 
 A copy of the tree is built in ``build/coverage`` (``KVSIG_COVERAGE=1``) and tests run there, other
 interpreters that they start included. coverage.py follows the Python parts. The compiled parts
-count for themselves, by the compiler's ``--coverage``: no trace function is called, so that their
-speed, threads, forks and code without the GIL stay as they are, and no test needs other limits.
-What gcov then says of lines of C becomes lines of Cython by the marks that Cython leaves in the C
-text. Fails where a test fails or less than ``--least`` per cent of all lines ran.
+count for themselves, by the compiler's ``--coverage``: nothing traces them, so that their threads,
+forks and code without the GIL, whose lines count like all others, run as they always do, and no
+test needs other limits. What gcov says of lines of C becomes lines of Cython by the marks that
+Cython leaves in the C text.
+
+The figure is that of all lines of ``kvsig`` but three files, which are made from others:
+``_generated.pxi`` and ``_page_copy.pxi`` by the build, ``_calls.pyi`` for type checkers. The
+emulated runtime and the page-copy kernel are C and not in it. Fails where a test fails, where a
+compiled part says nothing of its lines, or where less than ``--least`` per cent of the lines ran.
 """
 
 from __future__ import annotations
@@ -26,26 +31,50 @@ from coverage import CoverageData
 from sanitize import ROOT, copy_tree
 
 BUILD = ROOT / "build/coverage"
-FOLDERS = (
-    "tests/cache", "tests/planning", "tests/call", "tests/core", "tests/emulated", "tests/kernel",
-    "tests/registry", "tests/check", "tests/cli", "tests/tools", "tests/integrations",
+#: Rooms whose tests run beside each other, about as long as each other.
+ROOMS = (
+    ("tests/core", "tests/registry", "tests/kernel", "tests/emulated", "tests/check"),
+    ("tests/cache", "tests/planning", "tests/call", "tests/cli", "tests/tools",
+     "tests/integrations"),
 )  # fmt: skip
-#: What is left out, since it is long and what it runs is run by others.
+#: What is long and runs no line that others do not: soaks, and kvsig built again as another.
 LEFT_OUT = "soak or every_single_change or test_new_cuda"
-START = "import coverage; coverage.process_startup()\n"
-CYTHON = "Cython.Coverage.Plugin"
+#: Interpreters that tests start measure as well, and children that leave in a hurry too.
+START = """\
+import ctypes, os
+import coverage
+
+coverage.process_startup()
+
+
+def leave(status):
+    if measuring := coverage.Coverage.current():
+        measuring.stop()
+        measuring.save()
+    ctypes.CDLL(None).exit(status)  # not _exit: compiled parts write their counts
+
+
+os._exit = leave
+"""
 SOURCE = re.compile(r' */\* "(.*)":\d+$')
 MARK = re.compile(r" *__Pyx_TraceLine\((\d+),")
+COUNTS = "build/temp.*/kvsig/**/*.gcda"
 
 
-def run(*command: str, **variables: str) -> int:
-    """Run a command in the copy, and say how long it took."""
+def start(*command: str, **variables: str) -> subprocess.Popen[bytes]:
+    """Start a command in the copy."""
+    env = {**os.environ, **variables, "PYTHONPATH": str(BUILD)}
+    return subprocess.Popen([sys.executable, *command], cwd=BUILD, env=env)
+
+
+def run_tests(runs: list[list[str]]) -> int:
+    """Run pytest beside itself, once for each list of arguments."""
     begin = time.monotonic()
-    env = {**os.environ, **variables, "PYTHONPATH": f"{BUILD}:{BUILD / 'start'}"}
-    code = subprocess.run(command, cwd=BUILD, env=env).returncode
-    shown = " ".join(command[1:5])
-    print(f"coverage: {time.monotonic() - begin:.0f} s, status {code}: {shown} ...")
-    return code
+    config = str(BUILD / "pyproject.toml")
+    started = [start("-m", "pytest", *args, COVERAGE_PROCESS_START=config) for args in runs]
+    codes = [process.wait() for process in started]
+    print(f"coverage: tests took {time.monotonic() - begin:.0f} s, status {codes}", flush=True)
+    return max(codes)
 
 
 def counted(counts: Path) -> dict[int, int]:
@@ -60,31 +89,35 @@ def counted(counts: Path) -> dict[int, int]:
     return lines
 
 
-def lines_run(c_file: Path, counts: dict[int, int]) -> dict[Path, set[int]]:
-    """Lines of Cython that ran: those where the first line of C behind a mark did."""
+def lines_run(c_text: str, counts: dict[int, int]) -> dict[str, set[int]]:
+    """Lines of Cython that ran, by file: those where the first line of C behind a mark did."""
     known = sorted(counts)
-    ran: dict[Path, set[int]] = defaultdict(set)
+    ran: dict[str, set[int]] = defaultdict(set)
     source = ""
-    for number, text in enumerate(c_file.read_text().splitlines(), 1):
+    for number, text in enumerate(c_text.splitlines(), 1):
         if match := SOURCE.match(text):
             source = match[1]
         elif match := MARK.match(text):
             after = bisect(known, number)
-            if after < len(known) and counts[known[after]] and (BUILD / source).is_file():
-                ran[BUILD / source].add(int(match[1]))
+            if after < len(known) and counts[known[after]]:
+                ran[source].add(int(match[1]))
     return ran
 
 
 def add_compiled() -> None:
-    """Add what the compiled parts counted to the data of coverage.py."""
+    """Add what the compiled parts counted to the data of coverage.py, which reports both."""
     data = CoverageData(str(BUILD / ".coverage"))
     data.read()
-    for counts in BUILD.glob("build/temp.*/**/kvsig/**/*.gcda"):
-        name = counts.relative_to(next(p for p in counts.parents if p.name == "kvsig"))
-        text = BUILD / "kvsig" / name.with_suffix(".c")
-        for file, lines in lines_run(text, counted(counts)).items():
-            data.add_lines({str(file): lines})
-            data.add_file_tracers({str(file): CYTHON})
+    for counts in BUILD.glob(COUNTS):
+        c_file = BUILD / counts.relative_to(next(BUILD.glob("build/temp.*"))).with_suffix(".c")
+        for source, lines in lines_run(c_file.read_text(), counted(counts)).items():
+            file = str(BUILD / source)
+            if os.path.isfile(file):  # the rest is Cython's own
+                data.add_lines({file: lines})
+                data.add_file_tracers({file: "Cython.Coverage.Plugin"})
+    missing = {str(path) for path in BUILD.glob("kvsig/**/*.pyx")} - data.measured_files()
+    if missing:
+        sys.exit(f"coverage: nothing is known of {', '.join(sorted(missing))}")
     data.write()
 
 
@@ -97,21 +130,21 @@ def main() -> int:
     if shutil.which("gcov") is None:
         sys.exit("gcov is not there, which counts lines of C: it comes with gcc")
     copy_tree(BUILD)
-    python = sys.executable
-    build = [python, "setup.py", "-q", "build_ext", "--inplace", f"-j{os.cpu_count()}"]
-    if code := run(*build, KVSIG_COVERAGE="1"):
+    build = start(
+        "setup.py", "-q", "build_ext", "--inplace", f"-j{os.cpu_count()}", KVSIG_COVERAGE="1"
+    )
+    if code := build.wait():
         return code
-    # Interpreters that tests start measure as well.
-    (BUILD / "start").mkdir(exist_ok=True)
-    (BUILD / "start/sitecustomize.py").write_text(START)
-    for old in [*BUILD.glob(".coverage*"), *BUILD.glob("build/temp.*/**/*.gcda")]:
+    # Beside the package, since tests that choose PYTHONPATH keep that folder.
+    (BUILD / "sitecustomize.py").write_text(START)
+    for old in [*BUILD.glob(".coverage*"), *BUILD.glob(COUNTS)]:
         old.unlink()
-    tests = args.pytest or ["-q", "-p", "no:cacheprovider", "-k", f"not ({LEFT_OUT})", *FOLDERS]
-    config = str(BUILD / "pyproject.toml")
-    code = run(python, "-m", "pytest", *tests, COVERAGE_PROCESS_START=config)
-    run(python, "-m", "coverage", "combine", "-q")
+    usual = ["-q", "-p", "no:cacheprovider", "-k", f"not ({LEFT_OUT})"]
+    code = run_tests([args.pytest] if args.pytest else [[*usual, *rooms] for rooms in ROOMS])
+    if combined := start("-m", "coverage", "combine", "-q").wait():
+        return combined
     add_compiled()
-    report = run(python, "-m", "coverage", "report", "--fail-under", str(args.least))
+    report = start("-m", "coverage", "report", "--fail-under", str(args.least)).wait()
     return code or report
 
 

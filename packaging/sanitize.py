@@ -76,11 +76,16 @@ def library(name: str) -> str:
 
 
 def copy_tree(folder: Path) -> None:
-    """Copy what the build and the tests need; what was built there stays."""
+    """Copy what the build and the tests need; what was built there stays, and nothing else."""
     folder.mkdir(parents=True, exist_ok=True)
-    ignore = shutil.ignore_patterns("*.so", "__pycache__", "_emulated", "generated")
+    built = ("*.so", "__pycache__", "_emulated", "generated")
     for part in PARTS:
+        for old in (folder / part).rglob("*.py*"):
+            if not (ROOT / old.relative_to(folder)).exists() and "__pycache__" not in old.parts:
+                old.unlink()
         if (ROOT / part).exists():
+            # The C text of the build in place is another one.
+            ignore = shutil.ignore_patterns(*built, *(["*.c"] if part == "kvsig" else []))
             shutil.copytree(ROOT / part, folder / part, ignore=ignore, dirs_exist_ok=True)
     for file in FILES:
         shutil.copy2(ROOT / file, folder / file)
