@@ -211,7 +211,7 @@ cdef class Launches:
         return 0
 
     cdef int check_locked(self) except -1:
-        """Refuse memory that is not page-locked any more: a fault of the kernel ends the context."""
+        """Refuse memory that is page-locked no more: a fault of the kernel ends the context."""
         for block in self.locked:
             if _core.memory_range(block[0]) != block:
                 raise ValueError(
@@ -414,8 +414,8 @@ cdef class Selection:
 
     cdef object moved(self, Py_ssize_t index, str before, str now):
         return ValueError(
-            f"{self.names[index]} was {before} when the cache was made, and is {now} now: a cache's "
-            "tensors must stay where they are; make the cache anew"
+            f"{self.names[index]} was {before} when the cache was made, and is {now} now: "
+            "a cache's tensors must stay where they are; make the cache anew"
         )
 
     def plan(self, Pages pages not None, uint64_t handle, path):
