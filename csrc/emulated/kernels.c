@@ -21,8 +21,8 @@ static const size_t add_sizes[] = {8, 4, 8};
 void kvsig_double_wide(void **params, const struct launch *shape);
 void kvsig_double_thin(void **params, const struct launch *shape);
 
-/* page_copy.c: one parameter, a struct kvsig_page_copy. */
-static const size_t page_copy_sizes[] = {2152};
+/* One parameter, a struct kvsig_page_copy. */
+static const size_t page_copy_sizes[] = {PAGE_COPY_BYTES};
 
 static const struct kernel kernels[] = {
     {"kvsig_emulated_add", add_double, COUNT(add_sizes), add_sizes},

@@ -12,7 +12,7 @@
 
 _Static_assert(sizeof(struct kvsig_plane) == 64, "size of struct kvsig_plane");
 _Static_assert(sizeof(struct kvsig_wrong) == 24, "size of struct kvsig_wrong");
-_Static_assert(sizeof(struct kvsig_page_copy) == 2160, "size of struct kvsig_page_copy");
+_Static_assert(sizeof(struct kvsig_page_copy) == PAGE_COPY_BYTES, "size of struct kvsig_page_copy");
 
 static long long number_at(const struct kvsig_page_copy *a, unsigned side, long long position)
 {

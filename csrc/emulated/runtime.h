@@ -110,6 +110,9 @@ void record_reset(void); /* with `control` held */
 
 /* ---- kernels.c: what a launch runs ------------------------------------------------------- */
 
+/* Of a struct kvsig_page_copy: page_copy.c checks it. */
+#define PAGE_COPY_BYTES 2160
+
 struct launch { /* the shape of one launch */
     unsigned grid[3], block[3], cluster[3];
     unsigned shared; /* bytes of dynamic shared memory */

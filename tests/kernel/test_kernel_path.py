@@ -141,6 +141,19 @@ class TestMovesPages:
         stream.synchronize()
         assert setup.same(wanted)
 
+    @pytest.mark.parametrize("count", [255, 256, 257])
+    def test_of_about_as_many_as_a_launch_carries(self, control, stream, count):
+        near = torch.randint(0, 256, (2, 300, 48), dtype=torch.uint8)
+        far = torch.zeros(300, 2, 1, 48, dtype=torch.uint8)
+        control.mark_device(near.data_ptr(), near.nbytes)
+        control.mark_host(far.data_ptr(), far.nbytes)
+        cache = kvsig.PagedKVCache(list(near), far, page_size=1, model=H100)
+        mine, theirs = (np.random.default_rng(i).permutation(300)[:count] for i in range(2))
+        cache.offload(mine, theirs, stream=stream, path="kernel")
+        stream.synchronize()
+        assert torch.equal(far[theirs, :, 0], near[:, mine].transpose(0, 1))
+        assert not far[np.setdiff1d(np.arange(300), theirs)].any()
+
     def test_of_more_pages_than_a_launch_carries(self, control, stream):
         near = torch.randint(0, 256, (3, 2000, 48), dtype=torch.uint8)
         far = torch.zeros(2000, 3, 1, 48, dtype=torch.uint8)
