@@ -189,11 +189,12 @@ def pack(registry: Registry, ctype: CType, value: Any, where: str) -> int | floa
     raw = bytearray(registry.layout(ctype)[0])
     places = registry.offsets(struct.name)
     for field, item, (offset, size) in zip(struct.fields, items, places, strict=True):
+        if type(item) is int and item == 0:
+            continue  # it is, whatever the field's type
         place = f"{where}.{field.name}"
         if field.length is None:
-            nested = {} if item == 0 and _format(registry, field.type) is None else item
-            raw[offset : offset + size] = _bytes(registry, field.type, nested, place)
-        elif item != 0:
+            raw[offset : offset + size] = _bytes(registry, field.type, item, place)
+        else:
             if len(item) != field.length:
                 raise ValueError(f"{place} has {len(item)} values; it takes {field.length}")
             parts = [_bytes(registry, field.type, one, place) for one in item]

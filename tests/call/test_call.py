@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ from future import NEXT_TEXT, last
 
 import kvsig
 from kvsig import _core, emulated, registry
+from kvsig._marshal import pack, unpack
+from kvsig.registry import CType
 
 REGISTRY = registry.load()
 NEWEST = "13.5"
@@ -266,6 +270,44 @@ class TestResults:
         raw = struct.pack("=i2i2iI", 1, 0, 0, 1, 3, 1).hex()
         assert call["observed"]["attributes"][0]["bytes"] == raw
         assert (target == source).all()
+
+    def test_structs_within_a_struct_and_arrays_in_them(self, bind):
+        bind("13.0")
+        source, target = np.arange(1, 25, dtype=np.uint8).reshape(3, 8), np.zeros((3, 4), np.uint8)
+        with emulated.Stream() as stream:
+            kvsig.call(
+                "cudaMemcpy3DAsync", stream=stream,
+                p={"srcPtr": (source, 8, 8, 3), "dstPtr": {"ptr": target, "pitch": 4},
+                   "extent": (4, 3, 1), "kind": "cudaMemcpyDefault"},
+            )  # fmt: skip
+            stream.synchronize()
+        assert (target == source[:, :4]).all()
+
+    @pytest.mark.parametrize("name", REGISTRY.structs)
+    def test_what_goes_into_a_struct_comes_out_again(self, name):
+        numbers = itertools.count(1)
+
+        def filled(ctype):
+            inner = REGISTRY.resolve(ctype)
+            if inner.pointers or inner.name not in REGISTRY.structs:
+                return next(numbers)
+            return {
+                field.name: [filled(field.type) for _ in range(field.length)]
+                if field.length
+                else filled(field.type)
+                for field in REGISTRY.structs[inner.name].fields
+            }
+
+        ctype = CType(name)
+        value = filled(ctype)
+        assert unpack(REGISTRY, ctype, pack(REGISTRY, ctype, value, name)) == value
+
+    def test_events_stand_for_their_handles(self, bind):
+        control = bind("13.0")
+        control.stub()
+        control.record()
+        kvsig.call("cudaEventRecord", event=SimpleNamespace(cuda_event=77), stream=None)
+        assert [a["value"] for a in control.calls()[0]["arguments"]] == [77, 0]
 
 
 def refuses(kind, text, function, **arguments):

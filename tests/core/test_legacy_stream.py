@@ -64,6 +64,18 @@ class TestLegacyStream:
         control.synchronize(0)
         assert (b == a).all() and (c == a).all()
 
+    def test_where_the_device_cannot_be_asked_for_there_is_no_way_around(self, bind):
+        control = bind("13.0")
+        copies, told = Copies(4), "there is no way around: cudaGetDevice answered 46"
+        control.fault("cudaGetDevice", 46, nth=0)
+        with pytest.raises(_core.BindError, match=told):
+            _core.copy_batch(*copies.arguments, 0, "batch")
+        copies.check(made=[])
+        report = _core.copy_batch(*copies.arguments, 0)
+        assert report.path == "loop" and told in report.reason
+        control.synchronize(0)
+        copies.check()
+
     @pytest.mark.parametrize("handle", [0, 1])
     def test_no_copy_waits_for_the_host(self, control, handle):
         (a, b, c, d), (pa, pb, pc, pd) = self.chain()

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 import kvsig
-from kvsig import _core, emulated, kernel
+from kvsig import _core, emulated, kernel, streams
 from kvsig.planning.costs import builtin
 
 LAYERS, PAGES, HOST_PAGES, SIZE, HEADS, DIM = 4, 24, 18, 4, 2, 8
 LAYOUTS = ("page_first_direct", "page_first", "page_head", "layer_first")
+WAIT, RECORD = "cuStreamWaitValue32", "cudaEventRecord"
+CAN_MAP, MAJOR = 19, 75  # cudaDevAttrCanMapHostMemory, cudaDevAttrComputeCapabilityMajor
 H100 = builtin("NVIDIA H100 80GB HBM3")
 
 
@@ -423,6 +425,12 @@ class TestPageNumbersOnTheGpu:
         with pytest.raises(TypeError):
             setup.cache.load(Numbers(HOST), Numbers(DEVICE), stream=stream)
 
+    def test_with_gaps_are_refused(self, control, stream):
+        numbers = Numbers(HOST)
+        numbers.__cuda_array_interface__["strides"] = (16,)
+        with pytest.raises(TypeError):
+            Setup(control).cache.load(numbers, DEVICE, stream=stream)
+
     def test_lengths(self, control, stream):
         text = "device_pages has 5 page numbers and host_pages has 2"
         with pytest.raises(ValueError, match=text):
@@ -444,8 +452,23 @@ class TestPageNumbersOnTheGpu:
 class Event:
     """Remembers on which stream it was recorded, and waits for what was queued there before."""
 
+    def __init__(self, handle=0):
+        self.handle = handle
+
     def record(self, stream):
         self.stream = stream
+
+
+@pytest.fixture
+def handles(control, monkeypatch):
+    """Of events that exist, as torch's do that were recorded before."""
+    monkeypatch.setattr(
+        streams, "event_handles", lambda events: np.array([e.handle for e in events], np.uint64)
+    )
+    made = [int(kvsig.call("cudaEventCreateWithFlags", flags=2)) for _ in range(LAYERS)]
+    yield made
+    for handle in made:
+        kvsig.call("cudaEventDestroy", event=handle)
 
 
 class TestLayeredLoads:
@@ -467,6 +490,26 @@ class TestLayeredLoads:
         # The events are behind the waits, on a stream of the cache's own: it is done by then.
         events[-1].stream.synchronize()
         assert setup.same(wanted)
+
+    def test_events_that_exist_are_recorded_by_their_handles(self, control, stream, handles):
+        setup = Setup(control)
+        wanted = setup.expected(DEVICE, HOST, True)
+        control.record()
+        setup.cache.load(HOST, DEVICE, stream=stream, events=[Event(handle) for handle in handles])
+        calls = [call for call in control.calls() if call["function"] in (WAIT, RECORD)]
+        assert [call["function"] for call in calls] == [WAIT, RECORD] * LAYERS
+        assert [call["arguments"][0]["value"] for call in calls[1::2]] == handles
+        kvsig.call("cudaStreamWaitEvent", stream=stream, event=handles[-1], flags=0)
+        stream.synchronize()
+        assert setup.same(wanted)
+
+    @pytest.mark.parametrize("function", [WAIT, RECORD])
+    def test_an_event_that_cannot_be_recorded_is_told(self, control, stream, handles, function):
+        setup = Setup(control)
+        control.fault(function, 400, nth=2)
+        with pytest.raises(kvsig.CudaError, match=f"{function} answered 400"):
+            setup.cache.load(HOST, DEVICE, stream=stream, events=[Event(h) for h in handles])
+        stream.synchronize()
 
     def test_wait_for_what_is_before_them(self, control, stream):
         """Each layer is there once its event is; nothing is told before the launch has run."""
@@ -493,9 +536,7 @@ class TestLayeredLoads:
     def test_a_wrong_number_keeps_nobody_waiting(self, control, stream):
         setup = Setup(control)
         events = [Event() for _ in range(LAYERS)]
-        setup.cache.load(
-            Numbers([99, *HOST[1:]]), Numbers(DEVICE), stream=stream, events=events
-        )
+        setup.cache.load(Numbers([99, *HOST[1:]]), Numbers(DEVICE), stream=stream, events=events)
         events[-1].stream.synchronize()
         with pytest.raises(ValueError, match=r"host_pages\[0\] is 99"):
             setup.cache.check()
@@ -511,14 +552,27 @@ class TestFaults:
         stream.synchronize()
         assert setup.same(before)
 
-    def test_a_cache_is_made_without_it_where_it_cannot_be_loaded(self, control, stream):
+    @pytest.mark.parametrize(
+        ("order", "told"),
+        [
+            (lambda c: c.fault("cuModuleLoadData", 209), "the page-copy kernel cannot be loaded"),
+            (lambda c: c.fault("nvrtcCompileProgram", 6),
+             "NVRTC cannot compile the page-copy kernel: .*nvrtcCompileProgram answered 6"
+             " NVRTC_ERROR_COMPILATION"),
+            (lambda c: c.set_attribute(CAN_MAP, 0), "the device cannot map host memory"),
+            (lambda c: c.set_attribute(MAJOR, 2),
+             "NVRTC has no architecture for compute capability 2.0: its oldest is "),
+        ],
+        ids=["load", "compile", "map", "old"],
+    )  # fmt: skip
+    def test_a_cache_is_made_without_it_where_it_cannot_be_had(self, control, stream, order, told):
         kernel._built.clear()
-        control.fault("cuModuleLoadData", 209)
+        order(control)
         setup = Setup(control)
         wanted = setup.expected(DEVICE, HOST, True)
         assert setup.cache.load(HOST, DEVICE, stream=stream).path != "kernel"
         stream.synchronize()
         assert setup.same(wanted)
-        with pytest.raises(kvsig.BindError, match="the page-copy kernel cannot be loaded"):
+        with pytest.raises(kvsig.BindError, match=told):
             setup.cache.load(HOST, DEVICE, stream=stream, path="kernel")
         kernel._built.clear()
