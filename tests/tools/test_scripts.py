@@ -70,7 +70,7 @@ def test_overhead(tmp_path):
     assert done.returncode in (0, 1), done.stderr
     result = json.loads((tmp_path / "x.json").read_text())
     assert (len(result["copies"]), len(result["calls"])) == (9, 12)
-    assert done.stdout.endswith(f"{result['missed']} of 21 figures are above the limit\n")
+    assert done.stdout.endswith(f"{result['missed']} of 34 figures are above the limit\n")
     assert done.returncode == bool(result["missed"])
 
 
