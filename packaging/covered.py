@@ -26,6 +26,7 @@ import time
 from bisect import bisect
 from collections import defaultdict
 from pathlib import Path
+from typing import IO
 
 from coverage import CoverageData
 from sanitize import ROOT, copy_tree
@@ -37,9 +38,12 @@ ROOMS = (
      "tests/planning", "tests/tools"),
     ("tests/cache", "tests/cli", "tests/integrations"),
 )  # fmt: skip
-#: What is long and runs no line that others do not: soaks, and kvsig built again as another. And
-#: what takes as many measurements as go into 20 s, to which code without optimisation is too slow.
-LEFT_OUT = "soak or every_single_change or test_new_cuda or test_against_itself"
+LEFT_OUT = (
+    # Long, and run no line that others do not: soaks, and kvsig built again as another.
+    "soak or every_single_change or test_new_cuda"
+    # Limits of time, which are those of code that is optimized and does not count.
+    " or thirty_nanoseconds or cheap_enough or test_against_itself"
+)
 #: Interpreters that tests start measure as well, and children that leave in a hurry too.
 START = """\
 import ctypes, os
@@ -62,18 +66,26 @@ MARK = re.compile(r" *__Pyx_TraceLine\((\d+),")
 COUNTS = "build/temp.*/kvsig/**/*.gcda"
 
 
-def start(*command: str, **variables: str) -> subprocess.Popen[bytes]:
+def start(
+    *command: str, stdout: IO[bytes] | None = None, **variables: str
+) -> subprocess.Popen[bytes]:
     """Start a command in the copy."""
     env = {**os.environ, **variables, "PYTHONPATH": str(BUILD)}
-    return subprocess.Popen([sys.executable, *command], cwd=BUILD, env=env)
+    return subprocess.Popen([sys.executable, *command], cwd=BUILD, env=env, stdout=stdout)
 
 
 def run_tests(runs: list[list[str]]) -> int:
-    """Run pytest beside itself, once for each list of arguments."""
+    """Run pytest beside itself, once for each list of arguments; what it says comes in turn."""
     begin = time.monotonic()
-    config = str(BUILD / "pyproject.toml")
-    started = [start("-m", "pytest", *args, COVERAGE_PROCESS_START=config) for args in runs]
+    measuring = {"COVERAGE_PROCESS_START": str(BUILD / "pyproject.toml")}
+    logs = [BUILD / f"tests-{i}.log" for i in range(len(runs))]
+    started = []
+    for args, log in zip(runs, logs, strict=True):
+        with log.open("wb") as file:
+            started.append(start("-m", "pytest", *args, stdout=file, **measuring))
     codes = [process.wait() for process in started]
+    for log in logs:
+        print(log.read_text(), end="")
     print(f"coverage: tests took {time.monotonic() - begin:.0f} s, status {codes}", flush=True)
     return max(codes)
 

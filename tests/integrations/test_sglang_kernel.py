@@ -303,12 +303,14 @@ class TestWhatIsLeftAlone:
 
     def test_large_staged_pages(self, served: SimpleNamespace) -> None:
         name = "transfer_hicache_all_layer_staged_lf_pf"
-        arguments = Pools(served.control, "pf").offload(name) | {"page_size": 4096}
+        pools = Pools(served.control, "pf")
+        arguments = pools.offload(name) | {"page_size": 4096}
         run(served, name, **arguments, **indices(name))
         assert "128 KiB or more" in self.left(served, name)
 
     def test_lists_of_two_lengths(self, served: SimpleNamespace) -> None:
-        run(served, NAME, **Pools(served.control, "pf").load(NAME, 0), **indices(NAME, [1], [2, 3]))
+        pools = Pools(served.control, "pf")
+        run(served, NAME, **pools.load(NAME, 0), **indices(NAME, [1], [2, 3]))
         assert self.left(served) == "indices that are not of one length"
 
     def test_without_nvrtc(
