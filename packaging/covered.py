@@ -35,7 +35,7 @@ BUILD = ROOT / "build/coverage"
 #: Rooms whose tests run beside each other, about as long as each other.
 ROOMS = (
     ("tests/core", "tests/registry", "tests/kernel", "tests/emulated", "tests/check", "tests/call",
-     "tests/planning", "tests/tools"),
+     "tests/planning", "tests/tools", "tests/docs/test_stubs.py"),
     ("tests/cache", "tests/cli", "tests/integrations"),
 )  # fmt: skip
 LEFT_OUT = (

@@ -211,6 +211,18 @@ class TestMissingSymbol:
         copies.check()
 
     @pytest.mark.checkout
+    def test_one_of_another_library_is_not_taken(self, bind, tmp_path, monkeypatch):
+        """The loader also looks at what a library depends on: there, at another libcudart."""
+        whole = built(tmp_path / "whole", "13.0")
+        monkeypatch.setenv("KVSIG_EMULATED_CFLAGS", f"-Wl,--no-as-needed {whole}")
+        partial = built(tmp_path / "partial", "13.0", BATCH)
+        bind(partial)
+        row = next(row for row in _core.info()["functions"] if row["name"] == BATCH)
+        assert (row["status"], row["why"]) == (
+            "missing", f"{BATCH} of 13.0 comes from {whole}, not from {partial}",
+        )  # fmt: skip
+
+    @pytest.mark.checkout
     def test_calling_it_by_name_says_so(self, bind, tmp_path):
         path = built(tmp_path, "13.0", "cudaMemPrefetchAsync")
         bind(path)

@@ -60,9 +60,11 @@ class TestStats:
     def test_the_text_form_escapes_and_has_each_series_once(self) -> None:
         observe.record("load", Report("loop", "why", 1, 1, 8), 5)
         observe.record("load", Report("loop", 'an "odd"\nreason', 1, 1, 8), 5)
+        observe.passed_on("sglang.f", "a reason")
         lines = observe.prometheus().splitlines()
         assert 'kvsig_bytes_total{function="load",path="loop"} 16' in lines
         assert 'kvsig_fallbacks_total{cause="an \\"odd\\"\\nreason"} 1' in lines
+        assert 'kvsig_passed_on_total{function="sglang.f",reason="a reason"} 1' in lines
         series = [line.rpartition(" ")[0] for line in lines if not line.startswith("#")]
         assert len(series) == len(set(series))
 

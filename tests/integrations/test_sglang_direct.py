@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -494,6 +495,56 @@ class TestWhatIsNotServed:
         host, device = filled(2, 1, PAGE, 4), filled(8, 2, 4)[:, 0]
         run(served, LOAD, [host], [device], tokens([0]), tokens([1]), 0, PAGE)
         self.check(served, "device rows that are not packed", LOAD)
+
+
+    @pytest.mark.parametrize(("srcs", "indices", "page", "reason"), [
+        ([filled(8, 4)] * 2, ([0], [1]), 1, "as many destinations as sources are needed"),
+        ([filled(8, 4)[:0]], ([0], [1]), 1, "a tensor without rows"),
+        ([filled(4, 8).t()], ([0], [1]), 1, "a tensor whose rows are not in one piece"),
+        ([filled(64).as_strided((8, 4), (2, 1))], ([0], [1]), 1, "a tensor whose rows overlap"),
+        ([filled(8, 4)], ([0], [1]), 0, "a page size that is none"),
+        ([filled(8, 4)], ([0, 1], [1]), 1, direct._BAD_INDICES),
+        ([filled(8, 4)], ([[0]], [[1]]), 1, direct._BAD_INDICES),
+    ])  # fmt: skip
+    def test_other_tensors(
+        self, served: SimpleNamespace, srcs: Any, indices: Any, page: int, reason: str
+    ) -> None:
+        given = [torch.tensor(numbers, dtype=torch.int64) for numbers in indices]
+        with suppress(Exception):
+            run(served, "transfer_kv_direct", srcs, [filled(8, 4)], *given, page)
+        self.check(served, reason, "transfer_kv_direct")
+
+    @pytest.mark.parametrize(("shapes", "layer", "reason"), [
+        ([(2, 1, PAGE, 4)] * 3, 0, "one pool, or K's and V's with as many layers of each,"
+         " are needed"),
+        ([(2, 1, PAGE, 4)], -1, "a layer that is none"),
+        ([(2, PAGE)], 0, "a host pool that is not (pages, layers, page_size, ...) in one piece"),
+        ([(2, 1, PAGE, 4)], 1, "more layers than the host pool has"),
+        ([(2, 1, PAGE, 8)], 0, "layers and host pages of two dtypes or sizes"),
+    ])  # fmt: skip
+    def test_other_pools(
+        self, served: SimpleNamespace, shapes: Any, layer: int, reason: str
+    ) -> None:
+        host, device = [filled(*shape) for shape in shapes], [filled(8, 4)] * len(shapes)
+        with suppress(Exception):
+            run(served, LOAD, host, device, tokens([0]), tokens([1]), layer, PAGE)
+        self.check(served, reason, LOAD)
+
+    @pytest.mark.parametrize(("src", "ranges", "reason"), [
+        (filled(8, 5), ([0], [0], [1]), "tables that are not two-dimensional and alike"),
+        (filled(8, 8)[:, :4], ([0], [0], [1]), "a table that is not contiguous"),
+        (filled(8, 4), ([0, 1], [0], [1]), "ranges that are not of one number"),
+        (filled(8, 4), ([6], [0], [3]), "a range outside of its table"),
+        (filled(8, 4), ([0], [-1], [1]), "a range outside of its table"),
+        (filled(8, 4), ([4], [4], [-1]), "a range outside of its table"),
+    ])  # fmt: skip
+    def test_other_ranges(
+        self, served: SimpleNamespace, src: torch.Tensor, ranges: Any, reason: str
+    ) -> None:
+        name = "transfer_embedding_ranges_direct"
+        with suppress(Exception):
+            run(served, name, src, filled(8, 4), *ranges)
+        self.check(served, reason, name)
 
 
 def test_a_gpus_tensors_on_the_emulated_runtime(control: Control) -> None:

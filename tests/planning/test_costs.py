@@ -109,6 +109,13 @@ class TestStoredCosts:
         with pytest.raises(OSError, match="no home directory to keep calibrated figures in"):
             costs.save(H100)
 
+    def test_figures_that_cannot_be_put_in_place_leave_nothing_behind(self):
+        path = costs.cache_path("NVIDIA H200")
+        path.mkdir(parents=True)
+        with pytest.raises(OSError):
+            costs.save(replace(H100, name="NVIDIA H200"))
+        assert os.listdir(path.parent) == [path.name]
+
 
 class TestFigures:
     @pytest.mark.known_failure("absurd-costs")

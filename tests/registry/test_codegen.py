@@ -255,3 +255,24 @@ class TestOnlyNamesTypesAndNumbers:
         for written in (codegen.cython_text(table), codegen.emulated_glue(table, 12080)):
             assert "freetext" not in written
             assert written.isascii() and "\\" not in written and "\r" not in written
+
+
+class TestByHand:
+    """``python kvsig/codegen.py`` shows what the build makes."""
+
+    def test_prints(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert codegen.main([]) == 0
+        assert capsys.readouterr().out == codegen.cython_text(registry.load()) + "\n"
+
+    def test_writes_what_changed(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        arguments = ["--glue", "12.9", "--output", str(tmp_path / "glue.c")]
+        assert codegen.main(arguments) == codegen.main(arguments) == 0
+        assert capsys.readouterr().out == f"wrote {tmp_path / 'glue.c'}\n"  # once
+        glue = codegen.emulated_glue(registry.load(), 12090)
+        assert (tmp_path / "glue.c").read_text() == glue
+
+    def test_a_wrong_registry(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert codegen.main(["--registry", str(tmp_path / "none.toml")]) == 1
+        assert "none.toml" in capsys.readouterr().err
