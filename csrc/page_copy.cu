@@ -20,7 +20,7 @@ enum {
     KVSIG_LANES = 32,       /* threads of a warp */
     KVSIG_CHUNKS = 8,       /* units that a lane of a wide block holds at a time */
     KVSIG_THIN_CHUNKS = 2,  /* the same in one-warp blocks, of which there are many */
-    KVSIG_THREADS = 512,    /* at most, of a wide block; thin ones have KVSIG_LANES */
+    KVSIG_THREADS = 512,    /* of a wide block, at most; thin ones have KVSIG_LANES */
 };
 
 /* One layer's K or V; 64 bytes, in device memory. */

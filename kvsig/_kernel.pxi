@@ -13,6 +13,7 @@ cdef extern from "page_copy.cu" nogil:
         KVSIG_LANES
         KVSIG_CHUNKS
         KVSIG_THIN_CHUNKS
+        KVSIG_THREADS
     struct kvsig_plane:
         uint64_t base[2]
         uint64_t pitch[2]
@@ -49,12 +50,10 @@ cdef extern from "page_copy.cu" nogil:
 cdef enum:
     # Up to here blocks of one warp: they start beside whatever runs, but slow it down while they do.
     THIN_BYTES = 8 << 20
-    # Of a block of a long transfer.
-    WIDE_THREADS = 512
     # No cluster is larger on every device that has clusters.
     LARGEST_CLUSTER = 8
-    # Pageable memory of up to 64 KiB is read before cudaMemcpyAsync returns, and never waits for
-    # the stream.
+    # Pageable memory of up to 64 KiB, so many page numbers, is read before cudaMemcpyAsync returns,
+    # and never waits for the stream.
     STAGED_NUMBERS = 16 << 10
     # Host pages in any order within such windows are found as fast as neighbours.
     WINDOW_SHIFT = 27
@@ -410,7 +409,7 @@ cdef int _launch(
                 break
         blocks, threads = <unsigned int>min(tiles, <uint64_t>code.multiprocessors), KVSIG_LANES
     else:
-        function, blocks, threads = code.wide, sms, WIDE_THREADS
+        function, blocks, threads = code.wide, sms, KVSIG_THREADS
         cluster = code.clusters and sms > 1
         if rate > 0:
             # The slowest that can be said is four seconds from tile to tile.

@@ -22,13 +22,12 @@ from kvsig.planning._plan import kernel_pays
 from kvsig.planning.descriptors import Descriptors
 
 __all__ = [
-    "SMALL_PAGE",
-    "WINDOWED_POOL",
     "AddressLaunches",
     "Followers",
     "launches_of",
     "multiprocessors",
     "planes_in_memory",
+    "window_pitch",
 ]
 
 logger = logging.getLogger("kvsig")
@@ -38,6 +37,21 @@ U64: TypeAlias = npt.NDArray[np.uint64]
 #: Pages of fewer bytes, of pools of more bytes, are handled in order of their host addresses: a
 #: random page of a large pool costs the look-up of its address.
 SMALL_PAGE, WINDOWED_POOL = 4096, 256 << 20
+
+
+def window_pitch(page: int, pitch: int, pages: int) -> int:
+    """Bytes from page to page that a launch orders host pages by; 0: it takes them as they come.
+
+    Parameters
+    ----------
+    page : int
+        Bytes of a page.
+    pitch, pages : int
+        Bytes from page to page of the host pool, and how many it has.
+    """
+    return pitch if page < SMALL_PAGE and pitch * pages > WINDOWED_POOL else 0
+
+
 #: Copies of a transfer by which it is told whether pages are small enough for the kernel at all.
 MANY = 1 << 14
 
@@ -165,9 +179,7 @@ def launches_of(
         compiled = kernel.build(unit)
     except (BindError, CudaError) as error:
         return None, str(error)
-    pitch = int(planes.host_pitch.max())
-    page = int(planes.width.max()) * planes.rows
-    windowed = page < SMALL_PAGE and pitch * planes.host_pages > WINDOWED_POOL
+    page, pitch = int(planes.width.max()) * planes.rows, int(planes.host_pitch.max())
     return (
         Launches(
             KernelCode(compiled),
@@ -176,7 +188,7 @@ def launches_of(
             (planes.device_pages, planes.host_pages),
             sms,
             rates,
-            pitch if windowed else 0,
+            window_pitch(page, pitch, planes.host_pages),
             locked,
         ),
         "",
@@ -287,10 +299,9 @@ class AddressLaunches:
         if found is None:
             unit = kernel.unit_of([*self.starts, self.grain, width])
             table = kernel.table(self.starts, (self.grain, self.grain), [width], unit)
-            windowed = width < SMALL_PAGE and self.limits[1] * self.grain > WINDOWED_POOL
             found = self._launches[width] = Launches(
                 KernelCode(kernel.build(unit)), KernelPlanes(table, 1, unit), 1, self.limits,
-                self.sms, self.rates, self.grain if windowed else 0, self.locked,
+                self.sms, self.rates, window_pitch(width, self.grain, self.limits[1]), self.locked,
             )  # fmt: skip
         return found
 

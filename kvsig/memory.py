@@ -14,6 +14,7 @@ from kvsig import _core
 __all__ = [
     "Extent",
     "Place",
+    "blocks_of",
     "check_whole",
     "extent",
     "listed",
@@ -31,10 +32,14 @@ Extent: TypeAlias = tuple[int, int, bool]
 def extent(tensor: torch.Tensor) -> Extent:
     """Where a tensor lies, with what lies between its rows."""
     start = tensor.data_ptr()
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    size = (last + 1) * tensor.element_size() if tensor.numel() else 0
     limited = not _core.is_emulated() and (tensor.is_cuda or tensor.is_pinned())
-    return start, start + size, limited
+    return start, start + _reach(tensor), limited
+
+
+def _reach(tensor: torch.Tensor) -> int:
+    """Bytes from the first to the last of a tensor."""
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size() if tensor.numel() else 0
 
 
 class Place(NamedTuple):
@@ -53,8 +58,7 @@ def place_of(tensor: torch.Tensor) -> Place:
 
 def check_whole(name: str, tensor: torch.Tensor) -> None:
     """Refuse a tensor that its storage does not hold: storages can be resized by themselves."""
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    end = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    end = tensor.storage_offset() * tensor.element_size() + _reach(tensor)
     room = tensor.untyped_storage().nbytes()
     if tensor.numel() and (end > room or not tensor.data_ptr()):
         raise ValueError(
@@ -100,18 +104,30 @@ def locked_blocks(tensors: Iterable[torch.Tensor]) -> list[tuple[int, int]] | No
         Each block once; None where some memory is pageable. Where the driver cannot be asked,
         torch is believed, and no block is known.
     """
-    found: dict[int, int] = {}
+    found: dict[tuple[int, int], None] = {}
     for tensor in tensors:
-        place, end, _ = extent(tensor)
-        while place < end:
-            block = _core.memory_range(place)
-            if block is None:
-                if place == tensor.data_ptr() and tensor.is_pinned():
-                    break
-                return None
-            found.setdefault(*block)
-            place = block[0] + block[1]
-    return list(found.items())
+        blocks = blocks_of(tensor)
+        if blocks is not None:
+            found.update(dict.fromkeys(blocks))
+        elif _core.memory_range(tensor.data_ptr()) is not None or not tensor.is_pinned():
+            return None
+    return list(found)
+
+
+def blocks_of(tensor: torch.Tensor) -> list[tuple[int, int]] | None:
+    """Find the blocks that hold all of a tensor, by address and size; None where a byte is in none.
+
+    Blocks are allocations of the device, and page-locked memory of the host.
+    """
+    found = []
+    place, end = tensor.data_ptr(), tensor.data_ptr() + _reach(tensor)
+    while place < end:
+        block = _core.memory_range(place)
+        if block is None:
+            return None
+        found.append(block)
+        place = block[0] + block[1]
+    return found
 
 
 def _bounds(start: int, end: int, limited: bool) -> Iterator[int]:

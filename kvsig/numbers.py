@@ -101,6 +101,7 @@ def _check_range(pages: range, name: str, limit: int) -> None:
         position = room // abs(pages.step) + 1
     raise page_out_of_range(name, position, pages[position], limit)
 
+
 def _on_device(values: Any, name: str, device: torch.device) -> tuple[int, int, int] | None:
     """Address, count and bytes of page numbers in device memory; None where they are not there."""
     if isinstance(values, torch.Tensor):

@@ -2,7 +2,7 @@
 
     python packaging/cross.py             build, repair and test
     python packaging/cross.py --no-tests
-    python packaging/cross.py --tests tests/core tests/planning/test_geometry.py
+    python packaging/cross.py --tests tests/core tests/planning/test_plans.py
 
 On Debian, by a Python of the version that Debian has (so that Cython and setuptools are its own):
 
@@ -58,7 +58,9 @@ def fetch_system() -> None:
         (SYSTEM / "usr" / name).mkdir(parents=True)
         (SYSTEM / name).symlink_to(f"usr/{name}")
     for package in sorted((apt / "cache/archives").glob("*.deb")):
-        tar = subprocess.run(["dpkg-deb", "--fsys-tarfile", package], capture_output=True)
+        tar = subprocess.run(
+            ["dpkg-deb", "--fsys-tarfile", package], stdout=subprocess.PIPE, check=True
+        )
         unpack = ["tar", "-x", "--keep-directory-symlink", "--no-same-owner", "-C", SYSTEM]
         subprocess.run(unpack, input=tar.stdout, check=True)
 

@@ -4,7 +4,7 @@
 
 _Thread_local int last_error;
 
-static const struct {
+static const struct error {
     int code;
     const char *name, *drivers_name, *text; /* NULL where the driver has no such code */
 } error_table[] = {
@@ -114,27 +114,36 @@ static const struct {
     {999, "cudaErrorUnknown", "CUDA_ERROR_UNKNOWN", "unknown error"},
 };
 
-const char *error_text(int code, int name)
+static const struct error *error_find(int code)
 {
     for (size_t i = 0; i < COUNT(error_table); i++)
         if (error_table[i].code == code)
-            return name ? error_table[i].name : error_table[i].text;
-    return "unrecognized error code";
+            return &error_table[i];
+    return NULL;
+}
+
+const char *error_text(int code, int name)
+{
+    const struct error *found = error_find(code);
+
+    if (!found)
+        return "unrecognized error code";
+    return name ? found->name : found->text;
 }
 
 /* Name or text of one of the driver's codes; NULL is stored for others. */
 int do_driver_error_text(struct call *call)
 {
-    int code = arg_int(call, "error", -1);
+    const struct error *found = error_find(arg_int(call, "error", -1));
     const char **out = arg_pointer(call, "pStr");
+
     if (!out)
         return INVALID_VALUE;
     *out = NULL;
-    for (size_t i = 0; i < COUNT(error_table); i++)
-        if (error_table[i].code == code && error_table[i].drivers_name)
-            *out = strcmp(call->function, "cuGetErrorName") ? error_table[i].text
-                                                            : error_table[i].drivers_name;
-    return *out ? SUCCESS : INVALID_VALUE;
+    if (!found || !found->drivers_name)
+        return INVALID_VALUE;
+    *out = strcmp(call->function, "cuGetErrorName") ? found->text : found->drivers_name;
+    return SUCCESS;
 }
 
 /* That of a lost device comes back with every call, this one included. */

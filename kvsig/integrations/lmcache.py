@@ -44,7 +44,6 @@ class Kept:
         self.name, self.arguments, self.more = name, arguments, more
 
 
-
 def _made(value: Any) -> Any:
     """Return LMCache's own value."""
     if not isinstance(value, Kept):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -150,8 +151,9 @@ def test_less_memory_that_begins_where_it_was(stream, side):
             with pytest.raises(ValueError, match=f"{side} .* was (at|in a storage of) .* anew"):
                 call()
                 pytest.fail(f"{name} took memory that is not the tensor's")
-    if not begins_there:
-        pytest.skip("memory was never given again at the address where it was")
+    if "libasan" in os.environ.get("LD_PRELOAD", ""):
+        pytest.skip("AddressSanitizer gives no memory again at the address where it was")
+    assert begins_there, "the case itself was never met"
 
 
 @pytest.mark.known_failure("moved-in-the-middle")

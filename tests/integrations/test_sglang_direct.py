@@ -12,7 +12,7 @@ import pytest
 import torch
 from standins import Engine, filled
 
-from kvsig import _core, kernel, merging, observe
+from kvsig import _core, kernel, launching, merging, observe
 from kvsig._core import BindError
 from kvsig.emulated import Control
 from kvsig.integrations import sglang as integration
@@ -246,7 +246,7 @@ class TestSmallPages:
     def test_many_of_a_large_pool_in_the_order_of_windows(
         self, served: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(launches, "WINDOWED_POOL", 0)
+        monkeypatch.setattr(launching, "WINDOWED_POOL", 0)
         host = [filled(700, LAYERS, 1, 8)]
         device = [filled(700, 8, seed=9 + i) for i in range(LAYERS)]
         mark(served.control, device, host)

@@ -147,6 +147,14 @@ def registered(control: Control, gpu: list[Any], cpu: list[Any]) -> tuple[list[A
     return gpu, cpu
 
 
+def small_blocks(vllm: types.SimpleNamespace, control: Control) -> tuple[Handler, Any, Any]:
+    """Return a handler of one layer's blocks of 512 bytes that kvsig serves, and its two sides."""
+    gpu, cpu = registered(control, *tensors([512], 1, False))
+    handler = Handler(gpu, cpu, 1, [[(0, 512)]], True, vllm.swap)
+    integration.exchange(Worker([handler]))
+    return handler, gpu, cpu
+
+
 class TestSmallBlocks:
     """By the page-copy kernel, where host memory is mapped and blocks are small and scattered."""
 
@@ -230,9 +238,7 @@ class TestSmallBlocks:
     def test_of_addresses_that_are_no_rows_go_by_copy_engines(
         self, vllm: types.SimpleNamespace, control: Control
     ) -> None:
-        gpu, cpu = registered(control, *tensors([512], 1, False))
-        handler = Handler(gpu, cpu, 1, [[(0, 512)]], True, vllm.swap)
-        integration.exchange(Worker([handler]))
+        handler, gpu, cpu = small_blocks(vllm, control)
         wanted = cpu[0].clone()
         wanted.view(-1)[7 : 7 + 64 * 512 : 512] = gpu[0].view(-1)[3 :: 512]
         rows = torch.arange(64) * 512
@@ -246,9 +252,7 @@ class TestSmallBlocks:
     def test_a_launch_that_fails_is_vllms_to_make(
         self, vllm: types.SimpleNamespace, control: Control
     ) -> None:
-        gpu, cpu = registered(control, *tensors([512], 1, False))
-        handler = Handler(gpu, cpu, 1, [[(0, 512)]], True, vllm.swap)
-        integration.exchange(Worker([handler]))
+        handler, _, _ = small_blocks(vllm, control)
         control.fault("cuLaunchKernelEx", 1)
         handler.transfer([numbers("random", 60, 64)], [list(range(60))], [0])
         assert vllm.calls == ["swap_blocks_batch"]

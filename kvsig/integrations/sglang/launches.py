@@ -19,7 +19,7 @@ from kvsig._errors import BindError, CudaError
 from kvsig.call import call
 from kvsig.integrations.sglang.kernel import Place, Request
 from kvsig.integrations.sglang.pools import Unserved
-from kvsig.launching import SMALL_PAGE, WINDOWED_POOL, multiprocessors
+from kvsig.launching import multiprocessors, window_pitch
 from kvsig.planning import costs
 
 __all__ = ["Launched", "WrongToken", "device_of", "launch", "refusal", "serve", "source_of"]
@@ -256,14 +256,14 @@ def _found(
     )  # fmt: skip
     model = costs.load(streams.device_name(device))
     rate = (model.load if source else model.offload).kernel_rate / 1e3
-    pitch = int(planes[:, 2 + far].max())
-    windowed = int(planes[:, 4].max()) < SMALL_PAGE and WINDOWED_POOL < pitch * limits[far] < ANY
+    pitch, page = int(planes[:, 2 + far].max()), int(planes[:, 4].max())
+    known_end = pitch * limits[far] < ANY
     blocks = {_core.memory_range(int(a)): int(a) for a in planes[:, far]}
     blocks |= {block: block[0] for request in requests for block in request.blocks}
     found = Known(
         _code(device, unit), KernelPlanes(table, len(planes) // many, unit),
         (limits[near], limits[far]), source, multiprocessors(), rate,
-        pitch if windowed else 0,
+        window_pitch(page, pitch, limits[far]) if known_end else 0,
         tuple((address, block) for block, address in blocks.items() if block is not None),
         tuple(p.base for r in requests for p in r.src + r.dst if isinstance(p.base, torch.Tensor)),
     )  # fmt: skip

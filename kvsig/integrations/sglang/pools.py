@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from kvsig import _core, streams
-from kvsig.memory import extent, seams_inside
+from kvsig.memory import blocks_of, extent, seams_inside
 
 __all__ = [
     "Geometry",
@@ -156,14 +156,11 @@ def mapped_blocks(tensors: Tensors) -> tuple[tuple[int, int], ...] | None:
     """Find the registered blocks that hold all of some tensors; None where a byte is in none."""
     found: dict[tuple[int, int], None] = {}
     for tensor in tensors:
-        place, end, _ = extent(tensor)
-        while place < end:
-            block = _core.memory_range(place)
-            if block is None or len(found) >= _MOST_BLOCKS:
-                return None
-            found[block] = None
-            place = block[0] + block[1]
-    return tuple(found)
+        blocks = blocks_of(tensor)
+        if blocks is None:
+            return None
+        found.update(dict.fromkeys(blocks))
+    return tuple(found) if len(found) <= _MOST_BLOCKS else None
 
 
 def _row(tensor: torch.Tensor) -> tuple[int, int]:
