@@ -170,9 +170,10 @@ def _cudart_candidates() -> Iterator[Candidate]:
     if not major:
         return
     how, soname = "the installed torch would load it", _soname(major)
-    # A wheel of torch may have it under a name of its own; what another version left there has
-    # another number behind.
-    names = re.compile(rf"libcudart(-[0-9a-f]{{8,}})?{re.escape(soname[9:])}(\.\d+)*")
+    # By the name that torch asks the loader for. A wheel of torch may have it under a name of its
+    # own; what another version left there has another number behind.
+    name, own = re.escape(soname), rf"libcudart-[0-9a-f]{{8,}}{re.escape(soname[9:])}(\.\d+)*"
+    names = re.compile(f"{name}|{own}")
     for path in files(_torch_folders(root, major, "cuda_runtime"), names):
         yield path, how, False
     if defect_of_name(soname):

@@ -109,6 +109,15 @@ class TestCudart:
         own = fake_cuda.library(root / "lib" / name, fake_cuda.CUDART)
         assert tell(PYTHONPATH=f"{tmp_path}:{PACKAGE.parent}")["library"] == own
 
+    def test_a_file_that_torch_would_not_load_is_not_taken(self, tmp_path):
+        """The loader looks for a name; without the link of that name it finds no library."""
+        torch(tmp_path, "'12.8'")
+        fake_cuda.library(
+            tmp_path / "nvidia/cuda_runtime/lib/libcudart.so.12.8.90", fake_cuda.CUDART
+        )
+        error = tell(PYTHONPATH=f"{tmp_path}:{PACKAGE.parent}")["error"]
+        assert "the installed torch wants libcudart.so.12, which was not found" in error
+
     def test_a_broken_one_of_torch_is_passed_over(self, tmp_path):
         root = torch(tmp_path, "'12.8'")
         broken = root / "lib/libcudart.so.12"
